@@ -1,0 +1,85 @@
+"""The training ops in plain torch: the truth that every kernel is tested against, outside the dispatch.
+
+Same names, arguments and results as in `structadmm.ops`. W is f32, bf16 or f16; Z and U are f32 of W's shape; masks are
+bool of W's shape. Elementwise arithmetic is f32, one rounding per operation, as in the kernels; sums are f64, so a
+kernel's sum may differ by its own rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .groups import DEFAULT_BLOCK, expand_keep, group_ids, n_groups
+
+
+def group_sumsq(
+    w: Tensor,
+    structure: str,
+    conv_groups: int = 1,
+    block: int = DEFAULT_BLOCK,
+    u: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """f32 [n_groups]: the sum over each group of (w + u)^2, weights outside the mask left out."""
+    n = n_groups(structure, w.shape, conv_groups, block)
+    v = w.float() if u is None else w.float() + u
+    if mask is not None:
+        v = torch.where(mask, v, 0.0)
+    ids = group_ids(structure, w.shape, conv_groups, block, w.device)
+    sums = torch.zeros(n, dtype=torch.float64, device=w.device)
+    return sums.index_add_(0, ids.reshape(-1), v.double().square().reshape(-1)).float()
+
+
+def topk_keep(scores: Tensor, k: int) -> Tensor:
+    """Bool [n], exactly k true: the largest scores, ties to the lower index. NaN and infinite scores: ValueError."""
+    n = scores.numel()
+    if not 0 <= k <= n:
+        raise ValueError(f"topk_keep: k got {k}, wanted 0 to {n}")
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("topk_keep: scores got NaN or infinite values, wanted finite ones")
+    keep = torch.zeros(n, dtype=torch.bool, device=scores.device)
+    keep[torch.sort(scores, descending=True, stable=True).indices[:k]] = True
+    return keep
+
+
+def project_update_(
+    w: Tensor,
+    z: Tensor,
+    u: Tensor,
+    structure: str,
+    k: int,
+    conv_groups: int = 1,
+    block: int = DEFAULT_BLOCK,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Project V = W + U on the k groups of largest norm and update the dual, in place on z and u.
+
+    Z' = V on kept groups and mask, 0 elsewhere; U' = V - Z'. Returns keep, bool [n_groups], and sums, f64 [5]:
+    ||W - Z'||^2, ||Z' - Z||^2, ||W||^2, ||Z'||^2, ||U'||^2. The Z and U steps of StructADMM; Boyd et al. (2011), 9.1.
+    """
+    keep = topk_keep(group_sumsq(w, structure, conv_groups, block, u, mask), k)
+    on = expand_keep(keep, structure, w.shape, conv_groups, block)
+    return keep, masked_update_(w, z, u, on if mask is None else on & mask)
+
+
+def masked_update_(w: Tensor, z: Tensor, u: Tensor, mask: Tensor) -> Tensor:
+    """project_update_ for a mask already known: Z' = V on the mask, 0 elsewhere; U' = V - Z'. Returns the sums."""
+    wf = w.float()
+    v = wf + u
+    znew = torch.where(mask, v, 0.0)
+    unew = v - znew
+    sums = torch.stack([t.double().square().sum() for t in (wf - znew, znew - z, wf, znew, unew)])
+    z.copy_(znew)
+    u.copy_(unew)
+    return sums
+
+
+def add_penalty_grad_(
+    grads: Sequence[Tensor], ws: Sequence[Tensor], zs: Sequence[Tensor], us: Sequence[Tensor], rhos: Sequence[float]
+) -> None:
+    """grads[i] += rhos[i] * (ws[i] - zs[i] + us[i]), the gradient of rho/2 ||W - Z + U||^2, rounded once."""
+    for g, w, z, u, rho in zip(grads, ws, zs, us, rhos, strict=True):
+        g.copy_(g.float() + rho * (w.float() - z + u))
