@@ -83,7 +83,9 @@ def interleave(
     `sync` waits for the device at the end of a measurement (torch.cuda.synchronize). The garbage collector rests.
     """
     if not callables or repeats < 1:
-        raise ValueError(f"interleave: got {len(callables)} callables and {repeats} repeats, wanted at least one of each")
+        raise ValueError(
+            f"interleave: got {len(callables)} callables and {repeats} repeats, wanted at least one of each"
+        )
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
