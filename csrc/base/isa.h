@@ -1,0 +1,26 @@
+// Which instruction set the kernels use: the best that this CPU has, or the one that STRUCTADMM_ISA names.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <string_view>
+
+namespace structadmm {
+
+// In order of preference: later is better.
+enum class Isa { kScalar, kAvx2, kAvx512 };
+inline constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512};
+
+const char* isa_name(Isa isa);
+std::optional<Isa> isa_from_name(std::string_view name);
+
+// Whether this CPU and operating system run it and it was compiled in.
+bool isa_supported(Isa isa);
+
+// The one in use. Throws Error if STRUCTADMM_ISA names one that does not exist or that this CPU lacks.
+Isa current_isa();
+
+// Overrides it for this process; an empty name returns to STRUCTADMM_ISA or the best. Not for use while ops run.
+void set_isa(const std::string& name);
+
+}  // namespace structadmm

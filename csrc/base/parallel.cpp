@@ -1,0 +1,125 @@
+#include "base/parallel.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "base/check.h"
+
+namespace structadmm {
+
+struct ThreadPool::State {
+  std::vector<std::thread> workers;
+  std::mutex busy;  // held by the caller whose tasks the workers do
+  std::mutex mutex;
+  std::condition_variable wake, done;
+  uint64_t round = 0;
+  int working = 0;
+  bool stop = false;
+  int64_t n = 0;
+  const void* task = nullptr;
+  TaskFn fn = nullptr;
+  std::atomic<int64_t> next{0};
+
+  void drain() {
+    for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) fn(task, i);
+  }
+
+  void work() {
+    uint64_t seen = 0;
+    for (;;) {
+      {
+        std::unique_lock lock(mutex);
+        wake.wait(lock, [&] { return stop || round != seen; });
+        if (stop) return;
+        seen = round;
+      }
+      drain();
+      std::lock_guard lock(mutex);
+      if (--working == 0) done.notify_one();
+    }
+  }
+};
+
+ThreadPool::ThreadPool(int threads) : state_(new State) {
+  SADMM_CHECK(threads >= 1 && threads <= 1024, "ThreadPool: threads got ", threads, ", wanted 1 to 1024");
+  for (int i = 1; i < threads; ++i) state_->workers.emplace_back([s = state_.get()] { s->work(); });
+}
+
+ThreadPool::~ThreadPool() {
+  {
+    std::lock_guard lock(state_->mutex);
+    state_->stop = true;
+  }
+  state_->wake.notify_all();
+  for (auto& worker : state_->workers) worker.join();
+}
+
+int ThreadPool::threads() const {
+  return static_cast<int>(state_->workers.size()) + 1;
+}
+
+void ThreadPool::run_tasks(int64_t n, const void* task, TaskFn fn) {
+  std::unique_lock busy(state_->busy, std::try_to_lock);
+  if (!busy) {
+    for (int64_t i = 0; i < n; ++i) fn(task, i);
+    return;
+  }
+  {
+    std::lock_guard lock(state_->mutex);
+    state_->n = n;
+    state_->task = task;
+    state_->fn = fn;
+    state_->next.store(0);
+    state_->working = static_cast<int>(state_->workers.size());
+    ++state_->round;
+  }
+  state_->wake.notify_all();
+  state_->drain();
+  std::unique_lock lock(state_->mutex);
+  state_->done.wait(lock, [&] { return state_->working == 0; });
+}
+
+namespace {
+
+std::mutex global_mutex;
+// Never deleted: a pool destroyed at exit would join threads that the loader may already have taken down.
+ThreadPool* global_pool = nullptr;
+pid_t global_pid = 0;
+
+int default_threads() {
+  if (const char* text = std::getenv("STRUCTADMM_NUM_THREADS"); text && *text) {
+    char* end = nullptr;
+    const long n = std::strtol(text, &end, 10);
+    SADMM_CHECK(*end == '\0' && n >= 1 && n <= 1024, "STRUCTADMM_NUM_THREADS: got '", text, "', wanted 1 to 1024");
+    return static_cast<int>(n);
+  }
+  const unsigned n = std::thread::hardware_concurrency();
+  return n ? static_cast<int>(n) : 1;
+}
+
+}  // namespace
+
+ThreadPool& ThreadPool::global() {
+  std::lock_guard lock(global_mutex);
+  if (!global_pool || global_pid != getpid()) {
+    global_pool = new ThreadPool(global_pool ? global_pool->threads() : default_threads());
+    global_pid = getpid();
+  }
+  return *global_pool;
+}
+
+void ThreadPool::set_threads(int threads) {
+  auto fresh = std::make_unique<ThreadPool>(threads);
+  std::lock_guard lock(global_mutex);
+  // The old pool is left idle, not deleted: another thread may be inside it.
+  global_pool = fresh.release();
+  global_pid = getpid();
+}
+
+}  // namespace structadmm

@@ -1,0 +1,10 @@
+// One function per family of ops, each in its own file, called by module.cpp.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace structadmm::bindings {
+
+void bind_common(pybind11::module_& m);
+
+}  // namespace structadmm::bindings

@@ -1,0 +1,7 @@
+// structadmm._core: the ops over NumPy arrays, importable without torch.
+#include "bindings/python/bind.h"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The kernels of structadmm over NumPy arrays, without torch.";
+  structadmm::bindings::bind_common(m);
+}

@@ -1,0 +1,14 @@
+"""The ops: `torch.ops.structadmm.*` with their Python signatures and fake implementations, which torch.compile traces."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _load as _load
+
+_ops = torch.ops.structadmm
+
+
+def isa() -> str:
+    """The instruction set that the CPU kernels use: scalar, avx2 or avx512. STRUCTADMM_ISA forces one."""
+    return str(_ops.isa())
