@@ -34,10 +34,9 @@ _PARTS = {
     "CompactError": "errors",
     "ArtefactError": "errors",
 }
-_MODULES = {
-    "admm", "artefact", "constraints", "errors", "groups", "models", "data", "nn", "ops", "pipeline", "plan", "reference",
-    "report", "schedules", "trace",
-}  # fmt: skip
+_MODULES = set(
+    "admm artefact constraints data errors groups models nn ops pipeline plan reference report schedules trace".split()
+)
 
 __all__ = ["__version__", *_PARTS]
 
@@ -57,7 +56,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    # `purify` and `compact` are functions as well as the modules that define them. Importing such a module would set it as
+    # `purify` and `compact` are functions and also the modules that define them. Importing such a module would make it
     # the package's attribute; the function keeps the name, and the module stays importable as structadmm.compact.
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _PARTS and isinstance(value, ModuleType)):

@@ -1,4 +1,4 @@
-"""The ops: `torch.ops.structadmm.*` with their Python signatures and fake implementations, which torch.compile traces."""
+"""The ops: `torch.ops.structadmm.*` with Python signatures, and the fake implementations that torch.compile traces."""
 
 from __future__ import annotations
 
