@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -34,10 +35,6 @@ _PARTS = {
     "CompactError": "errors",
     "ArtefactError": "errors",
 }
-_MODULES = set(
-    "admm artefact constraints data errors groups models nn ops pipeline plan reference report schedules trace".split()
-)
-
 __all__ = ["__version__", *_PARTS]
 
 
@@ -46,13 +43,13 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"{__name__}.{_PARTS[name]}"), name)
         globals()[name] = value
         return value
-    if name in _MODULES:
+    if not name.startswith("__") and find_spec(f"{__name__}.{name}"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PARTS, *_MODULES})
+    return sorted({*globals(), *_PARTS})
 
 
 class _Package(ModuleType):
