@@ -1,0 +1,74 @@
+# Two commands do everything: `make demo` runs the main job, `make test` passes the tests. Both set up .venv first.
+# Override: PYTHON=python3.12, TORCH=torch==2.15.0, DEMO_ARGS="--seeds 0,1,2", PYTEST_ARGS="-k admm".
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+DEMO_ARGS ?= --seed 0
+PYTEST_ARGS ?=
+TORCH_VERSIONS ?= 2.11.0 2.13.0 2.15.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BUILD_TOOLS := "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.24" ninja numpy
+SOURCES := $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md
+
+.PHONY: help setup demo test lint bench gpu wheel test-install test-torch clean
+
+help:
+	@echo "make demo          set up, then prune, compact and measure a network on the digits data (about 3 minutes)"
+	@echo "make test          set up, then run the tests"
+	@echo "make lint          ruff, mypy and clang-format"
+	@echo "make bench         every speed figure of the README, on an otherwise idle machine"
+	@echo "make gpu           build, test and measure on a GPU (says so and stops where there is none)"
+	@echo "make wheel         a wheel in dist/, built in isolation with the pinned torch"
+	@echo "make test-install  pip install with and without build isolation, in fresh environments"
+	@echo "make test-torch    one wheel under torch $(TORCH_VERSIONS)"
+
+$(BIN)/.torch:
+	@echo "structadmm: making $(VENV) with $(TORCH)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "structadmm: needs Python >= 3.10, this is " + sys.version.split()[0])'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -q --upgrade "pip>=24"
+	@$(PIP) install -q $(TORCH) $(BUILD_TOOLS)
+	@touch $@
+
+# The package is installed as a user would have it, not linked to the source tree; a rebuild is incremental (build/).
+$(BIN)/.installed: $(BIN)/.torch $(SOURCES)
+	@echo "structadmm: building and installing the package (CPU kernels; CUDA kernels too where nvcc is found)"
+	@$(PIP) install -q --no-build-isolation ".[demo,test]"
+	@touch $@
+
+setup: $(BIN)/.installed
+
+demo: setup
+	@$(BIN)/structadmm run digits $(DEMO_ARGS)
+
+test: setup
+	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc' | xargs $(BIN)/clang-format --dry-run --Werror
+
+bench: setup
+	@for f in bench/project_update.py bench/admm_cost.py bench/conv_compact.py; do \
+	  echo "structadmm: $$f"; $(BIN)/python $$f --json bench/results/$$(basename $$f .py).json || exit 1; done
+	@$(BIN)/python bench/render.py
+
+gpu:
+	@bench/gpu
+
+wheel:
+	@$(PYTHON) -m pip wheel . --no-deps -w dist
+
+test-install:
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" tests/install/pip_install.sh
+
+test-torch:
+	@PYTHON="$(PYTHON)" tests/install/torch_versions.sh $(TORCH_VERSIONS)
+
+clean:
+	rm -rf build dist $(VENV)

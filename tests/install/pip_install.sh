@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Installs structadmm in fresh environments in the ways a user may, and runs the smoke test in each:
+# `pip install .` with build isolation, `pip install --no-build-isolation .` against the user's own torch, and `pip wheel .`.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=${PYTHON:-python3} torch=${TORCH:-torch==2.13.0}
+work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
+
+fresh() {  # a fresh environment that holds the user's torch
+  "$python" -m venv "$work/$1"
+  "$work/$1/bin/python" -m pip install -q --upgrade "pip>=24"
+  "$work/$1/bin/python" -m pip install -q "$torch" numpy
+}
+smoke() { (cd "$work" && "$work/$1/bin/python" "$OLDPWD/tests/install/smoke.py"); }
+
+echo "pip install . (build isolation)"
+fresh isolated; "$work/isolated/bin/python" -m pip install -q .; smoke isolated
+echo "pip install --no-build-isolation . (the user's own torch)"
+fresh own; "$work/own/bin/python" -m pip install -q scikit-build-core pybind11 cmake ninja
+"$work/own/bin/python" -m pip install -q --no-build-isolation .; smoke own
+echo "pip wheel ."
+"$work/own/bin/python" -m pip wheel -q --no-deps -w "$work/wheels" .; ls "$work/wheels"
+echo "all installs passed"

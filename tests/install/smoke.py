@@ -1,0 +1,31 @@
+"""Smoke test of an installed structadmm: the op library loads under this torch and computes what plain torch computes.
+
+Run by the scripts beside it with the interpreter of the environment under test.
+"""
+
+import torch
+
+import structadmm
+from structadmm import ops, reference
+from structadmm.nn import CompactConv2d
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(16, 8, 3, 3)
+    for structure in ("filter", "channel", "column", "block_column", "element"):
+        torch.testing.assert_close(ops.group_sumsq(w, structure), reference.group_sumsq(w, structure))
+    z, u = torch.zeros_like(w), torch.zeros_like(w)
+    keep, _ = ops.project_update_(w, z, u, "column", 10)
+    assert int(keep.sum()) == 10 and torch.equal(z + u, w)
+
+    conv = torch.nn.Conv2d(8, 16, 3, padding=1).eval()
+    with torch.no_grad():
+        conv.weight.copy_(z)
+        x = torch.randn(2, 8, 9, 9)
+        torch.testing.assert_close(CompactConv2d.from_dense(conv).eval()(x), conv(x), rtol=1e-5, atol=1e-5)
+    print(f"structadmm {structadmm.__version__} with torch {torch.__version__}: ok")
+
+
+if __name__ == "__main__":
+    main()
