@@ -1,7 +1,7 @@
 """The direction of imports and includes: a file may use its own layer and the layers below it, never one above.
 
-The layers are stated here and in CONTRIBUTING.md. A file that no layer names fails the test, so that a new one finds its
-place.
+The layers are stated here and in CONTRIBUTING.md. A file that no layer names fails the test, so that a new one finds
+its place.
 """
 
 import ast
