@@ -16,7 +16,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"errors", "files"},
     {"groups", "reference", "timing"},
     {"_load", "ops"},
-    {"constraints", "plan", "schedules", "nn"},
+    {"constraints", "masks", "plan", "schedules", "nn"},
     {"admm", "trace"},
     {"paths", "purify", "compact"},
     {"allowed"},
