@@ -1,0 +1,387 @@
+"""From a module to a graph of operations with the shape of every value, on a copy of the module.
+
+`trace` copies the model, runs torch.fx over the copy in both modes, makes the graph say what it does (in-place operations rebound,
+functional dropout turned into modules that obey train() and eval()), and propagates the shapes of the example.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import linecache
+import operator
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize, prune
+from torch.utils import _pytree as pytree
+
+from .errors import TraceError
+
+# Shapes are propagated at this batch size, which no channel count, conv group or head count is likely to equal: a reshape that mixes the
+# batch with channels then shows.
+PROBE_BATCH = 3
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+@dataclass
+class Traced:
+    """A traced copy of a model.
+
+    module: GraphModule over a copy of the model, attribute paths as in the model.
+    shapes: per node the shape of its value in eval mode at batch `batch` (a tuple of ints for a tensor, nested tuples for several
+        tensors, the value itself for numbers).
+    inputs: the example, checked. notes: what the user should know (hooks that do not survive, modes that differ).
+    """
+
+    module: fx.GraphModule
+    shapes: dict[fx.Node, Any]
+    inputs: tuple[Tensor, ...]
+    batch: int
+    notes: list[str] = field(default_factory=list)
+
+
+class Shape(tuple[int, ...]):
+    """The shape of a tensor, told apart from a tuple that the network computes with."""
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A deep copy of `model`, with masks of torch.nn.utils.prune and parametrisations baked into plain weights.
+
+    Weights that pruning hooks recompute are non-leaf tensors, which torch refuses to copy: they are copied detached.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
+                parametrize.remove_parametrizations(module, name)
+    return copied
+
+
+def hooked(model: nn.Module) -> list[str]:
+    """Names of the modules that carry hooks which a traced copy does not run."""
+    found = []
+    for name, module in model.named_modules():
+        hooks = [h for kind in _HOOKS for h in getattr(module, kind).values()]
+        if any(not isinstance(h, prune.BasePruningMethod) for h in hooks):
+            found.append(name or type(module).__name__)
+    return found
+
+
+def as_inputs(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trace") -> tuple[Tensor, ...]:
+    """The example as a tuple of tensors, checked against the model's dtype and device. Raises TraceError."""
+    inputs = (example,) if isinstance(example, Tensor) else example
+    if not isinstance(inputs, (tuple, list)) or not inputs or not all(isinstance(t, Tensor) for t in inputs):
+        kind = (
+            f"{type(example).__name__}"
+            if not isinstance(example, (tuple, list))
+            else f"({', '.join(type(t).__name__ for t in example)})"
+        )
+        raise TraceError(f"{who}: example got {kind}, wanted a tensor or a tuple of tensors")
+    named = next(((n, p) for n, p in model.named_parameters() if p.is_floating_point()), None)
+    for i, t in enumerate(inputs):
+        if named is None:
+            break
+        name, p = named
+        which = "example" if len(inputs) == 1 else f"example[{i}]"
+        if t.device != p.device:
+            raise TraceError(f"{who}: {which} got a tensor on {t.device}, wanted {p.device} as {name}")
+        if t.is_floating_point() and t.dtype != p.dtype:
+            raise TraceError(f"{who}: {which} got {t.dtype}, wanted {p.dtype} as {name}")
+    return tuple(t.detach() for t in inputs)
+
+
+def rebatch(inputs: Sequence[Tensor], batch: int, seed: int | None = None) -> tuple[Tensor, ...]:
+    """The inputs at another batch size: repeated along dimension 0, or with `seed` standard normal values (integers: repeated).
+
+    Inputs whose first dimensions differ have no common batch and keep their shapes.
+    """
+    common = len({t.shape[0] if t.dim() else -1 for t in inputs}) == 1 and inputs[0].dim() > 0 and inputs[0].shape[0] > 0
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    out = []
+    for t in inputs:
+        if common:
+            t = t[torch.arange(batch, device=t.device) % t.shape[0]]
+        if generator is not None and t.is_floating_point():
+            t = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype).to(t.device)
+        out.append(t)
+    return tuple(out)
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """All of `model` in one mode for a while; every module's own flag is restored."""
+    flags = {m: m.training for m in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def shape_of(value: Any) -> Any:
+    """Shapes instead of tensors in a nested value."""
+    if isinstance(value, Tensor):
+        return Shape(value.shape)
+    if isinstance(value, torch.Size):
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple(shape_of(v) for v in value)
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a nested output, in order."""
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+
+
+class _Tracer(fx.Tracer):
+    """torch.fx's tracer with the package's layers as leaves and the path to the module that fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at: list[str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m).__module__ == "structadmm.nn" or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Not popped on an exception: what is left names the culprit.
+        self.at.append(self.path_of_module(m))
+        out = super().call_module(m, forward, args, kwargs)
+        self.at.pop()
+        return out
+
+
+class _Shapes(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[fx.Node, Any] = {}
+        self.current: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n
+        out = super().run_node(n)
+        self.shapes[n] = shape_of(out)
+        return out
+
+
+def _culprit(error: BaseException) -> str:
+    """Where in the user's code an exception was raised: `file:line: source`, or nothing."""
+    ours = (str(Path(torch.__file__).parent), __file__, "<")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(ours):
+            line = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
+            return f" at {frame.filename}:{frame.lineno} `{line}`"
+    return ""
+
+
+def _defaults(model: nn.Module, n_inputs: int, who: str) -> dict[str, Any]:
+    """Arguments of forward that the example leaves at their defaults: tracing must see the values, not stand-ins for them."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    needed = sum(p.default is p.empty for p in positional)
+    if n_inputs < needed or (n_inputs > len(positional) and not variadic):
+        names = ", ".join(p.name for p in positional)
+        raise TraceError(f"{who}: example got {n_inputs} tensors, wanted one for each argument of forward({names})")
+    return {p.name: p.default for p in positional[n_inputs:]}
+
+
+def _symbolic(model: nn.Module, training: bool, defaults: dict[str, Any], who: str) -> fx.Graph:
+    tracer = _Tracer()
+    try:
+        with mode(model, training):
+            graph = tracer.trace(model, concrete_args=defaults or None)
+    except Exception as error:
+        path = next((p for p in reversed(tracer.at) if p), "")
+        module = model.get_submodule(path)
+        name = f"{path} ({type(module).__name__})" if path else type(module).__name__
+        raise TraceError(
+            f"{who}: {name} got {type(error).__name__}{_culprit(error)}: {str(error).splitlines()[0] if str(error) else ''}; "
+            "wanted a forward whose steps do not depend on the values of tensors (torch.fx traces it)"
+        ) from error
+    # Arguments left at their defaults are constants now: drop their stand-ins and torch.fx's assertions about them.
+    stand_ins = [n for n in graph.nodes if n.op == "placeholder" and n.target.removesuffix("_1") in defaults]
+    for placeholder in stand_ins:
+        for user in list(placeholder.users):
+            for assertion in [user, *user.users]:
+                if not assertion.users and assertion.target not in ("output",):
+                    graph.erase_node(assertion)
+            if user.graph is graph and user in placeholder.users and not user.users:
+                graph.erase_node(user)
+        if not placeholder.users:
+            graph.erase_node(placeholder)
+    return graph
+
+
+def _mutated(node: fx.Node) -> fx.Node | None:
+    """The node whose tensor this one overwrites, if any."""
+    arg = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    if arg is None:
+        return None
+    if node.op == "call_method":
+        return arg if node.target.endswith("_") and not node.target.endswith("__") else None
+    if node.op == "call_module":
+        module = node.graph.owning_module.get_submodule(node.target) if node.graph.owning_module else None
+        return arg if getattr(module, "inplace", False) is True else None
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        inplace = node.kwargs.get("inplace") is True or (
+            name in _INPLACE_POSITION
+            and len(node.args) > _INPLACE_POSITION[name]
+            and node.args[_INPLACE_POSITION[name]] is True
+        )
+        if inplace or node.target in _INPLACE_OPERATORS:
+            return arg
+        if name.endswith("_") and not name.endswith("__"):
+            return arg
+    return None
+
+
+_INPLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+# Position of `inplace` among the arguments of the functional activations.
+_INPLACE_POSITION = {
+    "relu": 1,
+    "relu6": 1,
+    "silu": 1,
+    "hardswish": 1,
+    "hardsigmoid": 1,
+    "mish": 1,
+    "selu": 1,
+    "leaky_relu": 2,
+    "elu": 2,
+    "celu": 2,
+    "hardtanh": 3,
+    "dropout": 3,
+}
+
+
+def _rebind_mutated(graph: fx.Graph) -> None:
+    """Users of a tensor that come after it was overwritten use the operation that overwrote it: the same values, but said so."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        source = _mutated(node)
+        if source is not None:
+            for user in list(source.users):
+                if order[user] > order[node]:
+                    user.replace_input_with(source, node)
+
+
+def _unify_modes(module: fx.GraphModule, graph: fx.Graph, training: fx.Graph) -> list[str]:
+    """Functional dropout, whose mode tracing froze, becomes modules; other differences between the modes are noted."""
+    nodes, others = list(graph.nodes), list(training.nodes)
+    same = len(nodes) == len(others) and all(
+        a.op == b.op and a.target == b.target for a, b in zip(nodes, others, strict=False)
+    )
+    if not same:
+        return ["forward does other things in training mode; the traced network does in both modes what eval mode does"]
+    mapped = dict(zip(others, nodes, strict=True))
+    notes, n_dropouts = [], 0
+    for a, b in zip(nodes, others, strict=True):
+        other_args = fx.map_arg((b.args, b.kwargs), lambda n: mapped[n])
+        if (a.args, a.kwargs) == other_args:
+            continue
+        make = _DROPOUTS.get(a.target)
+        if make is None:
+            notes.append(
+                f"{a.name}: its arguments differ in training mode; the traced network does what eval mode does"
+            )
+            continue
+        bound = inspect.signature(a.target).bind(*a.args, **a.kwargs)
+        bound.apply_defaults()
+        while hasattr(module, f"dropout_{n_dropouts}"):
+            n_dropouts += 1
+        name = f"dropout_{n_dropouts}"
+        module.add_submodule(name, make(p=bound.arguments["p"]))
+        module.get_submodule(name).train(module.training)
+        with graph.inserting_before(a):
+            new = graph.call_module(name, (bound.arguments["input"],))
+        a.replace_all_uses_with(new)
+        graph.erase_node(a)
+        mapped[b] = new
+    return notes
+
+
+_DROPOUTS: dict[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout,
+    torch.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout,
+}
+
+
+def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trace") -> Traced:
+    """Trace a copy of `model` on `example` (a tensor or a tuple of tensors, batch first, any batch size).
+
+    The model is left as it is. Every module keeps its train/eval flag. Errors begin with `who`.
+
+    Raises TraceError: the example does not fit the model's dtype or device; forward cannot be traced (the message names the
+    module and the source line); forward fails on the example.
+    """
+    inputs = as_inputs(model, example, who)
+    defaults = _defaults(model, len(inputs), who)
+    notes = [f"{name}: its hooks are not part of the traced network" for name in hooked(model)]
+    root = clone(model)
+    for module in root.modules():  # what is left are hooks of the user's; the note says that they are gone
+        for kind in _HOOKS:
+            getattr(module, kind).clear()
+
+    training = _symbolic(root, True, defaults, who)
+    graph = _symbolic(root, False, defaults, who)
+    graph._tracer_cls = None  # unpickling wants an importable tracer: torch.fx's own
+    module = fx.GraphModule(root, graph, type(model).__name__)
+    training.owning_module = module
+    notes += _unify_modes(module, graph, training)
+    _rebind_mutated(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+
+    batch, shapes, failure = 0, {}, None
+    for probe in (rebatch(inputs, PROBE_BATCH), inputs):
+        runner = _Shapes(module)
+        try:
+            with mode(module, False), torch.no_grad():
+                runner.run(*(t.clone() for t in probe))
+        except Exception as error:
+            node = runner.current
+            where = f"{node.target} " if node is not None and node.op == "call_module" else ""
+            failure = TraceError(
+                f"{who}: {where}got {type(error).__name__}{_culprit(error)}: {str(error).splitlines()[0] if str(error) else ''}; "
+                f"wanted an example that the network takes, got shapes {', '.join(str(tuple(t.shape)) for t in inputs)}"
+            )
+            failure.__cause__ = error
+            continue
+        batch, shapes = (probe[0].shape[0] if probe[0].dim() else 1), runner.shapes
+        break
+    else:
+        assert failure is not None
+        raise failure
+    if failure is not None:
+        notes.append("forward works at the example's batch size only")
+    return Traced(module, shapes, inputs, batch, notes)
