@@ -1,15 +1,17 @@
 """Which channels of a traced network can go: the analysis that remove_unused_paths, purify and compact stand on.
 
-Every channel of every tensor has an *id*; data movement (reshape, slice, concat, pad) is done on the ids as it is on the data, and an
-addition ties the ids of its operands, so tied channels go together or not at all. Three passes over the graph, each near-linear in
-the number of channels:
+Every channel of every tensor has an *id*; data movement (reshape, slice, concat, pad) is done on the ids as it is on
+the data, and an addition ties the ids of its operands, so tied channels go together or not at all. Three passes over
+the graph, each near-linear in the number of channels:
 
-1. forward, *constants*: a channel is a constant c when it holds c on the whole map, border included, whatever the input. A filter
-   without weights emits its bias; BatchNorm and activations map constants; zero padding leaves only 0 constant.
-2. backward, *need*: a channel is needed when something that reaches the output reads it. A filter that is constant or not needed
-   itself reads nothing.
-3. per class of tied ids, *removal*: every tensor that holds the channel must not need it, or hold a constant that each layer which
-   reads it can take into its bias exactly. An operation that is not tracked pins the channels it touches, with the reason.
+1. forward, *constants*: a channel is a constant c when it holds c on the whole map, border included, whatever the
+   input. A filter without weights emits its bias; BatchNorm and activations map constants; zero padding leaves only 0
+   constant.
+2. backward, *need*: a channel is needed when something that reaches the output reads it. A filter that is constant or
+   not needed itself reads nothing.
+3. per class of tied ids, *removal*: every tensor that holds the channel must not need it, or hold a constant that each
+   layer which reads it can take into its bias exactly. An operation that is not tracked pins the channels it touches,
+   with the reason.
 """
 
 from __future__ import annotations
@@ -38,9 +40,11 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a tensor's channels: arrays that broadcast against its shape (batch dimension 1, untracked dimensions 1).
+    """What is known of a tensor's channels: arrays that broadcast against its shape (batch dimension 1, untracked
+    dimensions 1).
 
-    ids: the channel's id. const: the channel holds `value` everywhere, whatever the input; value: meaningful where const.
+    ids: the channel's id. const: the channel holds `value` everywhere, whatever the input; value: meaningful where
+    const.
     """
 
     ids: Ints
@@ -57,12 +61,13 @@ class Facts:
 
 @dataclass
 class Layer:
-    """A convolution or linear layer: [O] filters in `groups` conv groups, each of which reads Cg of the [groups*Cg] input channels.
+    """A convolution or linear layer: [O] filters in `groups` conv groups, each of which reads Cg of the [groups*Cg]
+    input channels.
 
-    reads [O, Cg]: the filter has a nonzero weight on the channel. border [O, Cg]: one of these taps can lie on zero padding.
-    total [O, Cg]: sum of the weights over the kernel. constant [O]: the filter emits out_value whatever its live inputs.
-    shift: where a constant can be added to the output: "bias", "norm" (mean of the BatchNorm behind), "new" (a bias that compact
-    creates), or None.
+    reads [O, Cg]: the filter has a nonzero weight on the channel. border [O, Cg]: one of these taps can lie on zero
+    padding. total [O, Cg]: sum of the weights over the kernel. constant [O]: the filter emits out_value whatever its
+    live inputs. shift: where a constant can be added to the output: "bias", "norm" (mean of the BatchNorm behind),
+    "new" (a bias that compact creates), or None.
     """
 
     node: fx.Node
@@ -84,7 +89,8 @@ def _flat(facts: Facts) -> Facts:
 
 
 def _blocks(s: Sequence[int], t: Sequence[int]) -> list[tuple[int, int, int, int]] | None:
-    """Shortest runs s[i0:i1], t[j0:j1] of equal products that together make up a reshape from s to t; None if there are none."""
+    """Shortest runs s[i0:i1], t[j0:j1] of equal products that together make up a reshape from s to t; None if there are
+    none."""
     if math.prod(s) != math.prod(t) or 0 in s:
         return None
     out, i, j = [], 0, 0
@@ -123,38 +129,141 @@ def components(n: int, edges: Sequence[tuple[Ints, Ints]]) -> Ints:
 
 # Elementwise operations of one tensor. None: the identity (in eval mode).
 _IDENTITY_MODULES = (
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-)  # fmt: skip
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
 _POINTWISE_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU,
-    nn.Mish, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.LogSigmoid, nn.Threshold, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink,
-)  # fmt: skip
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.Mish,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Hardtanh,
+    nn.LogSigmoid,
+    nn.Threshold,
+    nn.Hardshrink,
+    nn.Softshrink,
+    nn.Tanhshrink,
+)
 _POINTWISE_NAMES = {
-    "relu", "relu_", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "sigmoid_", "tanh", "tanh_", "leaky_relu",
-    "leaky_relu_", "elu", "elu_", "selu", "selu_", "celu", "celu_", "mish", "softplus", "softsign", "hardtanh", "hardtanh_",
-    "logsigmoid", "threshold", "hardshrink", "softshrink", "tanhshrink", "abs", "neg", "exp", "sqrt", "square", "clamp", "clamp_",
-    "clip", "pow", "erf", "sin", "cos", "log1p", "expm1", "rsqrt", "reciprocal",
-}  # fmt: skip
+    "relu",
+    "relu_",
+    "relu6",
+    "silu",
+    "gelu",
+    "hardswish",
+    "hardsigmoid",
+    "sigmoid",
+    "sigmoid_",
+    "tanh",
+    "tanh_",
+    "leaky_relu",
+    "leaky_relu_",
+    "elu",
+    "elu_",
+    "selu",
+    "selu_",
+    "celu",
+    "celu_",
+    "mish",
+    "softplus",
+    "softsign",
+    "hardtanh",
+    "hardtanh_",
+    "logsigmoid",
+    "threshold",
+    "hardshrink",
+    "softshrink",
+    "tanhshrink",
+    "abs",
+    "neg",
+    "exp",
+    "sqrt",
+    "square",
+    "clamp",
+    "clamp_",
+    "clip",
+    "pow",
+    "erf",
+    "sin",
+    "cos",
+    "log1p",
+    "expm1",
+    "rsqrt",
+    "reciprocal",
+}
 _IDENTITY_NAMES = {"contiguous", "clone", "detach"}
 _BINARY_NAMES = {
-    "add": "add", "add_": "add", "iadd": "add", "sub": "sub", "sub_": "sub", "isub": "sub", "mul": "mul", "mul_": "mul", "imul": "mul",
-    "multiply": "mul", "subtract": "sub", "truediv": "div", "div": "div", "div_": "div", "itruediv": "div", "maximum": "max", "minimum": "min",
-}  # fmt: skip
+    "add": "add",
+    "add_": "add",
+    "iadd": "add",
+    "sub": "sub",
+    "sub_": "sub",
+    "isub": "sub",
+    "mul": "mul",
+    "mul_": "mul",
+    "imul": "mul",
+    "multiply": "mul",
+    "subtract": "sub",
+    "truediv": "div",
+    "div": "div",
+    "div_": "div",
+    "itruediv": "div",
+    "maximum": "max",
+    "minimum": "min",
+}
 _CONST_POOLS = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d,
-    nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
-)  # fmt: skip
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d,
+    nn.Upsample,
+    nn.UpsamplingNearest2d,
+    nn.UpsamplingBilinear2d,
+)
 _AVG_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _CONST_POOL_FUNCTIONS = {
-    F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.adaptive_avg_pool1d,
-    F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.interpolate,
-}  # fmt: skip
+    F.max_pool1d,
+    F.max_pool2d,
+    F.max_pool3d,
+    torch.max_pool1d,
+    torch.max_pool2d,
+    torch.max_pool3d,
+    F.adaptive_avg_pool1d,
+    F.adaptive_avg_pool2d,
+    F.adaptive_avg_pool3d,
+    F.adaptive_max_pool1d,
+    F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d,
+    F.interpolate,
+}
 _AVG_POOL_FUNCTIONS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 _PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 
 def _function_name(target: Any) -> str:
-    """The name of a torch or operator function; '' for functions from elsewhere, which may do anything under a known name."""
+    """The name of a torch or operator function; '' for functions from elsewhere, which may do anything under a known
+    name."""
     module = getattr(target, "__module__", None) or ""
     ours = module.split(".")[0] in ("torch", "_operator", "operator") or isinstance(target, type(torch.relu))
     return getattr(target, "__name__", "") if ours else ""
@@ -164,14 +273,16 @@ def title(node: fx.Node) -> str:
     """How messages call a node: a module's path, or the operation and the node's name."""
     if node.op == "call_module":
         return str(node.target)
-    return f"{node.target if isinstance(node.target, str) else getattr(node.target, '__name__', node.target)} ({node.name})"
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
+    return f"{name} ({node.name})"
 
 
 class Analysis:
     """The three passes over a traced network; afterwards `removed` says per id whether the channel goes.
 
-    create_bias: a layer without bias may get one. elide: an addition of a constant may become a bias, its operand vanishes.
-    absorb_borders: take constants into biases even where zero padding makes that wrong at the border (an approximation for purify).
+    create_bias: a layer without bias may get one. elide: an addition of a constant may become a bias, its operand
+    vanishes. absorb_borders: take constants into biases even where zero padding makes that wrong at the border (an
+    approximation for purify).
     """
 
     def __init__(
@@ -186,12 +297,17 @@ class Analysis:
         self.why: dict[fx.Node, str] = {}  # nodes without facts: the reason
         self.layers: dict[fx.Node, Layer] = {}
         self.norms: dict[fx.Node, fx.Node] = {}  # BatchNorm node -> its input
-        # Channelwise operations: per source the position of each output channel in it (-1: not from it) and where it matters.
+        # Channelwise operations: per source the position of each output channel in it (-1: not from it) and where it
+        # matters.
         self.sources: dict[fx.Node, list[tuple[fx.Node, Ints, Bools | None]]] = {}
         self.parts: dict[fx.Node, tuple[fx.Node, list[Ints]]] = {}  # split and chunk: source, positions per part
-        self.sizes: dict[fx.Node, list[Ints]] = {}  # integers computed from shapes: ids of the dimensions they come from
+        self.sizes: dict[
+            fx.Node, list[Ints]
+        ] = {}  # integers computed from shapes: ids of the dimensions they come from
         self.edits: dict[fx.Node, str] = {}  # operations whose arguments count channels
-        self.elided: dict[fx.Node, tuple[int, Floats]] = {}  # additions: which operand is the constant, and the constant per channel
+        self.elided: dict[
+            fx.Node, tuple[int, Floats]
+        ] = {}  # additions: which operand is the constant, and the constant per channel
         self.need: dict[fx.Node, Bools] = {}
         self.edges: list[tuple[Ints, Ints]] = []
         self.locks: list[tuple[Ints, str]] = []
@@ -330,10 +446,22 @@ class Analysis:
         if name in _BINARY_NAMES:
             return self._binary
         return {
-            "flatten": self._reshape, "view": self._reshape, "reshape": self._reshape, "squeeze": self._reshape, "unsqueeze": self._unsqueeze,
-            "permute": self._permute, "transpose": self._permute, "mean": self._mean, "getitem": self._getitem, "pad": self._pad, "cat": self._cat,
-            "concat": self._cat, "split": self._split, "chunk": self._split, "size": self._size,
-        }.get(name)  # fmt: skip
+            "flatten": self._reshape,
+            "view": self._reshape,
+            "reshape": self._reshape,
+            "squeeze": self._reshape,
+            "unsqueeze": self._unsqueeze,
+            "permute": self._permute,
+            "transpose": self._permute,
+            "mean": self._mean,
+            "getitem": self._getitem,
+            "pad": self._pad,
+            "cat": self._cat,
+            "concat": self._cat,
+            "split": self._split,
+            "chunk": self._split,
+            "size": self._size,
+        }.get(name)
 
     def _source(self, node: fx.Node) -> fx.Node:
         """The tensor that a one-tensor operation works on."""
@@ -341,7 +469,8 @@ class Analysis:
         return arg if isinstance(arg, fx.Node) else node.all_input_nodes[0]
 
     def _channelwise(self, node: fx.Node, source: fx.Node, facts: Facts | None, matters: Bools | None = None) -> None:
-        """`node` has the channels of `source` in their places, with these facts; without facts it is as untracked as its source."""
+        """`node` has the channels of `source` in their places, with these facts; without facts it is as untracked as
+        its source."""
         if facts is None:
             self.why[node] = self.why.get(source, "not tracked")
             return
@@ -404,7 +533,7 @@ class Analysis:
         follower = next(iter(node.users)) if len(node.users) == 1 else None
         if bias is not None:
             shift: str | None = "bias"
-        elif follower is not None and self._takes_mean(follower):
+        elif follower is not None and axis % rank == 1 and self._takes_mean(follower):
             shift = "norm"
         else:
             shift = "new" if self.create_bias else None
@@ -436,7 +565,7 @@ class Analysis:
             return reason
         flat = self._adopt(source, 1)
         rank = len(self.shapes[source])
-        if self.facts[source].ids.size != flat.ids.size:
+        if not np.array_equal(self.facts[source].ids.reshape(-1), flat.ids):
             return "its channels are not in dimension 1"
         gamma = np.ones(flat.ids.size) if m.weight is None else m.weight.detach().double().cpu().numpy()
         beta = np.zeros(flat.ids.size) if m.bias is None else m.bias.detach().double().cpu().numpy()
@@ -459,7 +588,7 @@ class Analysis:
 
     def _evaluate(self, node: fx.Node, values: dict[fx.Node, Floats]) -> Floats:
         """The node's own operation in float64 on arrays of constants."""
-        tensors = {n: torch.from_numpy(np.ascontiguousarray(v)) for n, v in values.items()}
+        tensors = {n: torch.from_numpy(np.array(v)) for n, v in values.items()}
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: tensors[n].clone())
         with torch.no_grad():
             if node.op == "call_module":
@@ -541,7 +670,9 @@ class Analysis:
         if len(known) < 2:
             for n in known:
                 other = next(m for m in inputs if m is not n)
-                self._lock(self.facts[n].ids, f"{title(node)} with {title(other)}: {self.why.get(other, 'not tracked')}")
+                self._lock(
+                    self.facts[n].ids, f"{title(node)} with {title(other)}: {self.why.get(other, 'not tracked')}"
+                )
             if known and self.shapes[known[0]] == shape:
                 self._channelwise(node, known[0], self.facts[known[0]].vary())
             else:
@@ -575,9 +706,7 @@ class Analysis:
         self.sources[node] = [
             (
                 n,
-                np.broadcast_to(
-                    np.arange(self.facts[n].ids.size).reshape((1,) * (rank - f.ids.ndim) + f.ids.shape[-rank:]), ids.shape
-                ),
+                np.broadcast_to(np.arange(f.ids.size).reshape(f.ids.shape), ids.shape),
                 matters[n],
             )
             for n, f in ((a, fa), (b, fb))
@@ -757,7 +886,9 @@ class Analysis:
             self.why[node] = "made of untracked tensors"
             return None
         axes = {d for t in tensors if t in self.facts for d, n in enumerate(self.facts[t].ids.shape) if n > 1}
-        if not axes <= {dim} or any(t in self.facts and self.facts[t].ids.shape[dim] != self.shapes[t][dim] for t in tensors):
+        if not axes <= {dim} or any(
+            t in self.facts and self.facts[t].ids.shape[dim] != self.shapes[t][dim] for t in tensors
+        ):
             return "concatenates over another dimension than the channels'"
         for t in tensors:
             self._adopt(t, dim)
@@ -783,7 +914,7 @@ class Analysis:
         if facts is None:
             self.why[node] = self.why.get(source, "not tracked")
             return None
-        dim = (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0))  # fmt: skip
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
         rank = len(self.shapes[source])
         if not isinstance(dim, int) or dim % rank == 0:
             return "splits the batch"
@@ -931,7 +1062,11 @@ class Analysis:
         leaks = np.zeros_like(layer.border) if self.absorb_borders else layer.border
         bad = (layer.reads if layer.shift is None else leaks) & self._rows(layer)[:, None]
         stuck = bad.reshape(layer.groups, -1, cg).any(1).reshape(-1) & layer.ins.const & (layer.ins.value != 0)
-        what = "has no bias to take its constant" if layer.shift is None else "would see its constant end at the zero padding"
+        what = (
+            "has no bias to take its constant"
+            if layer.shift is None
+            else "would see its constant end at the zero padding"
+        )
         return stuck, f"{title(layer.node)} {what}"
 
     def live_nodes(self) -> set[fx.Node]:
@@ -986,7 +1121,8 @@ class Analysis:
         return ~self.removed[ids]
 
     def shift_of(self, layer: Layer) -> Floats:
-        """[O] what must be added to the layer's output once removed inputs are gone and silent filters are without weights."""
+        """[O] what must be added to the layer's output once removed inputs are gone and silent filters are without
+        weights."""
         n_filters, cg = layer.reads.shape
         per_group = n_filters // layer.groups
         gone = layer.ins.const & (layer.ins.value != 0) & self.removed[layer.ins.ids]

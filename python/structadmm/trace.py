@@ -1,7 +1,8 @@
 """From a module to a graph of operations with the shape of every value, on a copy of the module.
 
-`trace` copies the model, runs torch.fx over the copy in both modes, makes the graph say what it does (in-place operations rebound,
-functional dropout turned into modules that obey train() and eval()), and propagates the shapes of the example.
+`trace` copies the model, runs torch.fx over the copy in both modes, makes the graph say what it does (in-place
+operations rebound, functional dropout turned into modules that obey train() and eval()), and propagates the shapes of
+the example.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from torch.utils import _pytree as pytree
 
 from .errors import TraceError
 
-# Shapes are propagated at this batch size, which no channel count, conv group or head count is likely to equal: a reshape that mixes the
-# batch with channels then shows.
+# Shapes are propagated at this batch size, which no channel count, conv group or head count is likely to equal: a
+# reshape that mixes the batch with channels then shows.
 PROBE_BATCH = 3
 
 _HOOKS = (
@@ -41,8 +42,8 @@ _HOOKS = (
 class Traced:
     """A traced copy of a model.
 
-    module: GraphModule over a copy of the model, attribute paths as in the model.
-    shapes: per node the shape of its value in eval mode at batch `batch` (a tuple of ints for a tensor, nested tuples for several
+    module: GraphModule over a copy of the model, attribute paths as in the model. shapes: per node the shape of its
+    value in eval mode at batch `batch` (a tuple of ints for a tensor, nested tuples for several
         tensors, the value itself for numbers).
     inputs: the example, checked. notes: what the user should know (hooks that do not survive, modes that differ).
     """
@@ -113,11 +114,14 @@ def as_inputs(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "
 
 
 def rebatch(inputs: Sequence[Tensor], batch: int, seed: int | None = None) -> tuple[Tensor, ...]:
-    """The inputs at another batch size: repeated along dimension 0, or with `seed` standard normal values (integers: repeated).
+    """The inputs at another batch size: repeated along dimension 0, or with `seed` standard normal values (integers:
+    repeated).
 
     Inputs whose first dimensions differ have no common batch and keep their shapes.
     """
-    common = len({t.shape[0] if t.dim() else -1 for t in inputs}) == 1 and inputs[0].dim() > 0 and inputs[0].shape[0] > 0
+    common = (
+        len({t.shape[0] if t.dim() else -1 for t in inputs}) == 1 and inputs[0].dim() > 0 and inputs[0].shape[0] > 0
+    )
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     out = []
     for t in inputs:
@@ -198,8 +202,13 @@ def _culprit(error: BaseException) -> str:
     return ""
 
 
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
 def _defaults(model: nn.Module, n_inputs: int, who: str) -> dict[str, Any]:
-    """Arguments of forward that the example leaves at their defaults: tracing must see the values, not stand-ins for them."""
+    """Arguments of forward that the example leaves at their defaults: tracing must see the values, not stand-ins for
+    them."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
@@ -220,7 +229,7 @@ def _symbolic(model: nn.Module, training: bool, defaults: dict[str, Any], who: s
         module = model.get_submodule(path)
         name = f"{path} ({type(module).__name__})" if path else type(module).__name__
         raise TraceError(
-            f"{who}: {name} got {type(error).__name__}{_culprit(error)}: {str(error).splitlines()[0] if str(error) else ''}; "
+            f"{who}: {name} got {type(error).__name__}{_culprit(error)}: {_first_line(error)}; "
             "wanted a forward whose steps do not depend on the values of tensors (torch.fx traces it)"
         ) from error
     # Arguments left at their defaults are constants now: drop their stand-ins and torch.fx's assertions about them.
@@ -280,7 +289,8 @@ _INPLACE_POSITION = {
 
 
 def _rebind_mutated(graph: fx.Graph) -> None:
-    """Users of a tensor that come after it was overwritten use the operation that overwrote it: the same values, but said so."""
+    """Users of a tensor that come after it was overwritten use the operation that overwrote it: the same values, but
+    said so."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         source = _mutated(node)
@@ -340,8 +350,8 @@ def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trac
 
     The model is left as it is. Every module keeps its train/eval flag. Errors begin with `who`.
 
-    Raises TraceError: the example does not fit the model's dtype or device; forward cannot be traced (the message names the
-    module and the source line); forward fails on the example.
+    Raises TraceError: the example does not fit the model's dtype or device; forward cannot be traced (the message names
+    the module and the source line); forward fails on the example.
     """
     inputs = as_inputs(model, example, who)
     defaults = _defaults(model, len(inputs), who)
@@ -372,7 +382,7 @@ def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trac
             node = runner.current
             where = f"{node.target} " if node is not None and node.op == "call_module" else ""
             failure = TraceError(
-                f"{who}: {where}got {type(error).__name__}{_culprit(error)}: {str(error).splitlines()[0] if str(error) else ''}; "
+                f"{who}: {where}got {type(error).__name__}{_culprit(error)}: {_first_line(error)}; "
                 f"wanted an example that the network takes, got shapes {', '.join(str(tuple(t.shape)) for t in inputs)}"
             )
             failure.__cause__ = error

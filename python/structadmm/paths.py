@@ -1,0 +1,281 @@
+"""Unused paths: filters that nothing reads, channels that nothing fills; removed as zeros in a model of the same class.
+
+`fold` is the step that purify and compact share: it writes what the analysis found into the weights, without changing
+shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .channels import Analysis, Layer
+from .errors import CompactError
+from .trace import as_inputs, clone, mode, rebatch, tensors_in, trace
+
+
+@dataclass
+class LayerZeros:
+    """One layer before and after: filters that are not zero, input channels that are read, weights that are not
+    zero."""
+
+    name: str
+    filters: int
+    filters_before: int
+    filters_after: int
+    channels: int
+    channels_before: int
+    channels_after: int
+    weights: int
+    weights_before: int
+    weights_after: int
+
+
+@dataclass
+class ZerosReport:
+    """What remove_unused_paths or purify took away.
+
+    layers: one row per convolution and linear layer. notes: layer -> {reason why a filter without effect stays: how
+    many}. whole: operation left whole -> reason. max_abs_diff: largest difference of the outputs on a probe batch.
+    """
+
+    layers: list[LayerZeros]
+    notes: dict[str, dict[str, int]] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    max_abs_diff: float | None = None
+
+    @property
+    def weights_before(self) -> int:
+        return sum(r.weights_before for r in self.layers)
+
+    @property
+    def weights_after(self) -> int:
+        return sum(r.weights_after for r in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"weights_before": self.weights_before, "weights_after": self.weights_after}
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                r.name,
+                f"{r.filters_before} -> {r.filters_after} / {r.filters}",
+                f"{r.channels_before} -> {r.channels_after} / {r.channels}",
+                f"{r.weights_before:,} -> {r.weights_after:,}",
+            )
+            for r in self.layers
+        ]
+        total = ("all", "", "", f"{self.weights_before:,} -> {self.weights_after:,}")
+        text = render("Nonzero", ("layer", "filters", "channels read", "weights"), rows, total)
+        return text + remarks_text(self.notes, self.whole, self.remarks)
+
+
+def render(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] | None = None) -> str:
+    """A table as text; the first column to the left, numbers to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    if total is not None:
+        table.add_section()
+        table.add_row(*total)
+    console = Console(width=200, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def remarks_text(notes: Mapping[str, Mapping[str, int]], whole: Mapping[str, str], remarks: Sequence[str]) -> str:
+    lines = [
+        f"{name}: {n} filter{'s' * (n > 1)} without effect kept: {why}"
+        for name, per in notes.items()
+        for why, n in per.items()
+    ]
+    lines += [f"{name} left whole: {why}" for name, why in whole.items()] + list(remarks)
+    return "".join(line + "\n" for line in lines)
+
+
+def check_weights(model: nn.Module, who: str) -> None:
+    """Raises CompactError when a parameter or buffer is not finite, naming it."""
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            raise CompactError(f"{who}: {name} got NaN or infinite values, wanted finite ones")
+
+
+def compare(a: nn.Module, b: nn.Module, inputs: Sequence[Tensor]) -> tuple[float, float]:
+    """Largest absolute difference of the outputs in eval mode, and the same relative to the largest output."""
+    outs = []
+    for model in (a, b):
+        with mode(model, False), torch.no_grad():
+            outs.append(tensors_in(model(*(t.clone() for t in inputs))))
+    if len(outs[0]) != len(outs[1]):
+        raise CompactError(f"compact: output got {len(outs[1])} tensors, wanted {len(outs[0])}")
+    worst, scale = 0.0, 0.0
+    for x, y in zip(*outs, strict=True):
+        if x.shape != y.shape:
+            raise CompactError(f"compact: output got shape {tuple(y.shape)}, wanted {tuple(x.shape)}")
+        if x.numel():
+            difference = (x.double() - y.double()).abs().max().item()
+            worst = difference if not difference <= worst else worst  # NaN is the worst of all
+            scale = max(scale, x.double().abs().max().item())
+    return worst, worst / scale if scale else worst
+
+
+def tolerance_for(model: nn.Module, tolerance: float | None) -> float:
+    """1e-4 in float32, 1e-10 in float64, 2e-2 in half precision: some hundred times the rounding of one forward
+    pass."""
+    if tolerance is not None:
+        return tolerance
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 2e-2)
+
+
+def assert_same(
+    who: str, a: nn.Module, b: nn.Module, inputs: Sequence[Tensor], tolerance: float
+) -> tuple[float, float]:
+    """Compare and raise CompactError where the largest difference exceeds `tolerance` times the largest output (at
+    least 1)."""
+    absolute, relative = compare(a, b, inputs)
+    scale = absolute / relative if relative else 1.0
+    if not absolute <= tolerance * max(1.0, scale):
+        raise CompactError(
+            f"{who}: {type(a).__name__} got outputs that differ by {absolute:.3g} (outputs up to {scale:.3g}), "
+            f"wanted at most {tolerance:g} times the larger of 1 and the outputs"
+        )
+    return absolute, relative
+
+
+def dense(t: Tensor, layer: Layer) -> Tensor:
+    """The layer's weight as [O, Cg, K], sharing storage where its strides allow."""
+    return t.detach().reshape(*layer.reads.shape, -1)
+
+
+def fold(analysis: Analysis, root: nn.Module) -> None:
+    """Write the findings into the modules of `root` in place, shapes unchanged: the function in eval mode stays the
+    same.
+
+    Filters without effect and weights on removed channels become zero; constants that they carried go into the layer's
+    bias, the running mean of the BatchNorm behind it, or a new bias.
+    """
+    for node, layer in analysis.layers.items():
+        m = root.get_submodule(str(node.target))
+        assert layer.needed is not None
+        n_filters, cg = layer.reads.shape
+        out_gone = analysis.removed[layer.outs.ids]
+        in_gone = np.repeat(analysis.removed[layer.ins.ids].reshape(layer.groups, cg), n_filters // layer.groups, 0)
+        idle = ~layer.needed | out_gone
+        keep = ~in_gone & ~(idle | layer.silent)[:, None]
+        delta = analysis.shift_of(layer)
+        delta[idle] = 0.0
+        with torch.no_grad():
+            weight = m.weight.detach()
+            mask = torch.from_numpy(keep).to(weight.device).reshape(n_filters, cg, *[1] * (weight.dim() - 2))
+            m.weight.detach().mul_(mask)  # not masked_fill: -0.0 and 0.0 are both zeros here
+            if m.bias is not None:
+                bias = m.bias.detach()
+                bias.copy_(bias.double() + _on(delta, bias))
+                bias[_on(idle, bias)] = 0
+            elif delta.any():
+                if layer.shift == "norm":
+                    mean = root.get_submodule(str(next(iter(node.users)).target)).running_mean
+                    mean.copy_(mean.double() - _on(delta, mean))  # type: ignore[union-attr, operator]
+                else:
+                    assert layer.shift == "new"
+                    m.bias = nn.Parameter(_on(delta, weight).to(weight.dtype), requires_grad=m.weight.requires_grad)
+    for node in analysis.norms:
+        m = root.get_submodule(str(node.target))
+        facts = analysis.facts[node]
+        idle = (analysis.removed[facts.ids] | ~analysis.need[node]).reshape(-1)
+        for p in (m.weight, m.bias):
+            if p is not None:
+                p.detach()[_on(idle, p)] = 0
+
+
+def _on(a: np.ndarray[Any, Any], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(a)).to(like.device)
+
+
+def zeros_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Per convolution and linear layer: filters, nonzero filters, channels, channels read, weights, nonzero weights."""
+    out = {}
+    for name, m in model.named_modules():
+        w = getattr(m, "weight", None)
+        if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and isinstance(w, Tensor):
+            nonzero = w.detach() != 0
+            flat = nonzero.reshape(w.shape[0], w.shape[1], -1).any(2)
+            g = getattr(m, "groups", 1)
+            channels = flat.reshape(g, -1, w.shape[1]).any(1)
+            out[name] = (
+                w.shape[0],
+                int(flat.any(1).sum()),
+                channels.numel(),
+                int(channels.sum()),
+                w.numel(),
+                int(nonzero.sum()),
+            )
+    return out
+
+
+def zeros_report(before: dict[str, tuple[int, ...]], after: dict[str, tuple[int, ...]]) -> ZerosReport:
+    return ZerosReport(
+        [
+            LayerZeros(name, b[0], b[1], a[1], b[2], b[3], a[3], b[4], b[5], a[5])
+            for name, b in before.items()
+            if (a := after.get(name)) is not None
+        ]
+    )
+
+
+def report_of(model: nn.Module) -> Any:
+    """The report that remove_unused_paths or purify left on the model that it returned; None on any other model."""
+    return getattr(model, "_structadmm_report", None)
+
+
+def remove_paths(
+    model: nn.Module, example: Tensor | Sequence[Tensor], who: str, absorb_borders: bool = False
+) -> nn.Module:
+    """A copy of `model` in which paths without effect are zero; see remove_unused_paths."""
+    traced = trace(model, example, who)
+    analysis = Analysis(traced, create_bias=False, elide=False, absorb_borders=absorb_borders)
+    out = clone(model)
+    before = zeros_of(out)
+    fold(analysis, out)
+    report = zeros_report(before, zeros_of(out))
+    report.notes, report.whole, report.remarks = analysis.notes(), analysis.whole, traced.notes
+    out._structadmm_report = report  # type: ignore[assignment]
+    return out
+
+
+def remove_unused_paths(
+    model: nn.Module, example: Tensor | Sequence[Tensor], tolerance: float | None = None
+) -> nn.Module:
+    """A deep copy of `model` in which every path that has no effect on the output is zero; the same function in eval
+    mode.
+
+    A channel that no consumer reads makes its filter zero; a filter that is zero frees the channels that read it, its
+    constant (bias, BatchNorm, activation) folded into the consumer's bias where that is exact, border included. On a
+    residual stream a filter goes only if every consumer ignores the channel, a channel only if every producer leaves it
+    constant. No bias is created (compact does that), no shape changes. `report_of(result)` tells what went and why the
+    rest stayed.
+
+    example: a tensor or a tuple of tensors as the model takes them. Raises TraceError where the model can't be traced,
+    CompactError for weights that are not finite or where the outputs on a probe batch differ by more than `tolerance`
+    (default as for compact).
+    """
+    who = "remove_unused_paths"
+    check_weights(model, who)
+    out = remove_paths(model, example, who)
+    inputs = as_inputs(model, example, who)
+    probe = rebatch(inputs, inputs[0].shape[0] if inputs[0].dim() else 1, seed=0)
+    report_of(out).max_abs_diff, _ = assert_same(who, clone(model), out, probe, tolerance_for(model, tolerance))
+    return out
