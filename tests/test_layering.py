@@ -18,7 +18,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"_load", "ops"},
     {"constraints", "masks", "plan", "schedules", "nn"},
     {"admm", "trace"},
-    {"paths", "purify", "compact"},
+    {"channels", "paths", "purify", "compact"},
     {"allowed"},
     {"artefact"},
     {"data", "models", "report"},
