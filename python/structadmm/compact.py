@@ -119,7 +119,7 @@ class CompactReport:
 
 
 class ChannelBias(nn.Module):
-    """x plus one constant per channel of dimension `dim`: what is left of an addition whose other operand is constant."""
+    """x plus a constant per channel of dimension `dim`: an addition whose other operand is constant."""
 
     def __init__(self, bias: Tensor, dim: int = 1) -> None:
         super().__init__()
