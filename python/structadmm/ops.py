@@ -1,14 +1,139 @@
-"""The ops: `torch.ops.structadmm.*` with Python signatures, and the fake implementations that torch.compile traces."""
+"""The ops: `torch.ops.structadmm.*` with Python signatures, and the fake implementations that torch.compile traces.
+
+The training ops take the data of a weight, so autograd sees none of them. Group numbers: `structadmm.groups`. The truth
+they are tested against: `structadmm.reference`. Bad arguments raise ValueError, `op: argument got ..., wanted ...`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from . import _load as _load
+from .groups import DEFAULT_BLOCK, n_groups
 
 _ops = torch.ops.structadmm
+_fake = torch.library.register_fake
 
 
 def isa() -> str:
     """The instruction set that the CPU kernels use: scalar, avx2 or avx512. STRUCTADMM_ISA forces one."""
     return str(_ops.isa())
+
+
+def _touched(*tensors: Tensor) -> None:
+    # torch counts the writes to a tensor, and refuses a backward pass over what was overwritten; it cannot see ours.
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
+
+
+def group_sumsq(
+    w: Tensor,
+    structure: str,
+    conv_groups: int = 1,
+    block: int = DEFAULT_BLOCK,
+    u: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """f32 [n_groups]: the sum over each group of (w + u)^2, weights outside the mask left out.
+
+    w: [O, C/groups, *kernel], f32, bf16 or f16, any strides (contiguous and channels-last without a copy); u: f32 of
+    w's shape; mask: bool of w's shape. The same bits on every CPU, instruction set and thread count: sums run over
+    filters in ascending order by fused multiply-add (filter groups: in 32 lanes along the row, which for channels-last
+    weights is in memory order).
+    """
+    result: Tensor = _ops.group_sumsq(w.detach(), structure, conv_groups, block, u, mask)
+    return result
+
+
+@_fake("structadmm::group_sumsq")
+def _(
+    w: Tensor,
+    structure: str,
+    conv_groups: int = 1,
+    block: int = DEFAULT_BLOCK,
+    u: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    return w.new_empty(n_groups(structure, w.shape, conv_groups, block), dtype=torch.float32)
+
+
+def topk_keep(scores: Tensor, k: int) -> Tensor:
+    """Bool [n], exactly k true: the largest of f32 scores [n], ties to the lower index. NaN or infinite: ValueError."""
+    result: Tensor = _ops.topk_keep(scores.detach(), k)
+    return result
+
+
+@_fake("structadmm::topk_keep")
+def _(scores: Tensor, k: int) -> Tensor:
+    return scores.new_empty(scores.shape[0], dtype=torch.bool)
+
+
+def project_update_(
+    w: Tensor,
+    z: Tensor,
+    u: Tensor,
+    structure: str,
+    k: int,
+    conv_groups: int = 1,
+    block: int = DEFAULT_BLOCK,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Project V = W + U on the k groups of largest norm and update the dual, in place on z and u, in two passes.
+
+    Z' = V on kept groups and mask, 0 elsewhere; U' = V - Z'. Returns keep, bool [n_groups], and sums, f64 [5]:
+    ||W - Z'||^2, ||Z' - Z||^2, ||W||^2, ||Z'||^2, ||U'||^2, the same bits for every thread count. The Z and U steps of
+    StructADMM; Boyd et al. (2011), section 9.1. Memory layouts and dtypes as in group_sumsq; z and u are f32.
+
+    A NaN or infinite group norm is a ValueError on the CPU. On CUDA, to spare the wait for the device, it leaves z and
+    u as they are and makes the sums NaN.
+    """
+    keep, sums = _ops.project_update_(w.detach(), z, u, structure, k, conv_groups, block, mask)
+    _touched(z, u)
+    return keep, sums
+
+
+@_fake("structadmm::project_update_")
+def _(
+    w: Tensor,
+    z: Tensor,
+    u: Tensor,
+    structure: str,
+    k: int,
+    conv_groups: int = 1,
+    block: int = DEFAULT_BLOCK,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    n = n_groups(structure, w.shape, conv_groups, block)
+    return w.new_empty(n, dtype=torch.bool), w.new_empty(5, dtype=torch.float64)
+
+
+def masked_update_(w: Tensor, z: Tensor, u: Tensor, mask: Tensor) -> Tensor:
+    """project_update_ for a mask already known (bool of w's shape), as mixtures need it. Returns the sums, f64 [5]."""
+    sums: Tensor = _ops.masked_update_(w.detach(), z, u, mask)
+    _touched(z, u)
+    return sums
+
+
+@_fake("structadmm::masked_update_")
+def _(w: Tensor, z: Tensor, u: Tensor, mask: Tensor) -> Tensor:
+    return w.new_empty(5, dtype=torch.float64)
+
+
+def add_penalty_grad_(
+    grads: Sequence[Tensor], ws: Sequence[Tensor], zs: Sequence[Tensor], us: Sequence[Tensor], rhos: Sequence[float]
+) -> None:
+    """grads[i] += rhos[i] * (ws[i] - zs[i] + us[i]) for all layers in one call: the gradient of rho/2 ||W - Z + U||^2.
+
+    grads and ws are f32, bf16 or f16, one dtype per layer, zs and us f32; f32 arithmetic, rounded once to grads' dtype.
+    """
+    grads = list(grads)
+    _ops.add_penalty_grad_(grads, [w.detach() for w in ws], list(zs), list(us), [float(rho) for rho in rhos])
+    _touched(*grads)
+
+
+@_fake("structadmm::add_penalty_grad_")
+def _(grads: list[Tensor], ws: list[Tensor], zs: list[Tensor], us: list[Tensor], rhos: list[float]) -> None:
+    return None
