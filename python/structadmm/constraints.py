@@ -139,9 +139,8 @@ def density(constraints: Sequence[Constraint], shape: Sequence[int], conv_groups
     where the shares multiply. Structures along the same axis may nest: the smallest of them is what can be promised.
     """
     shares = {c.structure: c.keep / n_groups(c.structure, shape, conv_groups, c.block) for c in constraints}
-    along = [d for s, d in shares.items() if s != "filter"]
-    both = shares.get("filter", 1.0) * min(along, default=1.0)
-    return min(shares["element"], both) if "element" in shares and len(shares) > 1 else both
+    along = min((d for s, d in shares.items() if s not in ("filter", "element")), default=1.0)
+    return min(shares.get("filter", 1.0) * along, shares.get("element", 1.0))
 
 
 def check_finite(w: Tensor, u: Tensor | None = None) -> bool:
