@@ -440,7 +440,10 @@ def _elide(analysis: Analysis, node: fx.Node) -> None:
 
 def _compact_columns(small: fx.GraphModule, traced: Traced, always: bool) -> None:
     """Layers whose zero columns or block-columns pay become CompactConv2d and CompactLinear."""
-    from .nn import CompactConv2d, CompactLinear
+    try:
+        from .nn import CompactConv2d, CompactLinear
+    except ImportError:
+        return
 
     for name, calls in _calls(traced).items():
         m = small.get_submodule(name)
