@@ -109,8 +109,8 @@ class VGG(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
-            nn.MaxPool2d(2), nn.Conv2d(12, 10, 3), nn.Tanh(), nn.AvgPool2d(2, padding=1),
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12),
+            nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(12, 10, 3), nn.Tanh(), nn.AvgPool2d(2, padding=1),
         )  # fmt: skip
         self.fc1, self.bn, self.fc2 = nn.Linear(90, 16), nn.BatchNorm1d(16), nn.Linear(16, 5)
 

@@ -155,7 +155,8 @@ def leaky(padding: int, activation: nn.Module, bias: bool = True) -> nn.Sequenti
     not."""
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), activation,
-        nn.Conv2d(6, 4, 3, padding=padding, bias=bias), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
+        nn.Conv2d(6, 4, 3, padding=padding, bias=bias), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
     )  # fmt: skip
     randomise(model.double(), 0.0, 3)
     with torch.no_grad():
