@@ -137,3 +137,116 @@ def add_penalty_grad_(
 @_fake("structadmm::add_penalty_grad_")
 def _(grads: list[Tensor], ws: list[Tensor], zs: list[Tensor], us: list[Tensor], rhos: list[float]) -> None:
     return None
+
+
+def _conv_out(
+    op: str, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x got {x.dim()} dimensions, wanted 4 (batch, channels, height, width)")
+    return [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+
+
+# Bound once: looking an op up costs as much as a small layer.
+_conv2d_packed = _ops.conv2d_packed.default
+_linear_packed = _ops.linear_packed.default
+
+
+def conv2d_compact(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    taps: Tensor,
+    block_filters: Tensor,
+    block_taps: Tensor,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """2-d convolution of x, f32 [batch, channels, height, width] of any strides, with a compacted weight: contiguous.
+
+    The weight and its tables are stored as structadmm.nn says; they are checked and packed at every call. f32 only, CPU
+    or CUDA, no autograd. Raises RuntimeError where an argument is not what the op wants.
+    """
+    return _ops.conv2d_compact(
+        x, weight, bias, taps, block_filters, block_taps, out_channels, kernel_size, stride, padding, dilation, groups
+    )
+
+
+def linear_compact(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    taps: Tensor,
+    block_filters: Tensor,
+    block_taps: Tensor,
+    out_features: int,
+) -> Tensor:
+    """x [..., in_features] W^T + bias with a compacted weight; otherwise as conv2d_compact."""
+    return _ops.linear_compact(x, weight, bias, taps, block_filters, block_taps, out_features)
+
+
+def conv2d_pack(
+    weight: Tensor,
+    bias: Tensor | None,
+    taps: Tensor,
+    block_filters: Tensor,
+    block_taps: Tensor,
+    in_channels: int,
+    kernel_size: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The weight and bias as conv2d_packed reads them: opaque bytes (uint8), good in this process. CPU only."""
+    return _ops.conv2d_pack(weight, bias, taps, block_filters, block_taps, in_channels, kernel_size, groups)
+
+
+def linear_pack(
+    weight: Tensor, bias: Tensor | None, taps: Tensor, block_filters: Tensor, block_taps: Tensor, in_features: int
+) -> Tensor:
+    """The weight and bias as linear_packed reads them: opaque bytes (uint8), good in this process. CPU only."""
+    return _ops.linear_pack(weight, bias, taps, block_filters, block_taps, in_features)
+
+
+def conv2d_packed(
+    x: Tensor,
+    packed: Tensor,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """conv2d_compact on what conv2d_pack made."""
+    return _conv2d_packed(x, packed, out_channels, kernel_size, stride, padding, dilation)
+
+
+def linear_packed(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    """linear_compact on what linear_pack made."""
+    return _linear_packed(x, packed, out_features)
+
+
+@torch.library.register_fake("structadmm::conv2d_compact")
+def _(x, weight, bias, taps, block_filters, block_taps, out_channels, kernel_size, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    return x.new_empty(
+        [x.shape[0], out_channels, *_conv_out("conv2d_compact", x, kernel_size, stride, padding, dilation)]
+    )
+
+
+@torch.library.register_fake("structadmm::conv2d_packed")
+def _(x, packed, out_channels, kernel_size, stride, padding, dilation):  # type: ignore[no-untyped-def]
+    return x.new_empty(
+        [x.shape[0], out_channels, *_conv_out("conv2d_packed", x, kernel_size, stride, padding, dilation)]
+    )
+
+
+@torch.library.register_fake("structadmm::linear_compact")
+def _(x, weight, bias, taps, block_filters, block_taps, out_features):  # type: ignore[no-untyped-def]
+    return x.new_empty([*x.shape[:-1], out_features])
+
+
+@torch.library.register_fake("structadmm::linear_packed")
+def _(x, packed, out_features):  # type: ignore[no-untyped-def]
+    return x.new_empty([*x.shape[:-1], out_features])

@@ -7,9 +7,11 @@ kernel's sum may differ by its own rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .groups import DEFAULT_BLOCK, expand_keep, group_ids, n_groups
@@ -83,3 +85,50 @@ def add_penalty_grad_(
     """grads[i] += rhos[i] * (ws[i] - zs[i] + us[i]), the gradient of rho/2 ||W - Z + U||^2, rounded once."""
     for g, w, z, u, rho in zip(grads, ws, zs, us, rhos, strict=True):
         g.copy_(g.float() + rho * (w.float() - z + u))
+
+
+def scatter_taps(
+    weight: Tensor, taps: Tensor, block_filters: Tensor, block_taps: Tensor, shape: Sequence[int]
+) -> Tensor:
+    """The dense weight [O, Cg, *kernel] of a compacted one (structadmm.nn says how it is stored); differentiable."""
+    filters, columns, n = shape[0], math.prod(shape[1:]), weight.numel()
+    of_block = torch.repeat_interleave(block_filters.long(), output_size=filters)
+    counts = (block_taps[1:] - block_taps[:-1]).long()[of_block]
+    row = torch.repeat_interleave(counts, output_size=n)
+    within = torch.arange(n, device=weight.device) - (counts.cumsum(0) - counts)[row]
+    column = taps.long()[block_taps.long()[of_block[row]] + within]
+    dense = weight.new_zeros(filters * columns).index_put((row * columns + column,), weight)
+    return dense.reshape(shape)
+
+
+def conv2d_compact(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    taps: Tensor,
+    block_filters: Tensor,
+    block_taps: Tensor,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The convolution of a compacted weight: F.conv2d on the dense one."""
+    shape = (out_channels, x.shape[1] // groups, *kernel_size)
+    dense = scatter_taps(weight, taps, block_filters, block_taps, shape)
+    return F.conv2d(x, dense, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def linear_compact(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    taps: Tensor,
+    block_filters: Tensor,
+    block_taps: Tensor,
+    out_features: int,
+) -> Tensor:
+    """The linear layer of a compacted weight: F.linear on the dense one."""
+    return F.linear(x, scatter_taps(weight, taps, block_filters, block_taps, (out_features, x.shape[-1])), bias)

@@ -6,6 +6,5 @@
 namespace structadmm::bindings {
 
 void bind_common(pybind11::module_& m);
-void bind_projection(pybind11::module_& m);
 
 }  // namespace structadmm::bindings

@@ -1,0 +1,66 @@
+// The compacted weight of a convolution or linear layer, and its packed form.
+//
+// As stored (little, canonical, in state dicts and files):
+//   taps           int32 [total taps]  kept columns j = flat index of (channel within the conv group, *kernel position)
+//   block_filters  int32 [blocks]      filters of each block; blocks are in filter order and none crosses a conv group
+//   block_taps     int32 [blocks + 1]  where each block's taps begin
+//   weight         f32 [nnz]           block after block, each [block_filters[b]][taps of b]
+//   bias           f32 [filters] or null
+// Column sparsity is one block per conv group, block-column many; a filter without taps emits its bias.
+//
+// As packed (opaque bytes, of one process): panels of 16, 8 or 4 filters for the gemm_compact kernels, with taps
+// decoded and validated. All three instruction sets read the same layout; `layout` tells it from those to come.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/gemm_compact/gemm_compact.h"
+
+namespace structadmm {
+
+struct TapTable {
+  std::span<const float> weight, bias;  // bias may be empty
+  bool has_bias = false;
+  std::span<const int32_t> taps, block_filters, block_taps;
+  int64_t in_channels = 0;  // of all conv groups
+  int64_t kernel_size[2] = {1, 1};
+  int64_t conv_groups = 1;
+};
+
+struct Panel {
+  int32_t first_filter, filters, width, block;
+  int64_t first_tap, n_taps;
+  int64_t weight;  // index of its first weight
+};
+
+struct PackedHeader {
+  char magic[8];
+  int32_t layout;
+  int32_t in_channels, out_channels, conv_groups, kernel_h, kernel_w;
+  int64_t bytes;
+  int64_t panels, taps, channels, weights;                       // counts
+  int64_t panels_at, taps_at, channels_at, weights_at, bias_at;  // byte offsets
+};
+
+// The packed form, read in place.
+struct Packed {
+  const PackedHeader* header;
+  std::span<const Panel> panels;
+  const kernels::Tap* taps;
+  std::span<const int32_t> channels;  // input channels that some tap reads, ascending
+  const float* weights;
+  const float* bias;  // [out_channels], and zeros behind it for the width of a panel
+};
+
+// Throws Error, worded for `op`, if the table is not well formed.
+void check(const char* op, const TapTable& table);
+
+// check() and pack().
+std::vector<std::byte> pack(const char* op, const TapTable& table);
+
+// Throws Error if these bytes are not a whole packed form of this build.
+Packed unpack(const char* op, std::span<const std::byte> bytes);
+
+}  // namespace structadmm
