@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compact import ChannelBias
+
 # Sizes and counts of a file stay below this, so that products of a few of them are far from overflow.
 _LIMIT = 2**31
 
@@ -138,6 +140,8 @@ class Kind:
     integers: Mapping[str, torch.dtype] | None = None
     consistent: Callable[[Config], str | None] = lambda c: None
     values: Callable[[Config, dict[str, Tensor]], str | None] = lambda c, t: None
+    getters: Mapping[str, Callable[[Any], Any]] | None = None  # for fields that are no attributes
+    make: Callable[..., nn.Module] | None = None  # for constructors that take other arguments
     fixed: Mapping[str, object] | None = None  # attributes that are not written, and the one value that they may have
 
     def read(self, module: nn.Module) -> Config:
@@ -145,7 +149,11 @@ class Kind:
         for name, value in (self.fixed or {}).items():
             if getattr(module, name) != value:
                 raise refuse(name, getattr(module, name), repr(value))
-        config = {name: field.read(getattr(module, name)) for name, field in self.fields.items()}
+        getters = self.getters or {}
+        config = {
+            name: field.read(getters[name](module) if name in getters else getattr(module, name))
+            for name, field in self.fields.items()
+        }
         self.check_config(config)
         return config
 
@@ -179,7 +187,7 @@ class Kind:
         """The layer on the meta device, so nothing is allocated, whatever the sizes."""
         arguments = {name: field.build(config[name]) for name, field in self.fields.items()}
         with torch.device("meta"):
-            return self.cls(**arguments)
+            return (self.make or self.cls)(**arguments)
 
 
 def _conv(cls: type[nn.Module], n: int) -> Kind:
@@ -314,6 +322,13 @@ KINDS: dict[str, Kind] = {
         _plain(nn.Dropout1d, p=PROBABILITY, inplace=BOOL),
         _plain(nn.Dropout2d, p=PROBABILITY, inplace=BOOL),
         _plain(nn.Identity),
+        Kind(
+            ChannelBias,
+            {"channels": COUNT, "dim": _integer(0)},
+            lambda c: {"bias": (c["channels"],)},
+            getters={"channels": lambda m: m.bias.numel()},
+            make=lambda channels, dim: ChannelBias(torch.empty(channels), dim),
+        ),
     )
 }
 

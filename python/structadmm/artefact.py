@@ -233,7 +233,8 @@ def save(
         trace.
     example: a tensor or a tuple of tensors, batch first; their shapes (batch left free) and dtypes are noted in the
         file.
-    metadata: JSON values of the user's own (class names, normalisation, accuracy); `load` gives them back.
+    metadata: JSON values of the user's own (class names, normalisation, accuracy); `load` gives them back. The report
+        of `compact`, where the module has one, is added as "report".
     original: the dense network, of which only the structure is noted, for `structadmm bench`.
     What is not given is taken from `module.meta["structadmm"]` ("inputs", "metadata", "original"), where `compact` and
     `load` leave it.
@@ -287,6 +288,9 @@ def save(
         except ArtefactError:  # nobody asked for it: without it, bench wants --dense
             manifest["original"] = None
     notes = dict(metadata if metadata is not None else carried.get("metadata", {}))
+    report = getattr(module, "report", None)
+    if callable(to_dict := getattr(report, "to_dict", None)):
+        notes.setdefault("report", to_dict())
     manifest["metadata"] = notes
     try:
         _check_keys(notes)

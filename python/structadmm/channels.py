@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,9 @@ Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Largest ratio of constants at which one channel carries another's weights: rounding grows by as much in the worst
+# case.
+MAX_RATIO = 100.0
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -82,6 +85,7 @@ class Layer:
     shift: str | None
     silent: Bools  # filters that are constant and can emit their constant through the bias, so read nothing
     needed: Bools | None = None
+    merges: dict[int, int] = field(default_factory=dict)  # removed input channel -> the one that carries its constant
 
 
 def _flat(facts: Facts) -> Facts:
@@ -127,138 +131,42 @@ def components(n: int, edges: Sequence[tuple[Ints, Ints]]) -> Ints:
             label = label[label]
 
 
-# Elementwise operations of one tensor. None: the identity (in eval mode).
+# fmt: off
+# Elementwise operations of one tensor; the identities are identities in eval mode.
 _IDENTITY_MODULES = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )
 _POINTWISE_MODULES = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SiLU,
-    nn.GELU,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.SELU,
-    nn.CELU,
-    nn.Mish,
-    nn.Softplus,
-    nn.Softsign,
-    nn.Hardtanh,
-    nn.LogSigmoid,
-    nn.Threshold,
-    nn.Hardshrink,
-    nn.Softshrink,
-    nn.Tanhshrink,
+    nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU,
+    nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.LogSigmoid, nn.Threshold, nn.Hardshrink,
+    nn.Softshrink, nn.Tanhshrink,
 )
 _POINTWISE_NAMES = {
-    "relu",
-    "relu_",
-    "relu6",
-    "silu",
-    "gelu",
-    "hardswish",
-    "hardsigmoid",
-    "sigmoid",
-    "sigmoid_",
-    "tanh",
-    "tanh_",
-    "leaky_relu",
-    "leaky_relu_",
-    "elu",
-    "elu_",
-    "selu",
-    "selu_",
-    "celu",
-    "celu_",
-    "mish",
-    "softplus",
-    "softsign",
-    "hardtanh",
-    "hardtanh_",
-    "logsigmoid",
-    "threshold",
-    "hardshrink",
-    "softshrink",
-    "tanhshrink",
-    "abs",
-    "neg",
-    "exp",
-    "sqrt",
-    "square",
-    "clamp",
-    "clamp_",
-    "clip",
-    "pow",
-    "erf",
-    "sin",
-    "cos",
-    "log1p",
-    "expm1",
-    "rsqrt",
-    "reciprocal",
+    "relu", "relu_", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "sigmoid_", "tanh", "tanh_",
+    "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "selu_", "celu", "celu_", "mish", "softplus", "softsign",
+    "hardtanh", "hardtanh_", "logsigmoid", "threshold", "hardshrink", "softshrink", "tanhshrink", "abs", "neg", "exp",
+    "sqrt", "square", "clamp", "clamp_", "clip", "pow", "erf", "sin", "cos", "log1p", "expm1", "rsqrt", "reciprocal",
 }
 _IDENTITY_NAMES = {"contiguous", "clone", "detach"}
 _BINARY_NAMES = {
-    "add": "add",
-    "add_": "add",
-    "iadd": "add",
-    "sub": "sub",
-    "sub_": "sub",
-    "isub": "sub",
-    "mul": "mul",
-    "mul_": "mul",
-    "imul": "mul",
-    "multiply": "mul",
-    "subtract": "sub",
-    "truediv": "div",
-    "div": "div",
-    "div_": "div",
-    "itruediv": "div",
-    "maximum": "max",
-    "minimum": "min",
+    "add": "add", "add_": "add", "iadd": "add", "sub": "sub", "sub_": "sub", "isub": "sub", "mul": "mul", "mul_":
+    "mul", "imul": "mul", "multiply": "mul", "subtract": "sub", "truediv": "div", "div": "div", "div_": "div",
+    "itruediv": "div", "maximum": "max", "minimum": "min",
 }
 _CONST_POOLS = (
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
-    nn.AdaptiveMaxPool1d,
-    nn.AdaptiveMaxPool2d,
-    nn.AdaptiveMaxPool3d,
-    nn.Upsample,
-    nn.UpsamplingNearest2d,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample, nn.UpsamplingNearest2d,
     nn.UpsamplingBilinear2d,
 )
 _AVG_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _CONST_POOL_FUNCTIONS = {
-    F.max_pool1d,
-    F.max_pool2d,
-    F.max_pool3d,
-    torch.max_pool1d,
-    torch.max_pool2d,
-    torch.max_pool3d,
-    F.adaptive_avg_pool1d,
-    F.adaptive_avg_pool2d,
-    F.adaptive_avg_pool3d,
-    F.adaptive_max_pool1d,
-    F.adaptive_max_pool2d,
-    F.adaptive_max_pool3d,
-    F.interpolate,
+    F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d, F.interpolate,
 }
 _AVG_POOL_FUNCTIONS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 _PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+# fmt: on
 
 
 def _function_name(target: Any) -> str:
@@ -281,17 +189,14 @@ class Analysis:
     """The three passes over a traced network; afterwards `removed` says per id whether the channel goes.
 
     create_bias: a layer without bias may get one. elide: an addition of a constant may become a bias, its operand
-    vanishes. absorb_borders: take constants into biases even where zero padding makes that wrong at the border (an
-    approximation for purify).
+    vanishes.
     """
 
-    def __init__(
-        self, traced: Traced, *, create_bias: bool = True, elide: bool = True, absorb_borders: bool = False
-    ) -> None:
+    def __init__(self, traced: Traced, *, create_bias: bool = True, elide: bool = True) -> None:
         self.traced = traced
         self.module = traced.module
         self.shapes = traced.shapes
-        self.create_bias, self.elide, self.absorb_borders = create_bias, elide, absorb_borders
+        self.create_bias, self.elide = create_bias, elide
         self.n_ids = 0
         self.facts: dict[fx.Node, Facts] = {}
         self.why: dict[fx.Node, str] = {}  # nodes without facts: the reason
@@ -406,7 +311,10 @@ class Analysis:
     def _pin(self, node: fx.Node, reason: str) -> None:
         """Leave everything that `node` touches whole."""
         self.why[node] = reason
-        if node.op != "output" and any(n in self.facts or n in self.parts for n in node.all_input_nodes):
+        tracked = any(n in self.facts or n in self.parts for n in node.all_input_nodes)
+        if node.op == "call_module":
+            tracked |= next(self.module.get_submodule(node.target).parameters(), None) is not None
+        if node.op != "output" and tracked:
             self.whole[title(node)] = reason
         for source in node.all_input_nodes:
             if source in self.facts:
@@ -1032,22 +940,17 @@ class Analysis:
 
     def _remove(self) -> None:
         self.label = components(self.n_ids, self.edges)
-        alive = np.zeros(self.n_ids, bool)
         self.reasons: dict[int, str] = {}
+        alive = np.zeros(self.n_ids, bool)
         for ids, reason in self.locks:
             alive[ids] = True
             for label in np.unique(self.label[ids]).tolist():
                 self.reasons.setdefault(label, reason)
         for node, facts in self.facts.items():
             alive[facts.ids[self.need[node] & ~facts.const]] = True
-        for layer in self.layers.values():
-            stuck, reason = self._stuck(layer)
-            for label in np.unique(self.label[layer.ins.ids[stuck]]).tolist():
-                self.reasons.setdefault(label, reason)
-            alive[layer.ins.ids[stuck]] = True
-        kept = np.zeros(self.n_ids, bool)
-        kept[self.label[alive]] = True
-        self._kept = kept
+        self._kept = np.zeros(self.n_ids, bool)
+        self._kept[self.label[alive]] = True
+        self._merge()
         self._repair()
         self.removed: Bools = ~self._kept[self.label]
 
@@ -1056,18 +959,60 @@ class Analysis:
         assert layer.needed is not None
         return layer.needed & ~layer.silent
 
-    def _stuck(self, layer: Layer) -> tuple[Bools, str]:
+    def _stuck(self, layer: Layer) -> Ints:
         """Input channels whose nonzero constant the layer can't take into its bias exactly."""
         n_filters, cg = layer.reads.shape
-        leaks = np.zeros_like(layer.border) if self.absorb_borders else layer.border
-        bad = (layer.reads if layer.shift is None else leaks) & self._rows(layer)[:, None]
+        bad = (layer.reads if layer.shift is None else layer.border) & self._rows(layer)[:, None]
         stuck = bad.reshape(layer.groups, -1, cg).any(1).reshape(-1) & layer.ins.const & (layer.ins.value != 0)
-        what = (
-            "has no bias to take its constant"
-            if layer.shift is None
-            else "would see its constant end at the zero padding"
-        )
-        return stuck, f"{title(layer.node)} {what}"
+        return np.flatnonzero(stuck & ~self._kept[self.label[layer.ins.ids]])
+
+    def _merge(self) -> None:
+        """Of the channels that go but for a constant that some layer can't take, keep as few as can carry the others'
+        weights.
+
+        For a layer, channels with constants a and b are one channel: b with the weights w_b + (a/b) w_a, zero padding
+        included.
+        """
+        where: dict[int, list[tuple[Layer, int]]] = {}
+        # Per layer and conv group: channels that can carry others, [(label, index)].
+        carriers: dict[tuple[fx.Node, int], list[tuple[int, int]]] = {}
+        for layer in self.layers.values():
+            stuck = self._stuck(layer)
+            labels = self.label[layer.ins.ids]
+            for i in stuck.tolist():
+                where.setdefault(int(labels[i]), []).append((layer, i))
+            source = self.need[layer.source].reshape(-1)
+            if stuck.size and source.size == labels.size:
+                for i in np.flatnonzero(layer.ins.const & (layer.ins.value != 0) & source).tolist():
+                    group = (layer.node, i // layer.reads.shape[1])
+                    carriers.setdefault(group, []).append((int(labels[i]), i))
+        serves: dict[int, int] = {}
+        size: dict[int, float] = {}
+        for (node, _), entries in carriers.items():
+            values = self.layers[node].ins.value
+            for label, i in entries:
+                serves[label] = serves.get(label, 0) + 1
+                size[label] = min(size.get(label, np.inf), abs(values[i]))
+        # The most used and largest constants first: they become the carriers.
+        for label in sorted(where, key=lambda k: (-serves.get(k, 0), -size.get(k, 0.0), k)):
+            found = []
+            for layer, i in where[label]:
+                value = layer.ins.value
+                candidates = [
+                    j
+                    for other, j in carriers.get((layer.node, i // layer.reads.shape[1]), [])
+                    if self._kept[other] and abs(value[i]) <= MAX_RATIO * abs(value[j])
+                ]
+                if not candidates:
+                    break
+                found.append((layer, i, max(candidates, key=lambda j, v=value: abs(v[j]))))  # type: ignore[misc]
+            else:
+                for layer, i, j in found:
+                    layer.merges[i] = j
+                continue
+            layer = where[label][0][0]
+            why = "has no bias for" if layer.shift is None else "pads with zeros, so sees the edge of"
+            self._keep(np.array([label]), f"{title(layer.node)} {why} its constant")
 
     def live_nodes(self) -> set[fx.Node]:
         """Nodes that the output still depends on once elided operands are gone."""
@@ -1127,6 +1072,8 @@ class Analysis:
         per_group = n_filters // layer.groups
         gone = layer.ins.const & (layer.ins.value != 0) & self.removed[layer.ins.ids]
         taken = np.repeat(np.where(gone, layer.ins.value, 0.0).reshape(layer.groups, cg), per_group, 0)
+        for i in layer.merges:
+            taken[:, i % cg][i // cg * per_group : (i // cg + 1) * per_group] = 0.0
         delta = (taken * np.where(layer.reads, layer.total, 0.0)).sum(1)
         delta[~self._rows(layer)] = 0.0
         own = layer.needed & layer.silent  # type: ignore[operator]

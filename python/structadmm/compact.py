@@ -7,6 +7,7 @@ with the input.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -166,6 +167,7 @@ def compact(
     report = CompactReport(_layer_rows(traced), remarks=traced.notes)
     analysis = Analysis(traced)
     report.notes, report.whole = analysis.notes(), analysis.whole
+    dense = copy.deepcopy(traced.module).to("meta")
 
     small = traced.module
     fold(analysis, small)
@@ -188,7 +190,17 @@ def compact(
         report.max_abs_diff, report.max_rel_diff = assert_same("compact", clone(model), small, probe, limit)
     small.report = report  # type: ignore[assignment]
     small.meta[_PRESERVED] = {"report": report}  # so that deepcopy keeps it
+    # For save: what the network takes, and the structure (no values) that it is compared with.
+    small.meta["structadmm"] = {
+        "inputs": [((None, *t.shape[1:]), t.dtype) for t in traced.inputs],
+        "original": _original(model) or dense,
+    }
     return small
+
+
+def _original(model: nn.Module) -> Any:
+    """What a network that was compacted before was compacted from."""
+    return model.meta.get("structadmm", {}).get("original") if isinstance(model, fx.GraphModule) else None
 
 
 # torch.fx's name for attributes that copies of a GraphModule keep.
@@ -440,7 +452,10 @@ def _elide(analysis: Analysis, node: fx.Node) -> None:
 
 def _compact_columns(small: fx.GraphModule, traced: Traced, always: bool) -> None:
     """Layers whose zero columns or block-columns pay become CompactConv2d and CompactLinear."""
-    from .nn import CompactConv2d, CompactLinear
+    try:
+        from .nn import CompactConv2d, CompactLinear
+    except ImportError:
+        return
 
     for name, calls in _calls(traced).items():
         m = small.get_submodule(name)

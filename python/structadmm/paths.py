@@ -180,7 +180,18 @@ def fold(analysis: Analysis, root: nn.Module) -> None:
         with torch.no_grad():
             weight = m.weight.detach()
             mask = torch.from_numpy(keep).to(weight.device).reshape(n_filters, cg, *[1] * (weight.dim() - 2))
-            m.weight.detach().mul_(mask)  # not masked_fill: -0.0 and 0.0 are both zeros here
+            reading = torch.from_numpy(layer.needed & ~layer.silent).to(weight.device)
+            for gone, carrier in layer.merges.items():
+                if analysis.removed[layer.ins.ids[gone]]:
+                    rows = slice(
+                        gone // cg * (n_filters // layer.groups), (gone // cg + 1) * (n_filters // layer.groups)
+                    )
+                    ratio = layer.ins.value[gone] / layer.ins.value[carrier]
+                    moved = (
+                        weight[rows, gone % cg].double() * ratio * reading[rows].reshape(-1, *[1] * (weight.dim() - 2))
+                    )
+                    weight[rows, carrier % cg] += moved.to(weight.dtype)
+            weight.mul_(mask)
             if m.bias is not None:
                 bias = m.bias.detach()
                 bias.copy_(bias.double() + _on(delta, bias))
@@ -241,12 +252,10 @@ def report_of(model: nn.Module) -> Any:
     return getattr(model, "_structadmm_report", None)
 
 
-def remove_paths(
-    model: nn.Module, example: Tensor | Sequence[Tensor], who: str, absorb_borders: bool = False
-) -> nn.Module:
+def remove_paths(model: nn.Module, example: Tensor | Sequence[Tensor], who: str) -> nn.Module:
     """A copy of `model` in which paths without effect are zero; see remove_unused_paths."""
     traced = trace(model, example, who)
-    analysis = Analysis(traced, create_bias=False, elide=False, absorb_borders=absorb_borders)
+    analysis = Analysis(traced, create_bias=False, elide=False)
     out = clone(model)
     before = zeros_of(out)
     fold(analysis, out)

@@ -232,6 +232,8 @@ def _symbolic(model: nn.Module, training: bool, defaults: dict[str, Any], who: s
             f"{who}: {name} got {type(error).__name__}{_culprit(error)}: {_first_line(error)}; "
             "wanted a forward whose steps do not depend on the values of tensors (torch.fx traces it)"
         ) from error
+    for node in graph.nodes:
+        node.type = None  # annotations may be strings, which generated code cannot import when it is pickled
     # Arguments left at their defaults are constants now: drop their stand-ins and torch.fx's assertions about them.
     stand_ins = [n for n in graph.nodes if n.op == "placeholder" and n.target.removesuffix("_1") in defaults]
     for placeholder in stand_ins:

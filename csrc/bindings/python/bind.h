@@ -6,5 +6,6 @@
 namespace structadmm::bindings {
 
 void bind_common(pybind11::module_& m);
+void bind_projection(pybind11::module_& m);
 
 }  // namespace structadmm::bindings

@@ -4,4 +4,5 @@
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The kernels of structadmm over NumPy arrays, without torch.";
   structadmm::bindings::bind_common(m);
+  structadmm::bindings::bind_projection(m);
 }

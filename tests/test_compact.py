@@ -1,0 +1,457 @@
+"""compact: the smaller network computes what the masked one computes, is as small as the zeros allow, and lives on."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import VGG, ResNet, random_chain, randomise
+from torch import Tensor, nn
+
+import structadmm as sa
+from structadmm.errors import CompactError
+from structadmm.groups import expand_keep
+from structadmm.trace import clone
+
+torch.set_num_threads(1)  # tiny networks
+KINDS = ("A", "B", "bottleneck", "grouped", "mobile", "se")
+
+
+def same(model: nn.Module, small: nn.Module, x: Tensor, tolerance: float = 1e-10) -> None:
+    """Equal outputs in eval mode, relative to the largest; 1e-10 is some thousand roundings in float64."""
+    model, small = copy.deepcopy(model).eval(), copy.deepcopy(small).eval()
+    with torch.no_grad():
+        a, b = model(x), small(x)
+    assert (a - b).abs().max() <= tolerance * max(1.0, a.abs().max().item())
+
+
+def images(n: int, dtype: torch.dtype = torch.float64, size: int = 12) -> Tensor:
+    return torch.randn(n, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(n))
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.7])
+@pytest.mark.parametrize("seed", range(30))
+def test_random_chains(seed: int, rate: float) -> None:
+    model = randomise(random_chain(seed).double(), rate, seed, leak=seed % 3 > 0)
+    small = sa.compact(model, images(2), columns="never")
+    same(model, small, images(3))
+    report = small.report
+    assert report.weights_after <= report.weights_before
+    assert report.max_abs_diff is not None and report.max_abs_diff <= 1e-10
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.7])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_random_residual_nets(kind: str, seed: int, rate: float) -> None:
+    act = (nn.ReLU, nn.SiLU, nn.Hardswish)[seed]
+    model = randomise(ResNet(kind, act=act).double(), rate, seed, leak=seed > 0)
+    small = sa.compact(model, images(2), columns="never")
+    same(model, small, images(5))
+    assert small.report.weights_after < small.report.weights_before
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_vgg_with_flatten_and_dropout(seed: int) -> None:
+    model = randomise(VGG().double(), 0.5, seed)
+    small = sa.compact(model, images(2), columns="never")
+    same(model, small, images(4))
+    small.train()
+    a, b = small(images(8)), small(images(8))
+    assert not torch.equal(a, b), "dropout must be active in training mode"
+    small.eval()
+    assert torch.equal(small(images(8)), small(images(8)))
+
+
+# What the zeros allow, against a plain fixed point
+
+
+def live_counts(weights: list[Tensor]) -> list[tuple[int, int]]:
+    """Filters and channels that a bias-free ReLU chain needs: those on a path of nonzero weights from input to
+    output."""
+    connects = [w.flatten(2).abs().sum(2) != 0 for w in weights]
+    forward = [torch.ones(connects[0].shape[1], dtype=torch.bool)]
+    for c in connects:
+        forward.append((c & forward[-1]).any(1))
+    backward = [torch.ones(connects[-1].shape[0], dtype=torch.bool)]
+    for c in reversed(connects):
+        backward.insert(0, (c & backward[0][:, None]).any(0))
+    live = [f & b for f, b in zip(forward, backward, strict=True)]
+    live[0], live[-1] = torch.ones_like(live[0]), torch.ones_like(live[-1])
+    return [(max(1, int(o.sum())), max(1, int(i.sum()))) for i, o in zip(live, live[1:], strict=False)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_chain_shrinks_to_its_live_paths(seed: int) -> None:
+    convs = [nn.Conv2d(c, d, 3, padding=1, bias=False) for c, d in ((3, 8), (8, 10), (10, 6), (6, 4))]
+    model = nn.Sequential(*[m for c in convs for m in (c, nn.ReLU())][:-1]).double()
+    randomise(model, 0.5, seed)
+    small = sa.compact(model, images(1), columns="never")
+    expected = live_counts([c.weight.detach() for c in convs])
+    got = [tuple(m.weight.shape[:2]) for m in small.modules() if isinstance(m, nn.Conv2d)]
+    assert got == expected
+    assert small.report.weights_after == sum(o * i * 9 for o, i in expected)
+
+
+def test_filters_of_a_dead_stream_channel_go_and_others_stay() -> None:
+    model = randomise(ResNet("B").double(), 0.0, 0)
+    block = model.layer1[1]
+    with torch.no_grad():
+        for conv, bn in ((block.conv2, block.bn2), (block.downsample[0], block.downsample[1])):
+            conv.weight[:6] = 0  # channels 0-5 of the second stage have no producer once the next block adds nothing
+            bn.weight[:6] = bn.bias[:6] = 0
+        last = model.layer1[2]
+        last.conv2.weight[:4] = 0
+        last.bn2.weight[:4] = last.bn2.bias[:4] = 0
+    small = sa.compact(model, images(2), columns="never")
+    same(model, small, images(3))
+    # Channels 4 and 5 are still fed by the last block, so only 0-3 go, in every layer of the stream.
+    assert small.layer1.get_submodule("1").conv2.weight.shape[0] == 12
+    assert small.layer1.get_submodule("1").downsample.get_submodule("0").weight.shape[0] == 12
+    assert small.layer1.get_submodule("2").conv1.weight.shape[1] == 12
+    assert small.layer1.get_submodule("2").conv2.weight.shape[0] == 12
+    assert small.fc.weight.shape[1] == 12
+    idle = small.report.notes["layer1.1.conv2"]
+    assert sum(idle.values()) == 2 and "residual stream" in next(iter(idle))
+
+
+def test_a_channel_nobody_reads_takes_its_filters_along() -> None:
+    model = randomise(ResNet("B").double(), 0.0, 1)
+    with torch.no_grad():
+        model.layer1[2].conv1.weight[:, :5] = 0
+        model.fc.weight[:, :5] = 0
+    small = sa.compact(model, images(2), columns="never")
+    same(model, small, images(3))
+    assert small.fc.in_features == 11
+    assert small.layer1.get_submodule("1").conv2.out_channels == 11
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.7])
+def test_a_dead_branch_vanishes(beta: float) -> None:
+    model = randomise(ResNet("B").double(), 0.0, 2)
+    block = model.layer1[2]
+    with torch.no_grad():
+        block.conv2.weight.zero_()
+        block.bn2.running_mean.zero_()
+        block.bn2.bias.fill_(beta)
+    small = sa.compact(model, images(2), columns="never")
+    same(model, small, images(3))
+    names = [name for name, _ in small.named_modules()]
+    assert "layer1.2.conv1" not in names and "layer1.2.conv2" not in names
+    assert {r.name: r.shape_after for r in small.report.layers}["layer1.2.conv1"] is None
+    assert any(type(m).__name__ == "ChannelBias" for m in small.modules()) == (beta != 0)
+
+
+# Constants of zero filters
+
+
+def leaky(padding: int, activation: nn.Module, bias: bool = True) -> nn.Sequential:
+    """conv - BN - activation - conv - global mean; the first two filters of the first conv are zero, their BN betas are
+    not."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), activation,
+        nn.Conv2d(6, 4, 3, padding=padding, bias=bias), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
+    )  # fmt: skip
+    randomise(model.double(), 0.0, 3)
+    with torch.no_grad():
+        model[0].weight[:2] = 0
+        model[1].running_mean[:2] = 0
+        model[1].bias[:2] = torch.tensor([0.9, 0.4])
+    return model
+
+
+def test_batchnorm_beta_leak_at_the_border() -> None:
+    """A zero filter emits relu(beta); behind zero padding that is no bias, so one filter stays to carry both
+    constants."""
+    model = leaky(1, nn.ReLU())
+    small = sa.compact(model, images(1), columns="never")
+    same(model, small, images(2))
+    assert small.get_submodule("0").out_channels == 5
+    assert "pads with zeros" in next(iter(small.report.notes["0"]))
+    # The tempting shortcut, the constant in the bias, is far off at the border.
+    shortcut = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        x = images(2)
+        constant = torch.tensor([0.9, 0.4], dtype=torch.float64)
+        shortcut[3].bias += (shortcut[3].weight[:, :2].sum((2, 3)) * constant).sum(1)
+        shortcut[3].weight[:, :2] = 0
+        assert (shortcut(x) - copy.deepcopy(model).eval()(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Sigmoid(), nn.SiLU(), nn.Hardswish(), nn.GELU()])
+def test_constants_fold_where_there_is_no_padding(activation: nn.Module, bias: bool) -> None:
+    model = leaky(0, activation, bias)
+    small = sa.compact(model, images(1), columns="never")
+    same(model, small, images(2))
+    assert small.get_submodule("0").out_channels == 4
+    assert small.get_submodule("3").bias is not None
+
+
+def test_negative_beta_behind_relu_is_zero_and_goes_through_padding() -> None:
+    model = leaky(1, nn.ReLU())
+    with torch.no_grad():
+        model[1].bias[:2] = -0.5
+    small = sa.compact(model, images(1), columns="never")
+    same(model, small, images(2))
+    assert small.get_submodule("0").out_channels == 4
+
+
+def test_taps_that_never_touch_padding_take_a_constant() -> None:
+    model = leaky(1, nn.ReLU())
+    with torch.no_grad():
+        centre = torch.zeros(3, 3, dtype=torch.float64)
+        centre[1, 1] = 1
+        model[3].weight[:, :2] *= centre
+    small = sa.compact(model, images(1), columns="never")
+    same(model, small, images(2))
+    assert small.get_submodule("0").out_channels == 4
+
+
+def test_average_pooling_that_counts_padding_keeps_a_constant() -> None:
+    for include in (True, False):
+        model = leaky(0, nn.Sigmoid())
+        model.insert(3, nn.AvgPool2d(3, 1, 1, count_include_pad=include))
+        small = sa.compact(model, images(1), columns="never")
+        same(model, small, images(2))
+        assert small.get_submodule("0").out_channels == (6 if include else 4)
+
+
+def test_constant_goes_into_the_mean_of_the_batchnorm_behind() -> None:
+    model = leaky(0, nn.ReLU(), bias=False)
+    model.insert(4, nn.BatchNorm2d(4).double())
+    small = sa.compact(model, images(1), columns="never")
+    same(model, small, images(2))
+    assert small.get_submodule("0").out_channels == 4
+    assert small.get_submodule("3").bias is None
+
+
+# What cannot be tracked
+
+
+class Odd(nn.Module):
+    """A network with one operation in the middle that mixes channels in a way of its own."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 2)
+        self.norm = nn.GroupNorm(2, 8)
+        self.scale = nn.Parameter(torch.ones(1, 8, 1, 1))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.how(self, F.relu(self.a(x)))
+        return self.fc(F.relu(self.b(x)).mean((2, 3)))
+
+
+ODD = {
+    "GroupNorm": lambda m, x: m.norm(x),
+    "softmax": lambda m, x: torch.softmax(x, 1),
+    "flip": lambda m, x: torch.flip(x, (1,)),
+    "parameter": lambda m, x: x * m.scale,
+    "cumsum": lambda m, x: x.cumsum(1),
+    "sum over channels": lambda m, x: x / x.sum(1, keepdim=True),
+    "number of channels": lambda m, x: x * x.shape[1],
+    "shuffle": lambda m, x: x.view(-1, 2, 4, 10, 10).transpose(1, 2).reshape(-1, 8, 10, 10),
+    "channel taken": lambda m, x: x + x[:, 6:7],
+    "channel index": lambda m, x: x * x[:, 2].unsqueeze(1),
+    "transposed linear": lambda m, x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "expand": lambda m, x: x + x.mean(1, keepdim=True).expand(-1, 8, -1, -1),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_untracked_operations_leave_channels_whole(name: str) -> None:
+    model = randomise(Odd(ODD[name]).double(), 0.0, 0)
+    with torch.no_grad():
+        model.a.weight[:4] = 0
+        model.b.weight[:4] = 0
+        model.b.bias[:4] = 0
+    small = sa.compact(model, images(2), columns="never")
+    same(model, small, images(3))
+    assert small.b.out_channels == 4, "what is tracked still goes"
+    if name != "transposed linear":
+        assert small.a.out_channels == 8
+        assert "left whole" in str(small.report) or small.report.notes["a"]
+
+
+def test_modules_called_twice_and_tied_weights_stay_whole() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.other, self.fc = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Linear(3, 2)
+            self.tied = nn.Conv2d(3, 3, 3)
+            self.tied.weight = self.other.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.tied(self.other(self.conv(self.conv(x)))).mean((2, 3)))
+
+    model = randomise(Twice().double(), 0.0, 0)
+    with torch.no_grad():
+        model.conv.weight[0] = 0
+        model.other.weight[0] = 0
+    small = sa.compact(model, images(2), columns="never")
+    same(model, small, images(3))
+    assert small.conv.out_channels == 3 and small.other.out_channels == 3
+    assert "called 2 times" in small.report.whole["conv"]
+    assert "tied" in small.report.whole["tied"]
+    assert small.tied.weight is small.other.weight
+
+
+# Life after compaction
+
+
+def small_resnet(columns: str = "never") -> tuple[nn.Module, nn.Module]:
+    model = randomise(ResNet("B"), 0.5, 5)
+    return model, sa.compact(model, images(2, torch.float32), columns=columns)
+
+
+def test_input_is_left_as_it_is() -> None:
+    model = randomise(ResNet("A"), 0.5, 4)
+    model.train()
+    model.layer1[0].eval()
+    before = {k: v.numpy().tobytes() for k, v in model.state_dict().items()}
+    flags = [m.training for m in model.modules()]
+    sa.compact(model, images(2, torch.float32), columns="never")
+    assert {k: v.numpy().tobytes() for k, v in model.state_dict().items()} == before
+    assert [m.training for m in model.modules()] == flags
+
+
+def test_names_flags_and_classes_are_kept() -> None:
+    model = randomise(ResNet("B"), 0.5, 4)
+    model.train()
+    model.layer1[1].eval()
+    model.conv1.weight.requires_grad_(False)
+    small = sa.compact(model, images(2, torch.float32), columns="never")
+    modules = dict(model.named_modules())
+    for name, m in small.named_modules():
+        if name and list(m.children()) == []:
+            assert type(m) is type(modules[name]) and m.training == modules[name].training, name
+    wanted = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert all(wanted.get(n, True) == p.requires_grad for n, p in small.named_parameters())
+    assert not small.conv1.weight.requires_grad
+    assert set(small.state_dict()) <= set(model.state_dict()) | {"layer1.0.conv1.bias"}
+
+
+def test_trains() -> None:
+    model, small = small_resnet()
+    small.train()
+    optimizer = torch.optim.SGD(small.parameters(), 0.05, momentum=0.9)
+    x, y = images(16, torch.float32), torch.arange(16) % 10
+    losses = []
+    for _ in range(8):
+        loss = F.cross_entropy(small(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(p.grad is not None for p in small.parameters())
+
+
+@pytest.mark.parametrize("columns", ["never"])
+def test_copies_pickles_and_takes_any_batch(columns: str) -> None:
+    model, small = small_resnet(columns)
+    x = images(7, torch.float32)
+    small.eval()
+    buffer = io.BytesIO()
+    torch.save(small, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small)), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x), small(x))
+        assert other.report.weights_after == small.report.weights_after
+        assert set(other.state_dict()) == set(small.state_dict())
+    for n in (1, 2, 9):
+        same(model, small, images(n, torch.float32), 1e-5)  # float32: some hundred roundings of 6e-8
+
+
+def test_another_image_size_where_the_network_takes_it() -> None:
+    model = randomise(ResNet("B").double(), 0.5, 6)
+    small = sa.compact(model, images(1), columns="never")
+    same(model, small, images(2, size=19))
+
+
+def test_compacting_twice_changes_nothing_more() -> None:
+    _, small = small_resnet()
+    again = sa.compact(small, images(2, torch.float32), columns="never")
+    same(small, again, images(3, torch.float32), 1e-5)
+    assert again.report.weights_after == small.report.weights_after
+
+
+def test_pruning_hooks_are_baked_and_other_hooks_are_announced() -> None:
+    model = randomise(ResNet("B"), 0.0, 0)
+    torch.nn.utils.prune.ln_structured(model.layer1[0].conv1, "weight", 0.5, 2, 0)
+    model.layer1[0].bn1.bias.data.zero_()
+    model.layer1[0].bn1.running_mean.zero_()
+    model.fc.register_forward_hook(lambda m, i, o: None)
+    with pytest.warns(UserWarning, match="fc: its hooks"):
+        small = sa.compact(model, images(2, torch.float32), columns="never")
+    same(clone(model), small, images(3, torch.float32), 1e-5)
+    assert small.layer1.get_submodule("0").conv1.out_channels == 4
+    assert hasattr(model.layer1[0].conv1, "weight_orig"), "the input keeps its hooks"
+
+
+def test_no_warning_without_hooks() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small_resnet()
+
+
+def test_report_counts_and_prints() -> None:
+    model, small = small_resnet()
+    report = small.report
+    assert report.weights_before == sum(
+        m.weight.numel() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))
+    )
+    assert report.weights_after == sum(
+        m.weight.numel() for m in small.modules() if isinstance(m, (nn.Conv2d, nn.Linear))
+    )
+    conv1 = report.layers[0]
+    assert (conv1.name, conv1.macs_before) == ("conv1", 8 * 27 * 144)
+    text = str(report)
+    assert "layer1.1.downsample.0" in text and "largest difference" in text
+    assert report.to_dict()["macs_after"] == report.macs_after
+
+
+# Bad input
+
+
+def test_errors_name_what_is_wrong() -> None:
+    model = ResNet("B")
+    x = images(2, torch.float32)
+    with pytest.raises(CompactError, match="columns got 'some', wanted one of auto, always, never"):
+        sa.compact(model, x, columns="some")
+    with torch.no_grad():
+        model.layer1[1].conv2.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(CompactError, match=r"layer1\.1\.conv2\.weight got NaN"):
+        sa.compact(model, x)
+
+
+def test_a_difference_is_an_error_not_a_result() -> None:
+    class Aliased(nn.Module):
+        """Adds in place to a tensor that it still uses, which symbolic tracing does not see."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            z = y
+            y += 1
+            return y + z
+
+    with pytest.raises(CompactError, match="Aliased got outputs that differ"):
+        sa.compact(Aliased(), images(2, torch.float32), columns="never")
+
+
+def test_block_columns_expand() -> None:
+    """The zeros that randomise makes are what they are called, so that the property tests test something."""
+    keep = torch.tensor([True, False] * 9)
+    assert expand_keep(keep, "column", (4, 2, 3, 3)).float().mean() == 0.5
