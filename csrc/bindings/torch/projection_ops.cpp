@@ -1,10 +1,13 @@
-// The training ops: group norms, top-k, the fused Z/U update and the penalty gradient. What they compute: ops/group_project.h.
+// The training ops: group norms, top-k, the fused Z/U update, the penalty gradient. What they compute:
+// ops/group_project.h.
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "bindings/torch/adapter.h"
+#include "bindings/torch/cuda_stream.h"
 #include "ops/group_project.h"
+#include "ops/group_project_cuda.h"
 
 namespace structadmm::bindings {
 namespace {
@@ -76,6 +79,72 @@ void add_penalty_grad_cpu(std::vector<Tensor> grads, std::vector<Tensor> ws, std
   add_penalty_grad_(penalty_layers(grads, ws, zs, us, rhos), parallel);
 }
 
+// The CUDA side: on torch's current stream, with workspace from torch's allocator.
+
+using torch::stable::accelerator::DeviceGuard;
+
+Tensor group_sumsq_gpu(Tensor w, std::string structure, int64_t conv_groups, int64_t block, std::optional<Tensor> u,
+                       std::optional<Tensor> mask) {
+  constexpr const char* kOp = "group_sumsq";
+  const TensorView wv = view_of(kOp, "w", w);
+  const auto uv = view_of(kOp, "u", u), maskv = view_of(kOp, "mask", mask);
+  const GroupView view = make_group_view(kOp, structure, wv, conv_groups, block);
+  const DeviceGuard guard(wv.device_index);
+  Tensor scores = empty_on(w, view.groups, ScalarType::Float);
+  Tensor space = empty_on(w, project_workspace_cuda(view), ScalarType::Byte);
+  group_sumsq_cuda(view, wv, pointer_to(uv), pointer_to(maskv), static_cast<float*>(scores.data_ptr()),
+                   space.data_ptr(), current_cuda_stream(kOp, wv.device_index));
+  return scores;
+}
+
+Tensor topk_keep_gpu(Tensor scores, int64_t k) {
+  const TensorView v = view_of("topk_keep", "scores", scores);
+  const DeviceGuard guard(v.device_index);
+  Tensor keep = empty_on(scores, scores.numel(), ScalarType::Bool), space = empty_on(scores, 8, ScalarType::Byte);
+  topk_keep_cuda(v, k, static_cast<uint8_t*>(keep.data_ptr()), space.data_ptr(),
+                 current_cuda_stream("topk_keep", v.device_index));
+  return keep;
+}
+
+std::tuple<Tensor, Tensor> project_update_gpu(Tensor w, Tensor z, Tensor u, std::string structure, int64_t k,
+                                              int64_t conv_groups, int64_t block, std::optional<Tensor> mask) {
+  constexpr const char* kOp = "project_update_";
+  const TensorView wv = view_of(kOp, "w", w), zv = view_of(kOp, "z", z), uv = view_of(kOp, "u", u);
+  const auto maskv = view_of(kOp, "mask", mask);
+  const GroupView view = make_group_view(kOp, structure, wv, conv_groups, block);
+  const DeviceGuard guard(wv.device_index);
+  Tensor keep = empty_on(w, view.groups, ScalarType::Bool), sums = empty_on(w, 5, ScalarType::Double);
+  Tensor space = empty_on(w, project_workspace_cuda(view), ScalarType::Byte);
+  project_update_cuda(view, wv, zv, uv, k, pointer_to(maskv), static_cast<uint8_t*>(keep.data_ptr()),
+                      static_cast<double*>(sums.data_ptr()), space.data_ptr(),
+                      current_cuda_stream(kOp, wv.device_index));
+  return {keep, sums};
+}
+
+Tensor masked_update_gpu(Tensor w, Tensor z, Tensor u, Tensor mask) {
+  constexpr const char* kOp = "masked_update_";
+  const TensorView wv = view_of(kOp, "w", w);
+  const DeviceGuard guard(wv.device_index);
+  Tensor sums = empty_on(w, 5, ScalarType::Double), space = empty_on(w, masked_workspace_cuda(wv), ScalarType::Byte);
+  masked_update_cuda(wv, view_of(kOp, "z", z), view_of(kOp, "u", u), view_of(kOp, "mask", mask),
+                     static_cast<double*>(sums.data_ptr()), space.data_ptr(),
+                     current_cuda_stream(kOp, wv.device_index));
+  return sums;
+}
+
+void add_penalty_grad_gpu(std::vector<Tensor> grads, std::vector<Tensor> ws, std::vector<Tensor> zs,
+                          std::vector<Tensor> us, std::vector<double> rhos) {
+  constexpr const char* kOp = "add_penalty_grad_";
+  const auto layers = penalty_layers(grads, ws, zs, us, rhos);
+  if (layers.empty()) return;
+  const int device = layers[0].g.device_index;
+  for (const PenaltyLayer& l : layers) {
+    SADMM_CHECK(l.w.device_index == device, kOp, ": lists got layers on several devices, wanted one device a call");
+  }
+  const DeviceGuard guard(device);
+  add_penalty_grad_cuda(layers, current_cuda_stream(kOp, device));
+}
+
 }  // namespace
 }  // namespace structadmm::bindings
 
@@ -98,4 +167,13 @@ STABLE_TORCH_LIBRARY_IMPL(structadmm, CPU, m) {
   m.impl("project_update_", TORCH_BOX(&project_update_cpu));
   m.impl("masked_update_", TORCH_BOX(&masked_update_cpu));
   m.impl("add_penalty_grad_", TORCH_BOX(&add_penalty_grad_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(structadmm, CUDA, m) {
+  using namespace structadmm::bindings;
+  m.impl("group_sumsq", TORCH_BOX(&group_sumsq_gpu));
+  m.impl("topk_keep", TORCH_BOX(&topk_keep_gpu));
+  m.impl("project_update_", TORCH_BOX(&project_update_gpu));
+  m.impl("masked_update_", TORCH_BOX(&masked_update_gpu));
+  m.impl("add_penalty_grad_", TORCH_BOX(&add_penalty_grad_gpu));
 }
