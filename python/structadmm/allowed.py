@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compact import ChannelBias
+from .nn import CompactConv2d, CompactLinear, check_tables
 
 # Sizes and counts of a file stay below this, so that products of a few of them are far from overflow.
 _LIMIT = 2**31
@@ -252,6 +253,39 @@ def _plain(cls: type[nn.Module], **fields: Field) -> Kind:
     return Kind(cls, fields)
 
 
+_TABLES = {name: torch.int32 for name in ("taps", "block_filters", "block_taps")}
+
+
+def _compact(cls: type[nn.Module], fields: Mapping[str, Field], view: Callable[[Config], tuple[int, int, int]]) -> Kind:
+    """A compacted layer; `view` gives columns of a conv group, filters, conv groups."""
+
+    def tensors(c: Config) -> Shapes:
+        bias: Shapes = {"bias": (view(c)[1],)} if c["bias"] else {}
+        return {"weight": (None,), **bias, **{name: (None,) for name in _TABLES}}
+
+    def values(c: Config, t: dict[str, Tensor]) -> str | None:
+        try:
+            n = check_tables(cls.__name__, *view(c), *(t[name] for name in _TABLES))
+        except ValueError as e:
+            return str(e)
+        return (
+            None if t["weight"].numel() == n else f"weight got [{t['weight'].numel()}], wanted [{n}] as its tables say"
+        )
+
+    return Kind(cls, fields, tensors, _TABLES, _divides if "groups" in fields else lambda c: None, values)
+
+
+_CONV2D = {
+    "in_channels": COUNT,
+    "out_channels": COUNT,
+    "kernel_size": _sizes(2, 1),
+    "stride": _sizes(2, 1),
+    "padding": _sizes(2, 0),
+    "dilation": _sizes(2, 1),
+    "groups": COUNT,
+    "bias": PRESENT,
+}
+
 KINDS: dict[str, Kind] = {
     kind.cls.__name__: kind
     for kind in (
@@ -322,6 +356,16 @@ KINDS: dict[str, Kind] = {
         _plain(nn.Dropout1d, p=PROBABILITY, inplace=BOOL),
         _plain(nn.Dropout2d, p=PROBABILITY, inplace=BOOL),
         _plain(nn.Identity),
+        _compact(
+            CompactConv2d,
+            _CONV2D,
+            lambda c: (c["in_channels"] // c["groups"] * math.prod(c["kernel_size"]), c["out_channels"], c["groups"]),
+        ),
+        _compact(
+            CompactLinear,
+            {"in_features": COUNT, "out_features": COUNT, "bias": PRESENT},
+            lambda c: (c["in_features"], c["out_features"], 1),
+        ),
         Kind(
             ChannelBias,
             {"channels": COUNT, "dim": _integer(0)},

@@ -46,9 +46,7 @@ def _pair(op: str, name: str, value: int | Sequence[int], least: int) -> tuple[i
     return pair
 
 
-def _check_tables(
-    op: str, columns: int, filters: int, groups: int, taps: Tensor, sizes: Tensor, offsets: Tensor
-) -> int:
+def check_tables(op: str, columns: int, filters: int, groups: int, taps: Tensor, sizes: Tensor, offsets: Tensor) -> int:
     """The number of weights that the tables describe. Raises ValueError where they are not well formed."""
     for name, t in (("taps", taps), ("block_filters", sizes), ("block_taps", offsets)):
         if t.dtype != torch.int32 or t.dim() != 1:
@@ -65,7 +63,7 @@ def _check_tables(
         )
     per_group = filters // groups
     if bool(((ends - sizes) // per_group != (ends - 1) // per_group).any()):
-        raise ValueError(f"{op}: block_filters got a block across conv groups of {per_group} filters")
+        raise ValueError(f"{op}: block_filters got a block across conv groups, wanted blocks of the {per_group} in one")
     counts = offsets.diff()
     if int(offsets[0]) != 0 or bool((counts < 0).any()) or int(offsets[-1]) != taps.numel():
         raise ValueError(f"{op}: block_taps got {offsets.tolist()[:8]}..., wanted offsets from 0 up to {taps.numel()}")
@@ -75,7 +73,7 @@ def _check_tables(
         first = torch.zeros(taps.numel() + 1, dtype=torch.bool)
         first[offsets] = True
         if bool(((taps.diff() <= 0) & ~first[1:-1]).any()):
-            raise ValueError(f"{op}: taps got a block whose taps are not ascending")
+            raise ValueError(f"{op}: taps got a block out of order, wanted taps that ascend within a block")
     return int((sizes * counts).sum())
 
 
@@ -148,7 +146,7 @@ class _Compact(nn.Module):
         taps, sizes, offsets = tables
         if taps is None or sizes is None or offsets is None:
             raise ValueError(f"{type(self).__name__}: taps, block_filters, block_taps got some, wanted all or none")
-        count = _check_tables(type(self).__name__, columns, self._filters, self._groups, taps, sizes, offsets)
+        count = check_tables(type(self).__name__, columns, self._filters, self._groups, taps, sizes, offsets)
         if taps.is_meta:
             count = math.prod(self._shape)
         self.weight = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
@@ -194,7 +192,7 @@ class _Compact(nn.Module):
         if all(isinstance(state_dict.get(prefix + n), Tensor) for n in names):
             weight, *tables = (state_dict[prefix + n] for n in names)
             op = f"{type(self).__name__} ({prefix.rstrip('.') or 'state_dict'})"
-            n = _check_tables(op, math.prod(self._shape[1:]), self._filters, self._groups, *tables)
+            n = check_tables(op, math.prod(self._shape[1:]), self._filters, self._groups, *tables)
             if list(weight.shape) != [n]:
                 raise ValueError(f"{op}: weight got {list(weight.shape)}, wanted [{n}] as its tables say")
             if self.weight.shape != weight.shape:
