@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference as ops
+from . import ops
 from .constraints import check_finite, holds, project_mask, project_update_
 from .errors import PlanError
 from .masks import Hold, MaskReport, Masks, weight_of
@@ -130,7 +130,7 @@ class ADMM:
         Call it once before each optimizer.step(), after backward (and after GradScaler.unscale_, or with the scale in
         force as loss_scale). A weight whose .grad is None gets one: the penalty acts on it all the same.
         """
-        grads, ws, zs, us, rhos, back = [], [], [], [], [], []
+        grads, ws, zs, us, rhos = [], [], [], [], []
         for name, layer in self._layers.items():
             rho = layer.scale * self.schedule.rho
             if rho == 0:
@@ -143,18 +143,12 @@ class ADMM:
             if g.is_sparse or g.dtype != w.dtype:
                 kind = "a sparse one" if g.is_sparse else str(g.dtype)
                 raise PlanError(f"ADMM.add_penalty_grad_: grad of layer {name!r} got {kind}, wanted dense {w.dtype}")
-            if g.stride() != w.stride():
-                back.append((g, torch.empty_like(w, requires_grad=False).copy_(g)))
-                g = back[-1][1]
             grads.append(g)
             ws.append(w.detach())
             zs.append(layer.z)
             us.append(layer.u)
             rhos.append(rho * loss_scale)
-        with torch.no_grad():
-            ops.add_penalty_grad_(grads, ws, zs, us, rhos)
-            for g, sum_ in back:
-                g.copy_(sum_)
+        ops.add_penalty_grad_(grads, ws, zs, us, rhos)
 
     def penalty(self) -> Tensor:
         """sum_i rho_i/2 ||W_i - Z_i + U_i||^2 as a differentiable f32 scalar: to look at, or to add to the loss instead

@@ -13,7 +13,7 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from . import reference as ops
+from . import ops
 from .groups import DEFAULT_BLOCK, expand_keep, n_groups, nonempty
 
 # Alternation stops by itself (see mixture_keeps); the cap only guards against rounding of the group norms.
