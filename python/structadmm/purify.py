@@ -1,0 +1,334 @@
+"""Network purification: drop the small groups that early-stopped ADMM leaves alive, as far as accuracy allows.
+
+After Zhang et al. (StructADMM) and Ma et al. (P-RM, arXiv 1905.00136): filters of small importance (threshold sigma),
+channels and columns of small norm (sigma) and channels that are nearly empty (eta) become zero, and with them every
+path without effect. The criteria do not change when a layer with BatchNorm behind it is rescaled:
+
+- a filter's importance is its norm with BatchNorm folded in, ||W_o|| |gamma_o| / sqrt(var_o + eps); - a channel's or
+column's is the norm over folded filters, times the size of what it reads: sqrt(gamma^2 + beta^2) of the
+  BatchNorms that feed the channel; - each is taken relative to the root mean square over the nonzero groups of its
+layer; a channel's occupancy is its number of
+  nonzero weights relative to the layer's mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx, nn
+
+from .channels import Analysis, Layer
+from .errors import CompactError
+from .paths import ZerosReport, check_weights, remove_paths, report_of, zeros_of, zeros_report
+from .trace import clone, trace
+
+Floats = npt.NDArray[np.float64]
+
+STRUCTURES = ("filter", "channel", "column")
+
+
+@dataclass
+class Trial:
+    """One cut that was tried: thresholds sigma and eta times `scale`; weights that it makes zero; what evaluate
+    said."""
+
+    scale: float
+    weights: int
+    score: float | None
+    kept: bool
+
+
+@dataclass
+class PurifyReport(ZerosReport):
+    """What purify took away, the cuts it tried, and per layer how many groups of each structure it dropped.
+
+    scale: the thresholds are sigma and eta times this. baseline, score: evaluate before and after (None without
+    evaluate).
+    """
+
+    scale: float = 0.0
+    baseline: float | None = None
+    score: float | None = None
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+    trials: list[Trial] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        for name, per in self.dropped.items():
+            text += f"{name}: dropped " + ", ".join(f"{n} {s}{'s' * (n > 1)}" for s, n in per.items()) + "\n"
+        if self.score is not None:
+            text += f"score {self.baseline:g} -> {self.score:g} at thresholds times {self.scale:.3g}, "
+            text += f"{len(self.trials)} cuts tried\n"
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | super().to_dict()
+
+
+@dataclass
+class _Groups:
+    """The groups of one structure of one layer: `at` [n] is the scale of the thresholds from which each goes."""
+
+    name: str
+    structure: str
+    at: Floats
+
+
+def purify(
+    model: nn.Module,
+    example: Tensor | Sequence[Tensor],
+    evaluate: Callable[[nn.Module], float] | None = None,
+    max_drop: float = 0.0,
+    *,
+    sigma: float = 0.1,
+    eta: float = 0.1,
+    structures: Sequence[str] = STRUCTURES,
+    skip: Sequence[str] = (),
+    trials: int = 12,
+) -> nn.Module:
+    """A copy of `model` (same class) with more zeros: small groups dropped, then every path without effect removed.
+
+    model: any model with zeros in it, masked or not; left as it is. example: tensors as the model takes them. evaluate:
+    accuracy on held-out data of a model in eval mode, larger is better. With it, sigma and eta are scaled together by
+    the
+        largest factor found by bisection (at most `trials` evaluations) for which evaluate stays within max_drop, in
+        its own units, of its value for `model`. Without it they are used as they are.
+    sigma: filters, channels and columns go whose importance is at most sigma times the layer's root mean square.
+    eta: channels go whose number of nonzero weights is at most eta times the layer's mean.
+    structures: which of filter, channel, column may be dropped. skip: name patterns (fnmatch) of layers left alone.
+
+    A dropped filter with BatchNorm behind it goes on emitting its mean, the BatchNorm's beta, which remove_unused_paths
+    and compact fold into what reads it. The largest group of a layer always stays. `report_of(result)` is a
+    PurifyReport.
+
+    Raises TraceError as trace does; CompactError for arguments out of range, weights or an evaluation that are not
+    finite.
+    """
+    who = "purify"
+    for name, value in (("sigma", sigma), ("eta", eta)):
+        if not 0 <= value < math.inf:
+            raise CompactError(f"{who}: {name} got {value}, wanted a finite number of at least 0")
+    if not max_drop >= 0:
+        raise CompactError(f"{who}: max_drop got {max_drop}, wanted at least 0")
+    unknown = [s for s in structures if s not in STRUCTURES]
+    if unknown:
+        raise CompactError(f"{who}: structures got {unknown[0]!r}, wanted some of {', '.join(STRUCTURES)}")
+    check_weights(model, who)
+    before = zeros_of(clone(model))
+    analysis = Analysis(trace(model, example, who), create_bias=False, elide=False)
+    names = {str(n.target) for n in analysis.layers}
+    for pattern in skip:
+        if not any(fnmatch(n, pattern) for n in names):
+            raise CompactError(f"{who}: skip got {pattern!r}, which matches no layer, wanted a pattern of layer names")
+    groups = _candidates(analysis, sigma, eta, structures, skip)
+
+    tried: list[Trial] = []
+    baseline = None
+    if evaluate is None:
+        scale = 1.0
+        chosen = _cut(model, groups, analysis, scale)
+    else:
+        baseline = _score(evaluate, clone(model))
+        scale, chosen, tried = _search(model, groups, analysis, evaluate, baseline - max_drop, trials)
+
+    out = remove_paths(chosen, example, who)
+    paths = report_of(out)
+    report = PurifyReport(
+        zeros_report(before, zeros_of(out)).layers,
+        paths.notes,
+        paths.whole,
+        paths.remarks,
+        scale=scale,
+        baseline=baseline,
+        trials=tried,
+    )
+    report.score = (
+        max((t for t in tried if t.kept), key=lambda t: t.scale).score if any(t.kept for t in tried) else baseline
+    )
+    for g in groups:
+        n = int((g.at <= scale).sum())
+        if n:
+            report.dropped.setdefault(g.name, {})[g.structure] = n
+    out._structadmm_report = report  # type: ignore[assignment]
+    return out
+
+
+def _score(evaluate: Callable[[nn.Module], float], candidate: nn.Module) -> float:
+    score = float(evaluate(candidate.eval()))
+    if not math.isfinite(score):
+        raise CompactError(f"purify: evaluate got {score}, wanted a function that returns a finite number")
+    return score
+
+
+def _search(
+    model: nn.Module,
+    groups: list[_Groups],
+    analysis: Analysis,
+    evaluate: Callable[[nn.Module], float],
+    floor: float,
+    trials: int,
+) -> tuple[float, nn.Module, list[Trial]]:
+    """Bisection over the scales at which another group goes, to the largest whose cut scores at least `floor`."""
+    scales = np.unique(np.concatenate([g.at[np.isfinite(g.at)] for g in groups] or [np.zeros(0)]))
+    nonzero = _nonzeros(clone(model))
+    best, best_scale, tried = clone(model), 0.0, []
+    low, high = -1, len(scales)
+    while high - low > 1 and len(tried) < trials:
+        middle = (low + high) // 2
+        candidate = _cut(model, groups, analysis, float(scales[middle]))
+        weights = nonzero - _nonzeros(candidate)
+        score = _score(evaluate, clone(candidate))
+        kept = score >= floor
+        tried.append(Trial(float(scales[middle]), weights, score, kept))
+        if kept:
+            low, best, best_scale = middle, candidate, float(scales[middle])
+        else:
+            high = middle
+    return best_scale, best, tried
+
+
+def _nonzeros(model: nn.Module) -> int:
+    return sum(row[5] for row in zeros_of(model).values())
+
+
+def _candidates(
+    analysis: Analysis, sigma: float, eta: float, structures: Sequence[str], skip: Sequence[str]
+) -> list[_Groups]:
+    out: list[_Groups] = []
+    final = _feeds_output(analysis)
+    for node, layer in analysis.layers.items():
+        name = str(node.target)
+        if any(fnmatch(name, pattern) for pattern in skip):
+            continue
+        m: Any = analysis.module.get_submodule(name)
+        w = (
+            m.weight.detach()
+            .double()
+            .cpu()
+            .numpy()
+            .reshape(layer.groups, -1, layer.reads.shape[1], math.prod(m.weight.shape[2:]))
+        )
+        read = _size(analysis, layer.source)
+        if read.size != layer.ins.ids.size:
+            read = np.ones(layer.ins.ids.size)
+        folded = w * _row_scale(analysis, node).reshape(layer.groups, -1, 1, 1)
+        felt = folded * read.reshape(layer.groups, 1, -1, 1)
+        if "filter" in structures and node not in final:
+            out.append(_Groups(name, "filter", _relative(np.sqrt((folded**2).sum((2, 3))).reshape(-1), sigma)))
+        if "channel" in structures:
+            at = _relative(np.sqrt((felt**2).sum((1, 3))).reshape(-1), sigma)
+            filled = (w != 0).sum((1, 3)).reshape(-1).astype(np.float64)
+            if filled.any():
+                occupancy = filled / filled[filled > 0].mean()
+                nearly_empty = np.where(np.isfinite(at), _over(occupancy, eta), np.inf)
+                at = np.minimum(at, nearly_empty)
+            out.append(_Groups(name, "channel", at))
+        if "column" in structures and w.shape[3] > 1:
+            out.append(_Groups(name, "column", _relative(np.sqrt((felt**2).sum(1)).reshape(-1), sigma)))
+    return out
+
+
+def _over(value: Floats, threshold: float) -> Floats:
+    return value / threshold if threshold > 0 else np.full(value.shape, np.inf)
+
+
+def _relative(norm: Floats, threshold: float) -> Floats:
+    """Scales from which groups of these norms go; never for groups that are zero already and for the largest."""
+    live = norm > 0
+    if not live.any():
+        return np.full(norm.shape, np.inf)
+    at = _over(norm / math.sqrt((norm[live] ** 2).mean()), threshold)
+    at[~live] = np.inf
+    at[norm.argmax()] = np.inf
+    return at
+
+
+def _row_scale(analysis: Analysis, node: fx.Node) -> Floats:
+    """[O] what the BatchNorm behind a layer multiplies its filters with; ones without one."""
+    n = analysis.layers[node].outs.ids.size
+    follower = next(iter(node.users)) if len(node.users) == 1 else None
+    if follower not in analysis.norms:
+        return np.ones(n)
+    m: Any = analysis.module.get_submodule(str(follower.target))
+    if m.running_var is None:
+        return np.ones(n)
+    gamma = np.ones(n) if m.weight is None else m.weight.detach().double().cpu().numpy()
+    return np.abs(gamma) / np.sqrt(m.running_var.double().cpu().numpy() + m.eps)  # type: ignore[no-any-return]
+
+
+def _size(analysis: Analysis, node: fx.Node) -> Floats:
+    """[channels] root mean square of a tensor's channels as far as BatchNorms tell it, 1 where they don't."""
+    facts = analysis.facts[node]
+    if node in analysis.norms:
+        m: Any = analysis.module.get_submodule(str(node.target))
+        if m.weight is not None:
+            g, b = (p.detach().double().cpu().numpy() for p in (m.weight, m.bias))
+            return np.sqrt(g**2 + b**2)  # type: ignore[no-any-return]
+        return np.ones(facts.ids.size)
+    sources = analysis.sources[node]
+    if not sources:
+        return np.ones(facts.ids.size)
+    square = np.zeros(facts.ids.size)
+    for source, positions, _ in sources:
+        flat = positions.reshape(-1)
+        square += np.where(flat >= 0, _size(analysis, source)[np.maximum(flat, 0)] ** 2, 0.0)
+    return np.sqrt(square)  # type: ignore[no-any-return]
+
+
+def _feeds_output(analysis: Analysis) -> set[fx.Node]:
+    """Layers whose filters are outputs of the network."""
+    outputs = [
+        analysis.facts[n].ids
+        for o in analysis.module.graph.nodes
+        if o.op == "output"
+        for n in o.all_input_nodes
+        if n in analysis.facts
+    ]
+    labels = set(np.concatenate([analysis.label[i.reshape(-1)] for i in outputs]).tolist()) if outputs else set()
+    return {n for n, layer in analysis.layers.items() if labels & set(analysis.label[layer.outs.ids].tolist())}
+
+
+def _cut(model: nn.Module, groups: list[_Groups], analysis: Analysis, scale: float) -> nn.Module:
+    """A copy of `model` without the groups that go at `scale`."""
+    out = clone(model)
+    nodes = {str(node.target): (node, layer) for node, layer in analysis.layers.items()}
+    with torch.no_grad():
+        for g in groups:
+            gone = torch.from_numpy(g.at <= scale)
+            if gone.any():
+                node, layer = nodes[g.name]
+                _drop(out, node, layer, g.structure, gone)
+    return out
+
+
+def _drop(root: nn.Module, node: fx.Node, layer: Layer, structure: str, gone: Tensor) -> None:
+    m: Any = root.get_submodule(str(node.target))
+    weight = m.weight.detach()
+    gone = gone.to(weight.device)
+    w = weight.reshape(layer.groups, -1, layer.reads.shape[1], math.prod(weight.shape[2:]))
+    assert w.data_ptr() == weight.data_ptr() or not weight.is_contiguous()
+    if structure == "filter":
+        keep = ~gone.reshape(layer.groups, -1, 1, 1)
+        follower = next(iter(node.users)) if len(node.users) == 1 else None
+        norm: Any = (
+            root.get_submodule(str(follower.target)) if follower is not None and follower.op == "call_module" else None
+        )
+        if (
+            layer.shift is not None
+            and isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            and norm.running_mean is not None
+        ):
+            # What is left emits the mean that BatchNorm has seen, so that its output is beta.
+            norm.running_mean[gone] = 0 if m.bias is None else m.bias.detach()[gone].to(norm.running_mean.dtype)
+    elif structure == "channel":
+        keep = ~gone.reshape(layer.groups, 1, -1, 1)
+    else:
+        keep = ~gone.reshape(layer.groups, 1, layer.reads.shape[1], -1)
+    weight.mul_(keep.expand(w.shape).reshape(weight.shape))
