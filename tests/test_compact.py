@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import structadmm as sa
 from structadmm.errors import CompactError
-from structadmm.groups import expand_keep
+from structadmm.groups import expand_keep, n_groups
 from structadmm.trace import clone
 
 torch.set_num_threads(1)  # tiny networks
@@ -304,6 +304,69 @@ def test_modules_called_twice_and_tied_weights_stay_whole() -> None:
     assert small.tied.weight is small.other.weight
 
 
+# Columns
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_of_residual_nets(kind: str, rate: float) -> None:
+    model = randomise(ResNet(kind), rate, 11)
+    plain, auto, always = (sa.compact(model, images(2, torch.float32), c) for c in ("never", "auto", "always"))
+    for small in (plain, auto, always):
+        same(model, small, images(3, torch.float32), 1e-5)  # float32: some hundred roundings of 6e-8
+    stored = [small.report.weights_after for small in (plain, auto, always)]
+    assert stored[0] >= stored[1] >= stored[2] and stored[0] > stored[2]
+
+
+@pytest.mark.parametrize("block", [4, 8])
+def test_block_columns_keep_their_blocks_when_filters_go(block: int) -> None:
+    """Filters cut from the middle of blocks must not make the stored taps of neighbouring blocks grow together."""
+    g = torch.Generator().manual_seed(block)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3, bias=False), nn.ReLU(), nn.Conv2d(32, 8, 1)
+    )
+    with torch.no_grad():
+        conv = model[2]
+        keep = torch.rand(n_groups("block_column", conv.weight.shape, 1, block), generator=g) < 0.15
+        conv.weight.mul_(expand_keep(keep, "block_column", conv.weight.shape, 1, block))
+        gone = torch.tensor([1, 5, 6, 13, 22, 30])
+        conv.weight[gone] = 0
+        conv.bias = None
+        nonzero = int((conv.weight != 0).sum())
+    small = sa.compact(model, images(1, torch.float32), "always")
+    same(model, small, images(2, torch.float32), 1e-5)
+    layer = small.get_submodule("2")
+    assert type(layer) is sa.CompactConv2d
+    assert layer.out_channels <= 26
+    assert layer.weight.numel() == nonzero
+
+
+def test_auto_leaves_dense_what_would_not_pay() -> None:
+    model = randomise(ResNet("B"), 0.0, 0)
+    with torch.no_grad():
+        first, second = model.layer1[0].conv1, model.layer1[2].conv2
+        for conv, every in ((first, 4), (second, 2)):  # densities 0.75 and 0.5
+            keep = torch.arange(conv.weight[0].numel()) % every != 0
+            conv.weight.mul_(expand_keep(keep, "column", conv.weight.shape))
+    small = sa.compact(model, images(2, torch.float32))
+    kinds = {r.name: r.kind for r in small.report.layers}
+    assert kinds["layer1.0.conv1"] == "Conv2d" and kinds["layer1.2.conv2"] == "CompactConv2d"
+
+
+def test_compacted_layers_are_compacted_again() -> None:
+    model, small = small_resnet("always")
+    with torch.no_grad():
+        small.fc.weight.zero_()
+    again = sa.compact(small, images(2, torch.float32), "never")
+    same(small, again, images(3, torch.float32), 1e-5)
+    assert again.report.weights_after < small.report.weights_before
+
+
+def test_float64_keeps_ordinary_layers() -> None:
+    small = sa.compact(randomise(ResNet("B").double(), 0.7, 0), images(2), "always")
+    assert not any(isinstance(m, (sa.CompactConv2d, sa.CompactLinear)) for m in small.modules())
+
+
 # Life after compaction
 
 
@@ -339,8 +402,9 @@ def test_names_flags_and_classes_are_kept() -> None:
     assert set(small.state_dict()) <= set(model.state_dict()) | {"layer1.0.conv1.bias"}
 
 
-def test_trains() -> None:
-    model, small = small_resnet()
+@pytest.mark.parametrize("columns", ["never", "always"])
+def test_trains(columns: str) -> None:
+    model, small = small_resnet(columns)
     small.train()
     optimizer = torch.optim.SGD(small.parameters(), 0.05, momentum=0.9)
     x, y = images(16, torch.float32), torch.arange(16) % 10
@@ -355,7 +419,7 @@ def test_trains() -> None:
     assert all(p.grad is not None for p in small.parameters())
 
 
-@pytest.mark.parametrize("columns", ["never"])
+@pytest.mark.parametrize("columns", ["never", "always"])
 def test_copies_pickles_and_takes_any_batch(columns: str) -> None:
     model, small = small_resnet(columns)
     x = images(7, torch.float32)

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from .channels import Analysis, Bools, Facts, Layer
 from .errors import CompactError
+from .nn import ChannelBias, CompactConv2d, CompactLinear
 from .paths import assert_same, check_weights, fold, remarks_text, render, tolerance_for
 from .trace import Traced, clone, rebatch, trace
 
@@ -119,18 +120,6 @@ class CompactReport:
         return text
 
 
-class ChannelBias(nn.Module):
-    """x plus a constant per channel of dimension `dim`: an addition whose other operand is constant."""
-
-    def __init__(self, bias: Tensor, dim: int = 1) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(bias)
-        self.dim = dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.bias.reshape([-1 if d == self.dim else 1 for d in range(x.dim())])
-
-
 def compact(
     model: nn.Module,
     example: Tensor | Sequence[Tensor],
@@ -178,7 +167,7 @@ def compact(
     small.delete_all_unused_submodules()
     small.recompile()
     if columns != "never":
-        _compact_columns(small, traced, columns == "always")
+        _compact_columns(small, traced, _origins(analysis), columns == "always")
     _fill_rows(report, small, traced)
 
     if verify:
@@ -439,10 +428,9 @@ def _elide(analysis: Analysis, node: fx.Node) -> None:
                 place.detach().add_(torch.from_numpy(constant).to(place))
         else:
             like = next(t for t in (*root.parameters(), *analysis.traced.inputs) if t.is_floating_point())
+            layer = ChannelBias(torch.from_numpy(constant).to(like), _axis(facts)).train(root.training)
             name = f"{node.name}_bias"
-            root.add_submodule(
-                name, ChannelBias(torch.from_numpy(constant).to(like), dim=_axis(facts)).train(root.training)
-            )
+            root.add_submodule(name, layer)
             with graph.inserting_before(node):
                 new = graph.call_module(name, (stays,))
             stays = new
@@ -450,19 +438,23 @@ def _elide(analysis: Analysis, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _compact_columns(small: fx.GraphModule, traced: Traced, always: bool) -> None:
-    """Layers whose zero columns or block-columns pay become CompactConv2d and CompactLinear."""
-    try:
-        from .nn import CompactConv2d, CompactLinear
-    except ImportError:
-        return
+def _origins(analysis: Analysis) -> dict[str, Tensor]:
+    """Per layer that was cut: the numbers that its filters had within their conv group."""
+    out = {}
+    for node, layer in analysis.layers.items():
+        n = layer.outs.ids.size
+        out[str(node.target)] = torch.from_numpy(np.flatnonzero(analysis.keep(layer.outs.ids)) % (n // layer.groups))
+    return out
 
+
+def _compact_columns(small: fx.GraphModule, traced: Traced, origins: dict[str, Tensor], always: bool) -> None:
+    """Layers whose zero columns or block-columns pay become CompactConv2d and CompactLinear."""
     for name, calls in _calls(traced).items():
         m = small.get_submodule(name)
         if (
             type(m) is nn.Conv2d
             and m.padding_mode == "zeros"
-            and m.weight.shape[1] > 1
+            and (m.groups == 1 or m.weight.shape[1] > 1)  # depthwise has no columns to share
             and not isinstance(m.padding, str)
         ):
             make: Any = CompactConv2d
@@ -472,7 +464,7 @@ def _compact_columns(small: fx.GraphModule, traced: Traced, always: bool) -> Non
             continue
         if m.weight.dtype != torch.float32 or (m.weight != 0).all():
             continue
-        layer = make.from_dense(m)
+        layer = make.from_dense(m, origin=origins.get(name))
         stored, full = layer.weight.numel(), m.weight.numel()
         work = stored * sum(p for _, p in calls)
         if stored < full and (always or (stored <= MAX_DENSITY * full and work >= MIN_WORK)):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from . import ops, reference
 
-__all__ = ["CompactConv2d", "CompactLinear"]
+__all__ = ["ChannelBias", "CompactConv2d", "CompactLinear"]
 
 # Speed by filters in a block, relative to blocks of 32 and more (measured: bench/conv_compact.py).
 _EFFICIENCY = {
@@ -77,14 +77,18 @@ def check_tables(op: str, columns: int, filters: int, groups: int, taps: Tensor,
     return int((sizes * counts).sum())
 
 
-def _split(weight: Tensor, groups: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """weight, taps, block_filters, block_taps of W [O, N] in blocks of `size` filters that do not cross conv groups."""
+def _split(
+    weight: Tensor, groups: int, size: int, origin: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """weight, taps, block_filters, block_taps of W [O, N] in blocks of `size` filters that do not cross conv groups.
+
+    origin [O]: filter numbers to count the blocks by in place of 0, 1, ... within the conv group.
+    """
     per_group = weight.shape[0] // groups
-    rows = [
-        weight[g + f : g + min(f + size, per_group)]
-        for g in range(0, weight.shape[0], per_group)
-        for f in range(0, per_group, size)
-    ]
+    filters = torch.arange(weight.shape[0])
+    place = filters % per_group if origin is None else origin
+    block = filters // per_group * (int(place.max()) // size + 1) + place // size
+    rows = list(weight.split(block.unique_consecutive(return_counts=True)[1].tolist()))
     kept = [(w != 0).any(0).nonzero().flatten() for w in rows]
     device = weight.device
     return (
@@ -105,7 +109,9 @@ def _cost(sizes: Tensor, offsets: Tensor, efficiency: dict[int, float]) -> float
     return cost
 
 
-def _choose(op: str, weight: Tensor, groups: int, block: int | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _choose(
+    op: str, weight: Tensor, groups: int, block: int | str, origin: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     per_group = weight.shape[0] // groups
     if block != "auto":
         if not isinstance(block, int) or block < 1:
@@ -113,6 +119,8 @@ def _choose(op: str, weight: Tensor, groups: int, block: int | str) -> tuple[Ten
         return _split(weight, groups, block)
     efficiency = _EFFICIENCY[ops.isa()]
     candidates = [_split(weight, groups, size) for size in (per_group, *(b for b in _BLOCKS if b < per_group))]
+    if origin is not None:
+        candidates += [_split(weight, groups, size, origin) for size in _BLOCKS]
     return min(candidates, key=lambda t: _cost(t[2], t[3], efficiency))
 
 
@@ -282,11 +290,19 @@ class CompactConv2d(_Compact):
         self._init_tables((taps, block_filters, block_taps), bias, device, dtype)
 
     @classmethod
-    def from_dense(cls, conv: nn.Conv2d, weight: Tensor | None = None, block: int | str = "auto") -> CompactConv2d:
+    def from_dense(
+        cls,
+        conv: nn.Conv2d,
+        weight: Tensor | None = None,
+        block: int | str = "auto",
+        origin: Tensor | None = None,
+    ) -> CompactConv2d:
         """The compacted form of a convolution whose weight (or `weight` in its place) has zeros.
 
         A column is kept in a block of filters if it has a nonzero (or NaN) weight there. block: filters in a block;
-        "auto" takes the whole conv group or 16, 8 or 4, whichever is estimated to run fastest on this CPU.
+        "auto" takes the whole conv group or 16, 8 or 4, whichever is estimated to run fastest on this CPU. origin [O]:
+        the filters' numbers, within their conv group, in the layer that they were cut from; "auto" then also tries
+        blocks that begin where that layer's blocks did.
         """
         if conv.padding_mode != "zeros":
             raise ValueError(f"CompactConv2d.from_dense: padding_mode got {conv.padding_mode!r}, wanted 'zeros'")
@@ -296,7 +312,7 @@ class CompactConv2d(_Compact):
                 f"CompactConv2d.from_dense: weight got {list(dense.shape)}, wanted {list(conv.weight.shape)}"
             )
         dense = dense.detach()
-        values, *tables = _choose("CompactConv2d.from_dense", dense.reshape(len(dense), -1), conv.groups, block)
+        values, *tables = _choose("CompactConv2d.from_dense", dense.reshape(len(dense), -1), conv.groups, block, origin)
         new = cls(
             conv.in_channels,
             conv.out_channels,
@@ -405,7 +421,13 @@ class CompactLinear(_Compact):
         self._init_tables((taps, block_filters, block_taps), bias, device, dtype)
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, weight: Tensor | None = None, block: int | str = "auto") -> CompactLinear:
+    def from_dense(
+        cls,
+        linear: nn.Linear,
+        weight: Tensor | None = None,
+        block: int | str = "auto",
+        origin: Tensor | None = None,
+    ) -> CompactLinear:
         """The compacted form of a linear layer whose weight (or `weight` in its place) has zeros; see CompactConv2d."""
         dense = linear.weight if weight is None else weight
         if dense.shape != linear.weight.shape:
@@ -413,7 +435,7 @@ class CompactLinear(_Compact):
                 f"CompactLinear.from_dense: weight got {list(dense.shape)}, wanted {list(linear.weight.shape)}"
             )
         dense = dense.detach()
-        values, *tables = _choose("CompactLinear.from_dense", dense, 1, block)
+        values, *tables = _choose("CompactLinear.from_dense", dense, 1, block, origin)
         new = cls(
             linear.in_features,
             linear.out_features,
@@ -453,6 +475,24 @@ class CompactLinear(_Compact):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}" + _repr(self)
+
+
+class ChannelBias(nn.Module):
+    """x plus a constant per channel of dimension `dim`: what is left of an addition whose other operand was constant.
+
+    bias: [channels]. x: any rank above `dim`, x.shape[dim] == channels.
+    """
+
+    def __init__(self, bias: Tensor, dim: int = 1) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias.reshape([-1 if d == self.dim else 1 for d in range(x.dim())])
+
+    def extra_repr(self) -> str:
+        return f"{self.bias.numel()}, dim={self.dim}"
 
 
 def _repr(layer: _Compact) -> str:

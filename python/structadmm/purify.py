@@ -152,11 +152,21 @@ def purify(
     report.score = (
         max((t for t in tried if t.kept), key=lambda t: t.scale).score if any(t.kept for t in tried) else baseline
     )
-    for g in groups:
-        n = int((g.at <= scale).sum())
-        if n:
-            report.dropped.setdefault(g.name, {})[g.structure] = n
+    report.dropped = _dropped(groups, scale)
     out._structadmm_report = report  # type: ignore[assignment]
+    return out
+
+
+def _dropped(groups: list[_Groups], scale: float) -> dict[str, dict[str, int]]:
+    """Per layer how many groups of each structure go; columns of a channel that goes are not counted again."""
+    out: dict[str, dict[str, int]] = {}
+    channels = {g.name: g.at <= scale for g in groups if g.structure == "channel"}
+    for g in groups:
+        gone = g.at <= scale
+        if g.structure == "column" and g.name in channels:
+            gone = gone.reshape(channels[g.name].size, -1) & ~channels[g.name][:, None]
+        if gone.any():
+            out.setdefault(g.name, {})[g.structure] = int(gone.sum())
     return out
 
 
@@ -250,13 +260,19 @@ def _relative(norm: Floats, threshold: float) -> Floats:
     return at
 
 
+def _norm_behind(analysis: Analysis, node: fx.Node) -> fx.Node | None:
+    """The BatchNorm that alone reads a layer."""
+    follower = next(iter(node.users)) if len(node.users) == 1 else None
+    return follower if follower in analysis.norms else None
+
+
 def _row_scale(analysis: Analysis, node: fx.Node) -> Floats:
     """[O] what the BatchNorm behind a layer multiplies its filters with; ones without one."""
     n = analysis.layers[node].outs.ids.size
-    follower = next(iter(node.users)) if len(node.users) == 1 else None
-    if follower not in analysis.norms:
+    norm = _norm_behind(analysis, node)
+    if norm is None:
         return np.ones(n)
-    m: Any = analysis.module.get_submodule(str(follower.target))
+    m: Any = analysis.module.get_submodule(str(norm.target))
     if m.running_var is None:
         return np.ones(n)
     gamma = np.ones(n) if m.weight is None else m.weight.detach().double().cpu().numpy()
@@ -304,27 +320,19 @@ def _cut(model: nn.Module, groups: list[_Groups], analysis: Analysis, scale: flo
             gone = torch.from_numpy(g.at <= scale)
             if gone.any():
                 node, layer = nodes[g.name]
-                _drop(out, node, layer, g.structure, gone)
+                behind = _norm_behind(analysis, node)
+                norm = None if behind is None else out.get_submodule(str(behind.target))
+                _drop(out.get_submodule(g.name), norm, layer, g.structure, gone)
     return out
 
 
-def _drop(root: nn.Module, node: fx.Node, layer: Layer, structure: str, gone: Tensor) -> None:
-    m: Any = root.get_submodule(str(node.target))
+def _drop(m: Any, norm: Any, layer: Layer, structure: str, gone: Tensor) -> None:
     weight = m.weight.detach()
     gone = gone.to(weight.device)
     w = weight.reshape(layer.groups, -1, layer.reads.shape[1], math.prod(weight.shape[2:]))
-    assert w.data_ptr() == weight.data_ptr() or not weight.is_contiguous()
     if structure == "filter":
         keep = ~gone.reshape(layer.groups, -1, 1, 1)
-        follower = next(iter(node.users)) if len(node.users) == 1 else None
-        norm: Any = (
-            root.get_submodule(str(follower.target)) if follower is not None and follower.op == "call_module" else None
-        )
-        if (
-            layer.shift is not None
-            and isinstance(norm, nn.modules.batchnorm._BatchNorm)
-            and norm.running_mean is not None
-        ):
+        if norm is not None and norm.running_mean is not None:
             # What is left emits the mean that BatchNorm has seen, so that its output is beta.
             norm.running_mean[gone] = 0 if m.bias is None else m.bias.detach()[gone].to(norm.running_mean.dtype)
     elif structure == "channel":

@@ -75,9 +75,25 @@ def clone(model: nn.Module) -> nn.Module:
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
-                parametrize.remove_parametrizations(module, name)
+            _bake(module)
     return copied
+
+
+def _bake(module: nn.Module) -> None:
+    """Plain parameters in the place of parametrised ones.
+
+    torch's remove_parametrizations takes the properties off the class, which a deep copy shares with the original.
+    """
+    lists: Any = module.parametrizations
+    values = {name: getattr(module, name).detach().clone() for name in lists}
+    learns = {name: [p.requires_grad for p in lists[name].parameters()] for name in lists}
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    for name, value in values.items():
+        if learns[name]:
+            module.register_parameter(name, nn.Parameter(value, requires_grad=any(learns[name])))
+        else:
+            module.register_buffer(name, value)
 
 
 def hooked(model: nn.Module) -> list[str]:

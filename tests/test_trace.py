@@ -1,0 +1,156 @@
+"""trace: a graph with shapes, on a copy, and errors that say where and what."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import ResNet
+from torch import Tensor, fx, nn
+
+from structadmm.errors import TraceError
+from structadmm.trace import PROBE_BATCH, clone, hooked, rebatch, trace
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.fc = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Linear(4 * 36, 2)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 2.0, flip: bool = False) -> Tensor:
+        x = self.conv(x)
+        self.relu(x)
+        if mask is not None:
+            x = x * mask
+        if flip:
+            x = x.flip(1)
+        x = F.dropout(x * scale, 0.25, self.training)
+        return self.fc(x.view(x.size(0), -1))
+
+
+def test_graph_says_what_happens() -> None:
+    model = Net().train()
+    traced = trace(model, torch.randn(1, 3, 8, 8))
+    nodes = list(traced.module.graph.nodes)
+    assert [n.target for n in nodes if n.op == "placeholder"] == ["x"]
+    relu = next(n for n in nodes if n.target == "relu")
+    assert next(n for n in nodes if n.target is operator.mul).args[0] is relu, "users of x see what relu_ left in it"
+    dropout = traced.module.get_submodule(next(n.target for n in nodes if "dropout" in str(n.target)))
+    assert isinstance(dropout, nn.Dropout) and dropout.p == 0.25 and dropout.training
+    assert traced.batch == PROBE_BATCH and traced.shapes[relu] == (PROBE_BATCH, 4, 6, 6)
+    assert traced.notes == []
+    assert traced.module.conv is not model.conv and traced.module.training
+    x = torch.randn(5, 3, 8, 8)
+    model.eval()
+    traced.module.eval()
+    assert torch.equal(model(x), traced.module(x))
+
+
+def test_second_input() -> None:
+    traced = trace(Net(), (torch.randn(1, 3, 8, 8), torch.ones(1, 4, 6, 6)))
+    assert [n.target for n in traced.module.graph.nodes if n.op == "placeholder"] == ["x", "mask"]
+
+
+def test_training_flags_and_statistics_are_kept() -> None:
+    model = ResNet("B").train()
+    model.bn1.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    traced = trace(model, torch.randn(2, 3, 12, 12))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in traced.module.state_dict().items())
+    assert not traced.module.bn1.training and traced.module.conv1.training and not model.bn1.training
+
+
+def test_forward_that_differs_in_training_is_noted() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) if self.training else self.a(x)
+
+    traced = trace(Head(), torch.randn(2, 3))
+    assert "training mode" in traced.notes[0]
+    assert not any(n.target == "b" for n in traced.module.graph.nodes)
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+def test_error_names_module_and_line() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(), Branch()))
+    with pytest.raises(
+        TraceError, match=r"trace: 1\.1 \(Branch\) got .*test_trace.py:\d+ `if x\.sum\(\) > 0:`.*wanted"
+    ):
+        trace(model, torch.randn(2, 3))
+
+
+def test_error_names_the_layer_that_does_not_fit() -> None:
+    with pytest.raises(TraceError, match=r"compact: fc got RuntimeError.*got shapes \(2, 3, 9, 9\)"):
+        trace(Net(), torch.randn(2, 3, 9, 9), "compact")
+
+
+def test_examples_that_are_none() -> None:
+    model = Net()
+    x = torch.randn(1, 3, 8, 8)
+    for example, message in (
+        (3, "example got int, wanted a tensor or a tuple of tensors"),
+        ((x, 1), r"example got \(Tensor, int\)"),
+        ((), r"example got \(\)"),
+        (x.double(), r"example got torch.float64, wanted torch.float32 as conv.weight"),
+        (x.to("meta"), "example got a tensor on meta, wanted cpu as conv.weight"),
+        ((x,) * 5, r"example got 5 tensors, wanted one for each argument of forward\(x, mask, scale, flip\)"),
+    ):
+        with pytest.raises(TraceError, match=message):
+            trace(model, example)  # type: ignore[arg-type]
+
+
+def test_fixed_batch_is_noted() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.reshape(2, 12))
+
+    traced = trace(Fixed(), torch.randn(2, 3, 4))
+    assert traced.batch == 2 and "batch size only" in traced.notes[0]
+
+
+def test_rebatch_repeats_or_draws() -> None:
+    a, b = torch.arange(4.0).reshape(2, 2), torch.arange(2)
+    x, y = rebatch((a, b), 5)
+    assert torch.equal(x[2:4], a) and y.tolist() == [0, 1, 0, 1, 0]
+    x, y = rebatch((a, b), 5, seed=1)
+    assert x.shape == (5, 2) and not torch.equal(x[:2], a) and y.tolist() == [0, 1, 0, 1, 0]
+    state = torch.get_rng_state()
+    rebatch((a,), 3, seed=2)
+    assert torch.equal(state, torch.get_rng_state()), "the global generator is left alone"
+
+
+def test_clone_bakes_masks_and_parametrisations() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    torch.nn.utils.prune.random_unstructured(model[0], "weight", 0.5)
+    torch.nn.utils.parametrizations.weight_norm(model[1])
+    x = torch.randn(3, 4)
+    copied = clone(model)
+    # weight_norm's g * v / ||v|| is the same arithmetic before and after
+    assert torch.equal(copied(x), model(x))
+    assert set(copied.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert hasattr(model[0], "weight_mask") and hooked(model) == []
+    model[1].register_forward_pre_hook(lambda m, args: None)
+    assert hooked(model) == ["1"]
+
+
+def test_graph_modules_trace_again() -> None:
+    model = fx.symbolic_trace(ResNet("A").eval())
+    x = torch.randn(2, 3, 12, 12)
+    assert torch.equal(trace(model, x).module(x), model(x))
