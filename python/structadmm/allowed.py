@@ -388,7 +388,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **_named("torch", torch, "cat concat stack chunk split flatten reshape permute transpose squeeze unsqueeze"),
     **_named("torch", torch, "mean sum amax argmax"),
     **_named("F", F, "relu relu_ relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh softplus prelu"),
-    **_named("F", F, "sigmoid tanh softmax log_softmax dropout dropout2d pad conv1d conv2d linear"),
+    **_named("F", F, "sigmoid tanh softmax log_softmax dropout dropout2d pad conv1d conv2d linear layer_norm"),
     **_named("F", F, "max_pool1d max_pool2d avg_pool1d avg_pool2d pixel_shuffle"),
     **_named("F", F, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d"),
     "getattr": getattr,  # of `shape` alone, see artefact.py

@@ -52,7 +52,7 @@ _DTYPES = {
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_PATH = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _FUNCTION_NAMES = {function: name for name, function in reversed(FUNCTIONS.items())}
 _KIND_NAMES = {kind.cls: name for name, kind in KINDS.items()}
 # Names that a module, or the GraphModule around it, has already.
@@ -104,10 +104,12 @@ def _target(node: fx.Node) -> str:
 
 
 def _where(node: fx.Node) -> str:
-    """A node as the user knows it: its text in the graph, and the source line where tracing recorded one."""
+    """A node as the user knows it: its name, the module that it is in, the source line where tracing recorded one."""
+    inside = list((node.meta.get("nn_module_stack") or {}).values())[-1:]
+    place = "".join(f" in {path} ({getattr(cls, '__name__', cls)})" for path, cls in inside if path)
     trace = [line.strip() for line in (node.stack_trace or "").strip().splitlines()]
     source = f" ({trace[-2]}: {trace[-1]})" if len(trace) > 1 else ""
-    return f"node {node.format_node() or node.name}{source}"
+    return f"node {node.name}{place}{source}"
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
