@@ -240,8 +240,9 @@ def test_what_cannot_be_saved_is_named(tmp_path):
         assert not os.listdir(tmp_path)
         return str(caught.value)
 
-    text = error(fx.symbolic_trace(nn.Sequential(nn.ReLU(), Strange())))
-    assert "node linalg_svd in 1 (Strange): function got " in text and "svd" in text
+    text = error(nn.Sequential(nn.ReLU(), Strange()), example=torch.zeros(1, 2, 3))
+    assert "node linalg_svd in 1 (Strange) at " in text and "`return torch.linalg.svd(x)[0]`: function got " in text
+    assert "node linalg_svd in 1 (Strange): " in error(fx.symbolic_trace(nn.Sequential(nn.ReLU(), Strange())))
 
     def held(layer):
         return children_called(Held(layer))

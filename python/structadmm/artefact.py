@@ -107,11 +107,12 @@ def _where(node: fx.Node) -> str:
     """A node as the user knows it: its name, the module that it is in, the source line where tracing recorded one."""
     inside = list((node.meta.get("nn_module_stack") or {}).values())[-1:]
     place = "".join(f" in {path} ({getattr(cls, '__name__', cls)})" for path, cls in inside if path)
-    trace = [line.strip() for line in (node.stack_trace or "").strip().splitlines()]
-    source = f" ({trace[-2]}: {trace[-1]})" if len(trace) > 1 else ""
-    return f"node {node.name}{place}{source}"
+    frames = re.findall(r'File "(.*)", line (\d+), in .*\n\s*(.*)', node.stack_trace or "")
+    own = [f" at {file}:{line} `{code}`" for file, line, code in frames if not file.startswith(_TORCH)][-1:]
+    return f"node {node.name}{place}{''.join(own)}"
 
 
+_TORCH = os.path.dirname(torch.__file__)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
