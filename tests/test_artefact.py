@@ -17,9 +17,8 @@ from torch import fx, nn
 
 from structadmm.allowed import FUNCTIONS, KINDS, METHODS
 from structadmm.artefact import DIGEST_KEY, MANIFEST_KEY, _digest, load, rebuild, save
-from structadmm.compact import ChannelBias
 from structadmm.errors import ArtefactError
-from structadmm.nn import CompactConv2d, CompactLinear
+from structadmm.nn import ChannelBias, CompactConv2d, CompactLinear
 
 
 class Leaves(fx.Tracer):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import structadmm
 from structadmm import artefact, layers
 from structadmm.cli import app
+from structadmm.nn import CompactConv2d, CompactLinear
 
 MODEL = """
 import torch
@@ -175,6 +176,32 @@ def test_the_program(folder):
     assert json.loads(done.stdout)["file"] == "p.safetensors" and (folder / "p.safetensors").exists()
     failed = program("inspect", "nowhere", "--json")
     assert failed.returncode == 1 and failed.stdout == "" and len(failed.stderr.splitlines()) == 1
+
+
+def test_layer_table_tells_structures():
+    """Columns and blocks, counted by hand."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(6, 20, 1, bias=False), nn.Flatten(), nn.Linear(80, 3))
+    dense[0].weight.data[:3].flatten(1)[:, :13] = 0  # 5 of 18 columns left in the first conv group, 17 in the second
+    dense[0].weight.data[3:].flatten(1)[:, 4] = 0
+    for part, n in zip(dense[1].weight.data.split(8), (1, 6, 2), strict=True):
+        part[:, n:] = 0
+    dense[3].weight.data[:, :60] = 0
+    compacted = nn.Sequential(
+        CompactConv2d.from_dense(dense[0], block=3),
+        CompactConv2d.from_dense(dense[1], block=8),
+        nn.Flatten(),
+        CompactLinear.from_dense(dense[3], block=3),
+    )
+    rows = layers.layer_table(compacted, torch.zeros(2, 4, 4, 4), dense)
+    assert [(r.structure, r.blocks, r.kept, r.of) for r in rows] == [
+        ("column", None, 5 + 17, 36),
+        ("block_column", 3, 1 + 6 + 2, 18),
+        ("column", None, 20, 80),
+    ]
+    weights = [3 * 22, 8 * 1 + 8 * 6 + 4 * 2, 60]
+    assert [r.weights for r in rows] == weights and [r.macs for r in rows] == [weights[0] * 4, weights[1] * 4, 60]
+    assert [r.dense_weights for r in rows] == [108, 120, 240]
 
 
 def test_layer_table_counts_calls_and_keeps_the_mode():

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compact import ChannelBias
-from .nn import CompactConv2d, CompactLinear, check_tables
+from .nn import ChannelBias, CompactConv2d, CompactLinear, check_tables
 
 # Sizes and counts of a file stay below this, so that products of a few of them are far from overflow.
 _LIMIT = 2**31

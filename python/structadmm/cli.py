@@ -246,7 +246,7 @@ def inspect(
     table.add_column("density", justify="right", footer=f"{total['density']:.2%}")
     table.add_column("multiply-adds", justify="right", footer=f"{total['macs']:,}")
     for row in result["layers"]:
-        structure = row["structure"] if row["block"] is None else f"{row['structure']} {row['block']}"
+        structure = row["structure"] if row["blocks"] is None else f"{row['structure']}, {row['blocks']} blocks"
         shape, was = ("x".join(map(str, row[k])) for k in ("shape", "dense_shape"))
         table.add_row(
             row["name"],

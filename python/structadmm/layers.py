@@ -17,9 +17,10 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class LayerRow:
     """One convolution or linear layer.
 
-    shape: [O, C/groups, *kernel] of the layer as it is, as if it were dense. structure: dense, column or block_column;
-    block: filters in a block of the latter. kept, of: groups that the structure keeps (for a dense layer: filters) and
-    has, counted on `dense_shape`, the shape in the original network (the layer's own where that is not known).
+    shape: [O, C/groups, *kernel] of the layer as it is, as if it were dense; dense_shape: in the original network (the
+    layer's own where that is not known). structure: dense, column or block_column, the latter with its number of
+    `blocks`. kept, of: groups that are kept and that there are: filters of a dense layer, else columns, in each of the
+    blocks that are left, of the original layer.
     weights: stored, without bias. macs: multiply-adds for one sample.
     """
 
@@ -28,7 +29,7 @@ class LayerRow:
     shape: tuple[int, ...]
     dense_shape: tuple[int, ...]
     structure: str
-    block: int | None
+    blocks: int | None
     kept: int
     of: int
     weights: int
@@ -86,15 +87,10 @@ def layer_table(
 def _row(name: str, module: Any, dense_shape: tuple[int, ...] | None, positions: int) -> LayerRow:
     shape = _shape(module)
     was = dense_shape or shape
-    structure, block, kept, of = "dense", None, shape[0], was[0]
+    structure, blocks, kept, of = "dense", None, shape[0], was[0]
     if hasattr(module, "block_taps"):
-        groups = getattr(module, "groups", 1)
-        filters = module.block_filters.tolist()
-        kept, columns = int(module.block_taps[-1]), math.prod(was[1:])
-        if len(filters) == groups:
-            structure, of = "column", groups * columns
-        else:
-            structure, block = "block_column", max(filters)
-            of = groups * math.ceil(was[0] // groups / block) * columns
+        n = module.block_filters.numel()
+        structure, blocks = ("column", None) if n == getattr(module, "groups", 1) else ("block_column", n)
+        kept, of = int(module.block_taps[-1]), n * math.prod(was[1:])
     weights = module.weight.numel()
-    return LayerRow(name, type(module).__name__, shape, was, structure, block, kept, of, weights, weights * positions)
+    return LayerRow(name, type(module).__name__, shape, was, structure, blocks, kept, of, weights, weights * positions)
