@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from structadmm import ops, reference
+from structadmm.admm import ADMM
 from structadmm.groups import STRUCTURES, n_groups
 from structadmm.nn import CompactConv2d, CompactLinear
+from structadmm.plan import Plan, Rule, Spec
+from structadmm.schedules import ResidualBalancing
 
 pytestmark = [
     pytest.mark.cuda,
@@ -101,3 +106,37 @@ def test_ops_run_on_the_current_stream() -> None:
         sums = ops.group_sumsq(w, "filter")
     stream.synchronize()
     assert torch.equal(sums.cpu(), torch.full((4096,), 4096.0))
+
+
+def test_admm_follows_the_model_to_the_gpu_and_does_the_same_there() -> None:
+    rules = (
+        Rule("0", (Spec("block_column", 0.7, 4),)),
+        Rule("1", (Spec("filter", 0.5), Spec("column", 0.6))),
+        Rule("2", (Spec("channel", 0.5),)),
+    )
+    torch.manual_seed(0)
+    here = nn.Sequential(nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 3, groups=2), nn.Linear(4, 6))
+    there = copy.deepcopy(here)
+    a, b = (ADMM(m, Plan(rules), rho=ResidualBalancing(1e-2)) for m in (here, there))
+    there.cuda()
+    noise = [torch.randn_like(m.weight) for m in here]
+    for model, admm in ((here, a), (there, b)):
+        admm.add_penalty_grad_()
+        with torch.no_grad():
+            for m, n in zip(model, noise, strict=True):
+                m.weight.add_(n.to(m.weight.device))
+        report = admm.step()
+    masks, gpu_masks = a.harden_(), b.harden_()
+    # Group sums and updates are the same bits on both, so the same groups survive.
+    for name, mask in masks.items():
+        assert b.z(name).is_cuda and torch.equal(a.z(name), b.z(name).cpu()) and torch.equal(a.u(name), b.u(name).cpu())
+        assert torch.equal(mask, gpu_masks[name].cpu())
+    assert report.primal > 0
+    optimizer = torch.optim.AdamW(there.parameters(), 0.1)
+    gpu_masks.hold(optimizer)
+    for p in there.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name, mask in gpu_masks.items():
+        w = there.get_submodule(name).weight.detach()
+        assert not w[~mask].view(torch.int32).any() and w[mask].any()

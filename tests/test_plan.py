@@ -143,6 +143,12 @@ skip = "not now"
         Rule("*", (), "not now"),
     )
     assert Plan.from_dict(p.to_dict()) == p
+    assert str(p).splitlines() == [
+        "body.1: 0.9 of block_column(4) groups",
+        "body.*: 0.5 of filter groups + 0.75 of column groups",
+        "*: left alone: not now",
+        "in 2 rounds",
+    ]
     got = p.resolve(Small())
     assert got["body.1"].rho == 0.002 and set(got.skipped.values()) >= {"not now"}
 

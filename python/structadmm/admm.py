@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .constraints import check_finite, holds, project_mask, project_update_
+from .constraints import fits, holds, project_mask, project_update_
 from .errors import PlanError
 from .masks import Hold, MaskReport, Masks, weight_of
 from .plan import LayerPlan, Plan, ResolvedPlan
@@ -267,13 +267,12 @@ class ADMM:
 
     def _project_and_update_duals_(self) -> dict[str, list[float]]:
         """Z' = Proj(W + U), U' = U + W - Z'. Returns each layer's five sums (see the op project_update_)."""
-        found = {}
-        for name, layer in self._layers.items():
-            w = self._weight(layer.plan).detach()
+        found = []
+        for layer in self._layers.values():
+            w, lp = self._weight(layer.plan).detach(), layer.plan
             self._follow(layer, w)
-            lp = layer.plan
-            found[name] = project_update_(w, layer.z, layer.u, lp.constraints, lp.conv_groups, layer.mask)[1]
-        return {name: sums.tolist() for name, sums in found.items()}
+            found.append(project_update_(w, layer.z, layer.u, lp.constraints, lp.conv_groups, layer.mask)[1])
+        return dict(zip(self._layers, _to_host(found), strict=True))
 
     def _residuals(self, sums: Mapping[str, list[float]]) -> StepReport:
         layers, total, n = {}, [0.0] * 5, 0
@@ -325,11 +324,20 @@ class ADMM:
                         setattr(layer, key, new.copy_(old))
 
     def _check_finite(self, who: str) -> None:
-        for name, layer in self._layers.items():
+        found = []
+        for layer in self._layers.values():
             w = self._weight(layer.plan)
             self._follow(layer, w)
-            if not check_finite(w.detach(), layer.u):
+            found.append(fits(w.detach(), layer.u))
+        for name, good in zip(self._layers, _to_host(found), strict=True):
+            if not good:
                 raise PlanError(f"{who}: weight of layer {name!r} got NaN, infinite or huge values, wanted finite ones")
+
+
+def _to_host(values: list[Tensor]) -> list[Any]:
+    """One plain value per tensor, waiting for a device once and not once per layer."""
+    rows: list[Any] = torch.stack([v.to(values[0].device) for v in values]).tolist()
+    return rows
 
 
 def _signature(lp: LayerPlan) -> list[list[Any]]:

@@ -143,9 +143,7 @@ def density(constraints: Sequence[Constraint], shape: Sequence[int], conv_groups
     return min(shares.get("filter", 1.0) * along, shares.get("element", 1.0))
 
 
-def check_finite(w: Tensor, u: Tensor | None = None) -> bool:
-    """Whether every group norm of W + U fits in f32: no NaN, no infinity, nothing so large that a square overflows."""
-    total = torch.linalg.vector_norm(w, dtype=torch.float32)
-    if u is not None:
-        total = total + torch.linalg.vector_norm(u)
-    return bool(total < 1e19)  # (1e19)^2 < 3.4e38, the largest f32
+def fits(w: Tensor, u: Tensor) -> Tensor:
+    """Bool scalar: every group norm of W + U fits in f32: no NaN, no infinity, nothing so large that its square is."""
+    total = torch.linalg.vector_norm(w, dtype=torch.float32) + torch.linalg.vector_norm(u)
+    return total < 1e19  # (1e19)^2 < 3.4e38, the largest f32

@@ -64,6 +64,11 @@ class Spec:
     rate: float | tuple[float, ...]
     block: int = DEFAULT_BLOCK
 
+    def __str__(self) -> str:
+        rates = self.rate if isinstance(self.rate, tuple) else (self.rate,)
+        name = self.structure + (f"({self.block})" if self.structure == "block_column" else "")
+        return f"{', '.join(f'{r:.4g}' for r in rates)} of {name} groups"
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -73,6 +78,10 @@ class Rule:
     constraints: tuple[Spec, ...] = ()
     skip: str | None = None
     rho: float | None = None
+
+    def __str__(self) -> str:
+        what = " + ".join(map(str, self.constraints)) if self.skip is None else f"left alone: {self.skip}"
+        return f"{self.match}: {what}"
 
     @property
     def exact(self) -> bool:
@@ -254,6 +263,10 @@ class Plan:
                 d["rho"] = r.rho
             rules.append(d)
         return {**({"steps": list(self.steps)} if self.steps else {}), "rule": rules}
+
+    def __str__(self) -> str:
+        rounds = [f"in {self.n_steps} rounds"] if self.n_steps > 1 else []
+        return "\n".join([*map(str, self.rules), *rounds])
 
     @property
     def n_steps(self) -> int:
