@@ -155,6 +155,38 @@ def test_wrong_shapes_are_told(folder, tmp_path):
     assert "a.weight" in error("compact", f"{folder}/nets.py:make", *arguments)
 
 
+def test_columns_reach_the_kernel(folder, tmp_path):
+    """compact writes compacted layers, inspect tells them, bench runs them."""
+    state = torch.load(folder / "weights.pt", weights_only=True)
+    state["c.weight"].flatten(1)[:, 5:] = 0
+    torch.save(state, tmp_path / "w.pt")
+    out = tmp_path / "o.safetensors"
+    arguments = ["--weights", tmp_path / "w.pt", "--example", "1x3x8x8", "--out", out, "--columns", "always", "--json"]
+    call("compact", f"{folder}/nets.py:make", *arguments)
+    row = next(row for row in json.loads(call("inspect", out, "--json"))["layers"] if row["name"] == "c")
+    assert (row["kind"], row["structure"], row["kept"], row["of"]) == ("CompactConv2d", "column", 10, 144)
+    assert row["weights"] == 16 * 5 and row["macs"] == 16 * 5 * 16
+    assert "CompactConv2d" in call("inspect", out)
+    assert "x" in call("bench", out, "--batch", 2, "--repeats", 2, "--min-time", 0)
+
+
+def test_interrupted_commands_exit_with_130(monkeypatch, folder):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artefact, "load", interrupted)
+    assert call("inspect", folder / "dense.safetensors", status=130) == "structadmm: interrupted\n"
+
+    def told(*args):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise structadmm.Error("go on with --resume") from None
+
+    monkeypatch.setattr(artefact, "load", told)
+    assert call("inspect", folder / "dense.safetensors", status=130) == "structadmm: go on with --resume\n"
+
+
 def test_debug_shows_the_traceback(folder):
     result = CliRunner().invoke(
         app, ["--debug", "compact", f"{folder}/nets.py:fails", "--example", "1x3x8x8", "--out", "o"]
@@ -163,19 +195,13 @@ def test_debug_shows_the_traceback(folder):
 
 
 def test_the_program(folder):
-    """As installed: the current folder's modules are found, stdout is JSON alone, errors go to stderr."""
-    code = "import sys; sys.path = [p for p in sys.path if p]; from structadmm.cli import main; main()"
-
-    def program(*args):
-        env = {**os.environ, "PYTHONPATH": str(Path(structadmm.__file__).parent.parent)}
-        return subprocess.run([sys.executable, "-c", code, *args], cwd=folder, env=env, capture_output=True, text=True)
-
+    """As installed: modules of the current folder are found, stdout is JSON alone."""
+    code = "import sys; sys.path.pop(0); from structadmm.cli import main; main()"
     arguments = ["compact", "nets:make", "--example=1x3x8x8", "--out=p.safetensors", "--columns=never", "--json"]
-    done = program(*arguments)
+    env = {**os.environ, "PYTHONPATH": str(Path(structadmm.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["file"] == "p.safetensors" and (folder / "p.safetensors").exists()
-    failed = program("inspect", "nowhere", "--json")
-    assert failed.returncode == 1 and failed.stdout == "" and len(failed.stderr.splitlines()) == 1
 
 
 def test_layer_table_tells_structures():

@@ -210,6 +210,14 @@ def _tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return ties
 
 
+def _is_channels_last(t: Tensor) -> bool:
+    """By strides: a 1x1 kernel counts as contiguous in both layouts, yet torch's convolution heeds the strides."""
+    if t.dim() != 4:
+        return False
+    _, c, h, w = t.shape
+    return t.stride() == (c * h * w, 1, c * w, c) != (c * h * w, h * w, w, 1)
+
+
 def _trace(module: nn.Module, example: Tensor | Sequence[Tensor] | None) -> fx.GraphModule:
     if isinstance(module, fx.GraphModule):
         return module
@@ -272,11 +280,7 @@ def save(
     manifest["ties"] = ties
     manifest["frozen"] = [n for n, p in parameters.items() if n in tensors and not p.requires_grad]
     manifest["buffers"] = [n for n in manifest["attributes"] if n not in parameters]
-    manifest["channels_last"] = [
-        n
-        for n, t in tensors.items()
-        if t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
-    ]
+    manifest["channels_last"] = [n for n, t in tensors.items() if _is_channels_last(t)]
     inputs = example if example is not None else carried.get("inputs")
     manifest["inputs"] = _example_inputs(inputs) if inputs is not None else None
     n_inputs = sum(node.op == "placeholder" for node in graph.graph.nodes)
@@ -683,7 +687,7 @@ def _restore(contents: Contents) -> fx.GraphModule:
     buffers = set(_names(manifest, "buffers", manifest["attributes"]))
     for name in _names(manifest, "channels_last", stored):
         _need(stored[name].dim() == 4, f"channels_last {name}", f"{stored[name].dim()} dimensions", "4")
-        stored[name] = stored[name].contiguous(memory_format=torch.channels_last)
+        stored[name] = torch.empty_like(stored[name], memory_format=torch.channels_last).copy_(stored[name])
 
     parameters: dict[str, nn.Parameter] = {}
     for name in wanted:

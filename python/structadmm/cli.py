@@ -84,7 +84,8 @@ def one_line_errors(command: F) -> F:
             print(f"structadmm: {kind}{text or 'no message'}", file=sys.stderr)
             if not isinstance(e, Error):
                 print("structadmm: structadmm --debug COMMAND shows where", file=sys.stderr)
-            raise typer.Exit(1) from None
+            # A command may turn Ctrl-C into an error that says how to go on.
+            raise typer.Exit(130 if isinstance(e.__context__, KeyboardInterrupt) else 1) from None
 
     return wrapped  # type: ignore[return-value]
 
@@ -494,7 +495,3 @@ def main() -> None:
     # A program's search path begins with its own folder; the user's modules are in the current one.
     sys.path.insert(0, os.getcwd())
     app()
-
-
-if __name__ == "__main__":
-    main()
