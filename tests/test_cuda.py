@@ -17,7 +17,6 @@ from structadmm.plan import Plan, Rule, Spec
 from structadmm.schedules import ResidualBalancing
 
 pytestmark = [
-    pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 
