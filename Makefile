@@ -56,7 +56,6 @@ lint: setup
 bench: setup
 	@for f in bench/project_update.py bench/admm_cost.py bench/conv_compact.py; do \
 	  echo "structadmm: $$f"; $(BIN)/python $$f --json bench/results/$$(basename $$f .py).json || exit 1; done
-	@$(BIN)/python bench/render.py
 
 gpu:
 	@bench/gpu
