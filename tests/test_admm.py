@@ -420,6 +420,31 @@ def test_hold_is_the_training_of_the_kept_weights_alone():
         assert torch.equal(p, q)
 
 
+class Normalised(torch.optim.Optimizer):
+    """Steps of equal length: mixes the entries of a tensor, as LAMB and Muon do."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(0.1 * p.grad / p.grad.norm())
+
+
+def test_gradients_of_masked_weights_do_not_reach_the_kept_ones():
+    model = net()
+    masks = ADMM(model, three()).harden_()
+    before = {n: model.get_submodule(n).weight.detach().clone() for n in masks}
+    optimizer = Normalised([model.get_submodule(n).weight for n in masks])
+    masks.hold(optimizer)
+    train(model, optimizer, 1)
+    for name, w in before.items():
+        # The kept weights make the whole step: its length is 0.1, up to rounding of weights below 1 (2^-24 each).
+        length = float((model.get_submodule(name).weight.detach() - w).norm())
+        assert math.isclose(length, 0.1, rel_tol=1e-5)
+
+
 def test_hold_with_a_gradient_scaler_that_skips_steps():
     model = net()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
@@ -553,6 +578,16 @@ def test_zeros_of_former_rounds_stay_and_finished_layers_rest():
     assert not (second["2"] & ~first["2"]).any() and second["2"].sum() < first["2"].sum()
     hold.remove()
     assert second.report().kept == int((model[2].weight != 0).sum() + (model[4].weight != 0).sum())
+
+
+def test_weights_that_came_back_outside_the_masks_do_not_count():
+    model = net()
+    first = ADMM(model, one_layer(0.5, name="2")).harden_()
+    with torch.no_grad():
+        model[2].weight[~first["2"]] = 9.0
+    second = ADMM(model, one_layer(0.8, name="2"), masks=first).harden_()
+    assert not (second["2"] & ~first["2"]).any() and (model[2].weight[~first["2"]] == 0).all()
+    assert second["2"].sum() == 4 * (54 - 43)  # 54 columns in two conv groups, of 4 filters each
 
 
 def test_masks_of_layers_outside_the_plan_are_handed_on():
