@@ -271,7 +271,13 @@ def _compact(cls: type[nn.Module], fields: Mapping[str, Field], view: Callable[[
             None if t["weight"].numel() == n else f"weight got [{t['weight'].numel()}], wanted [{n}] as its tables say"
         )
 
-    return Kind(cls, fields, tensors, _TABLES, _divides if "groups" in fields else lambda c: None, values)
+    def make(**arguments: Any) -> nn.Module:
+        # Tables of any length serve, their values are the file's; the layer's own would cost torch's decompositions.
+        lengths = zip(_TABLES, (0, 1, 2), strict=True)
+        return cls(**arguments, **{name: torch.empty(n, dtype=torch.int32) for name, n in lengths})
+
+    consistent = _divides if "groups" in fields else lambda c: None
+    return Kind(cls, fields, tensors, _TABLES, consistent, values, make=make)
 
 
 _CONV2D = {

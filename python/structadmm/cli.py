@@ -455,7 +455,9 @@ def measure(
                 for form, layout in (("contiguous", torch.contiguous_format), ("channels-last", torch.channels_last))
             }
             names = {f"{side}, {form}": call for (side, form), call in forms.items()}
-            with _status(f"Timing batch {batch}"), torch.inference_mode():
+            if sys.stderr.isatty():  # a line, not a spinner: its thread would be timed too
+                print(f"timing batch {batch}", file=sys.stderr)
+            with torch.inference_mode():
                 timings = interleave(names, repeats=repeats, min_time=min_time)
             best = {side: timings.fastest(*(n for n in names if n.startswith(side))) for side in ("dense", "compacted")}
             each = timings.to_dict()
