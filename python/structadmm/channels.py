@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .trace import Shape, Traced
 
@@ -67,25 +67,38 @@ class Layer:
     """A convolution or linear layer: [O] filters in `groups` conv groups, each of which reads Cg of the [groups*Cg]
     input channels.
 
-    reads [O, Cg]: the filter has a nonzero weight on the channel. border [O, Cg]: one of these taps can lie on zero
-    padding. total [O, Cg]: sum of the weights over the kernel. constant [O]: the filter emits out_value whatever its
-    live inputs. shift: where a constant can be added to the output: "bias", "norm" (mean of the BatchNorm behind),
-    "new" (a bias that compact creates), or None.
+    weight [O, Cg, K]. reads [O, Cg]: the filter has a nonzero weight on the channel; border [O, Cg]: one that can lie
+    on zero padding. shift: where a constant can be added to the output: "bias", "norm" (the mean of the BatchNorm
+    behind), "new" (a bias that compact creates), or None. silent [O]: filters that emit a constant by their bias alone,
+    and so read nothing. needed [O]: filters whose output is. merges: removed input channel -> the one that takes over
+    its constant.
     """
 
     node: fx.Node
     source: fx.Node
     groups: int
+    weight: Tensor
     ins: Facts
     outs: Facts
     reads: Bools
     border: Bools
-    total: Floats
     bias: Floats
     shift: str | None
-    silent: Bools  # filters that are constant and can emit their constant through the bias, so read nothing
+    silent: Bools
     needed: Bools | None = None
-    merges: dict[int, int] = field(default_factory=dict)  # removed input channel -> the one that carries its constant
+    merges: dict[int, int] = field(default_factory=dict)
+
+    def response(self, amount: Floats) -> Floats:
+        """[O] output, away from the border, for input channels that hold `amount` [groups*Cg]: no bias."""
+        at = np.flatnonzero(amount)
+        if not at.size:
+            return np.zeros(len(self.weight))
+        x = torch.from_numpy(amount).to(self.weight.device)
+        if self.groups == 1:  # few columns of what may be a huge weight
+            index = torch.from_numpy(at).to(self.weight.device)
+            return (self.weight[:, index].double().sum(2) @ x[index]).cpu().numpy()
+        total = self.weight.double().sum(2).reshape(self.groups, -1, self.weight.shape[1])
+        return (total @ x.reshape(self.groups, -1, 1)).reshape(-1).cpu().numpy()
 
 
 def _flat(facts: Facts) -> Facts:
@@ -397,7 +410,7 @@ class Analysis:
         reason = self._unshared(node)
         if reason or len(self.shapes[source]) != m.weight.dim():
             return reason or "unbatched input"
-        w = m.weight.detach().reshape(*m.weight.shape[:2], -1).double().cpu().numpy()
+        w = m.weight.detach().reshape(*m.weight.shape[:2], -1)
         bad = np.zeros(m.weight.shape[2:], bool)
         if m.padding_mode == "zeros":
             for axis, k in enumerate(m.kernel_size):
@@ -417,7 +430,7 @@ class Analysis:
 
     def _linear(self, node: fx.Node) -> str | None:
         m = self.module.get_submodule(node.target)
-        w = m.weight.detach().double().cpu().numpy()[:, :, None]
+        w = m.weight.detach()[:, :, None]
         return self._unshared(node) or self._mix(node, self._source(node), w, np.zeros(1, bool), m.bias, 1, axis=-1)
 
     def _unshared(self, node: fx.Node) -> str | None:
@@ -427,16 +440,17 @@ class Analysis:
         return f"its weights are tied to {self._tied[name]}'s" if name in self._tied else None
 
     def _mix(
-        self, node: fx.Node, source: fx.Node, w: Floats, bad: Bools, bias: torch.Tensor | None, groups: int, axis: int
+        self, node: fx.Node, source: fx.Node, w: Tensor, bad: Bools, bias: Tensor | None, groups: int, axis: int
     ) -> None:
         """w [O, Cg, K]; bad [K]: taps that can lie on zero padding."""
         n_filters, cg, _ = w.shape
         rank = len(self.shapes[source])
         ins = self._adopt(source, axis)
         nonzero = w != 0
-        reads = nonzero.any(2)
-        border = (nonzero & bad).any(2)
-        total = w.sum(2)
+        reads = nonzero.any(2).cpu().numpy()
+        border = np.broadcast_to(np.False_, reads.shape)
+        if bad.any():
+            border = nonzero[..., torch.from_numpy(np.flatnonzero(bad)).to(w.device)].any(2).cpu().numpy()
         b = np.zeros(n_filters) if bias is None else bias.detach().double().cpu().numpy()
         follower = next(iter(node.users)) if len(node.users) == 1 else None
         if bias is not None:
@@ -446,17 +460,19 @@ class Analysis:
         else:
             shift = "new" if self.create_bias else None
 
-        const = np.repeat(ins.const.reshape(groups, cg), n_filters // groups, 0)
-        value = np.where(const, np.repeat(ins.value.reshape(groups, cg), n_filters // groups, 0), 0.0)
-        varies = reads & (~const | (border & (value != 0)))
-        constant = ~varies.any(1)
-        emits = b + np.where(reads & const, value * total, 0.0).sum(1)
-        outs = Facts(self._fresh(n_filters), constant, np.where(constant, emits, 0.0))
-        silent = constant & ((emits == b) | (shift is not None))
+        layer = Layer(node, source, groups, w, ins, ins, reads, border, b, shift, np.zeros(n_filters, bool))
+        per_group = (groups, -1, cg)
+        nonzero_constant = (ins.const & (ins.value != 0)).reshape(groups, 1, cg)
+        varies = reads.reshape(per_group) & ~ins.const.reshape(groups, 1, cg)
+        varies |= border.reshape(per_group) & nonzero_constant
+        constant = ~varies.any(2).reshape(-1)
+        emits = b + layer.response(np.where(ins.const, ins.value, 0.0))
+        layer.outs = Facts(self._fresh(n_filters), constant, np.where(constant, emits, 0.0))
+        layer.silent = constant & ((emits == b) | (shift is not None))
         if groups > 1 and cg == 1 and n_filters == groups:
-            self.edges.append((ins.ids, outs.ids))
-        self.layers[node] = Layer(node, source, groups, ins, outs, reads, border, total, b, shift, silent)
-        self.facts[node] = self._like(outs, rank, axis)
+            self.edges.append((ins.ids, layer.outs.ids))
+        self.layers[node] = layer
+        self.facts[node] = self._like(layer.outs, rank, axis)
         self.sources[node] = []
 
     def _takes_mean(self, node: fx.Node) -> bool:
@@ -1068,13 +1084,9 @@ class Analysis:
     def shift_of(self, layer: Layer) -> Floats:
         """[O] what must be added to the layer's output once removed inputs are gone and silent filters are without
         weights."""
-        n_filters, cg = layer.reads.shape
-        per_group = n_filters // layer.groups
-        gone = layer.ins.const & (layer.ins.value != 0) & self.removed[layer.ins.ids]
-        taken = np.repeat(np.where(gone, layer.ins.value, 0.0).reshape(layer.groups, cg), per_group, 0)
-        for i in layer.merges:
-            taken[:, i % cg][i // cg * per_group : (i // cg + 1) * per_group] = 0.0
-        delta = (taken * np.where(layer.reads, layer.total, 0.0)).sum(1)
+        gone = layer.ins.const & self.removed[layer.ins.ids]
+        gone[list(layer.merges)] = False
+        delta = layer.response(np.where(gone, layer.ins.value, 0.0))
         delta[~self._rows(layer)] = 0.0
         own = layer.needed & layer.silent  # type: ignore[operator]
         delta[own] = (layer.outs.value - layer.bias)[own]
