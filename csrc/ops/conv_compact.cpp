@@ -127,23 +127,16 @@ double pixels_cost(const GemmCompact& k, int width, int64_t vectors, bool gather
   return cycles * (width / k.mr[c]) * (gather ? 1.12 : 1.0);  // a second load and a permutation per vector
 }
 
-// The next panels for one filters kernel: three at a time, but never one at the end where two and two will do.
-int next_panels(const GemmCompact& k, int64_t left) {
-  if (left == 4 && k.nv[0] == 3) return 2;
-  return static_cast<int>(std::min<int64_t>(left, k.nv[0]));
-}
-
-Layout make_layout(const Conv2dShape& s, const int64_t (&x_strides)[4], const PackedHeader& p, int64_t out_h,
-                   int64_t out_w, bool direct, bool split) {
+Layout make_layout(const Conv2dShape& s, const PackedHeader& p, bool direct, bool split) {
   Layout l;
   l.direct = direct;
-  l.h = make_axis(s.height, out_h, p.kernel_h, s.stride[0], s.padding[0], s.dilation[0], split);
-  l.w = make_axis(s.width, out_w, p.kernel_w, s.stride[1], s.padding[1], s.dilation[1], split);
+  l.h = make_axis(s.height, s.out_h, p.kernel_h, s.stride[0], s.padding[0], s.dilation[0], split);
+  l.w = make_axis(s.width, s.out_w, p.kernel_w, s.stride[1], s.padding[1], s.dilation[1], split);
   l.position.resize(static_cast<size_t>(p.kernel_h) * p.kernel_w);
   if (direct) {
-    l.pitch = x_strides[2];
-    l.image_stride = x_strides[0];
-    l.channel_stride = x_strides[1];
+    l.pitch = s.x_strides[2];
+    l.image_stride = s.x_strides[0];
+    l.channel_stride = s.x_strides[1];
   } else {
     l.pitch = l.w.pitch;
     l.image_stride = l.h.pitch * l.pitch;
@@ -239,22 +232,22 @@ int64_t choose_period(int64_t most, int64_t outputs, const Cost& cost) {
 }
 
 // Decides, block by block, between the kernels over pixels and over filters.
-Plan make_plan(const char* op, const Conv2dShape& s, const int64_t (&x_strides)[4], const Packed& packed, Isa isa) {
+Plan make_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
   const PackedHeader& p = *packed.header;
   Plan plan;
   plan.kernels = &kernels::gemm_compact(isa);
   const GemmCompact& k = *plan.kernels;
-  plan.out_h = conv_out_size(op, s.height, p.kernel_h, s.stride[0], s.padding[0], s.dilation[0]);
-  plan.out_w = conv_out_size(op, s.width, p.kernel_w, s.stride[1], s.padding[1], s.dilation[1]);
+  plan.out_h = s.out_h;
+  plan.out_w = s.out_w;
   plan.outputs = plan.out_h * plan.out_w;
 
   // x can stay where it is if nothing surrounds it; vectors of pixels also want it without strides and no smaller than
   // they.
-  const bool unpadded = s.padding[0] == 0 && s.padding[1] == 0 && x_strides[3] == 1;
+  const bool unpadded = s.padding[0] == 0 && s.padding[1] == 0 && s.x_strides[3] == 1;
   const bool direct = unpadded && s.stride[0] == 1 && s.stride[1] == 1 && (s.batch == 1 || plan.outputs >= 4 * k.lanes);
-  plan.layout = make_layout(s, x_strides, p, plan.out_h, plan.out_w, direct, true);
+  plan.layout = make_layout(s, p, direct, true);
   if (direct && plan.layout.limit < 2 * k.lanes) {
-    plan.layout = make_layout(s, x_strides, p, plan.out_h, plan.out_w, false, true);
+    plan.layout = make_layout(s, p, false, true);
   }
   PixelTiles& px = plan.pixels;
   const auto vectors = [&](int64_t images, bool gather) {
@@ -274,19 +267,16 @@ Plan make_plan(const char* op, const Conv2dShape& s, const int64_t (&x_strides)[
   }
   FilterTiles& fl = plan.filters;
   const auto cost = [&](int64_t n) { return filters_cost(k, 0, 1, n * plan.outputs); };
-  fl.period = choose_period(std::max<int64_t>(s.batch, 1), plan.outputs, cost);
+  // Offsets of several images must fit the tables' 32 bits too.
+  const int64_t span = std::max(plan.layout.image_stride, p.out_channels * plan.outputs);
+  fl.period = span > (1 << 26) ? 1 : choose_period(std::max<int64_t>(s.batch, 1), plan.outputs, cost);
 
   bool any_pixels = false;
   const auto count = static_cast<int64_t>(packed.panels.size());
   for (int64_t i = 0; i < count;) {
     const Panel& panel = packed.panels[i];
     const int c = kernels::width_class(panel.width);
-    int64_t alike = 1;
-    while (i + alike < count && packed.panels[i + alike].block == panel.block &&
-           packed.panels[i + alike].width == panel.width) {
-      ++alike;
-    }
-    const int nv = panel.width == 16 ? next_panels(k, alike) : 1;
+    const int nv = next_panels(packed, i, k);
     const double by_filters = filters_cost(k, c, nv, fl.period * plan.outputs) / static_cast<double>(fl.period);
     const double by_pixels =
         nv * pixels_cost(k, panel.width, vectors(px.period, px.gather), px.gather) / static_cast<double>(px.period);
@@ -301,7 +291,7 @@ Plan make_plan(const char* op, const Conv2dShape& s, const int64_t (&x_strides)[
   }
   // Without vectors of pixels neither phases nor (unpadded) a copy are needed.
   if (!any_pixels && !plan.layout.direct && (unpadded || s.stride[0] != 1 || s.stride[1] != 1)) {
-    plan.layout = make_layout(s, x_strides, p, plan.out_h, plan.out_w, unpadded, false);
+    plan.layout = make_layout(s, p, unpadded, false);
   }
   if (any_pixels) cut_vectors(plan, p.out_channels * plan.outputs, px);
   const Layout& l = plan.layout;
@@ -393,9 +383,9 @@ void run_pixels(const Plan& plan, const Packed& packed, const Job& job, const fl
   }
 }
 
-// The padded copy of `images` images, channels of it that no tap reads left as they are.
-void copy_padded(const Plan& plan, const Conv2dShape& s, const Packed& packed, const float* x,
-                 const int64_t (&x_strides)[4], int64_t images, float* to, Isa isa, Parallel& parallel, int64_t tasks) {
+// The padded copy of `images` images, channels that no tap reads left as they are.
+void copy_padded(const Plan& plan, const Conv2dShape& s, const Packed& packed, const float* x, int64_t images,
+                 float* to, Isa isa, Parallel& parallel, int64_t tasks) {
   const Layout& l = plan.layout;
   const auto copy = kernels::pad_copy(isa);
   const auto channels = static_cast<int64_t>(packed.channels.size());
@@ -405,10 +395,10 @@ void copy_padded(const Plan& plan, const Conv2dShape& s, const Packed& packed, c
       float* dst = to + channel * l.channel_stride;
       for (const auto& h : l.h.phases) {
         for (const auto& w : l.w.phases) {
-          copy(PadCopyArgs{.src = x + channel * x_strides[1] + h.first * x_strides[2] + w.first * x_strides[3],
-                           .image_stride = x_strides[0],
-                           .row_stride = l.h.in_step * x_strides[2],
-                           .col_stride = l.w.in_step * x_strides[3],
+          copy(PadCopyArgs{.src = x + channel * s.x_strides[1] + h.first * s.x_strides[2] + w.first * s.x_strides[3],
+                           .image_stride = s.x_strides[0],
+                           .row_stride = l.h.in_step * s.x_strides[2],
+                           .col_stride = l.w.in_step * s.x_strides[3],
                            .dst = dst,
                            .images = images,
                            .image_rows = l.h.pitch,
@@ -423,7 +413,27 @@ void copy_padded(const Plan& plan, const Conv2dShape& s, const Packed& packed, c
       }
     }
   });
-  (void)s;
+}
+
+// The plan for a shape, kept by each calling thread: to make one costs as much as to convolve a small image.
+const Plan& kept_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
+  struct Entry {
+    Conv2dShape shape;
+    uint64_t structure;
+    Isa isa;
+    Plan plan;
+  };
+  constexpr size_t kEntries = 64;
+  thread_local std::unique_ptr<Entry> entries[kEntries];
+  const uint64_t structure = packed.header->structure;
+  const uint64_t mix = structure ^ (static_cast<uint64_t>(s.batch) * 0x9e3779b97f4a7c15) ^
+                       (static_cast<uint64_t>(s.height * s.width) * 0xc2b2ae3d27d4eb4f);
+  std::unique_ptr<Entry>& e = entries[(mix ^ (mix >> 29)) % kEntries];
+  if (!e || e->structure != structure || e->isa != isa || !(e->shape == s)) {
+    e = nullptr;
+    e = std::make_unique<Entry>(Entry{s, structure, isa, make_plan(s, packed, isa)});
+  }
+  return e->plan;
 }
 
 // Kept by each calling thread for its next call. Never shrinks: it holds kScratchFloats, or one image if that is more.
@@ -445,31 +455,46 @@ float* scratch(int64_t floats) {
   return buffer.get();
 }
 
-void check_channels(const char* op, const char* what, int64_t got, const Packed& packed) {
-  SADMM_CHECK(got == packed.header->in_channels, op, ": x has ", got, " ", what, ", wanted ",
-              packed.header->in_channels);
-}
-
-}  // namespace
-
-int64_t conv_out_size(const char* op, int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  SADMM_CHECK(stride >= 1, op, ": stride got ", stride, ", wanted at least 1");
-  SADMM_CHECK(padding >= 0, op, ": padding got ", padding, ", wanted at least 0");
-  SADMM_CHECK(dilation >= 1, op, ": dilation got ", dilation, ", wanted at least 1");
+// The size of the output on an axis. Throws Error if there is none.
+int64_t out_size(const char* op, int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   constexpr int64_t kMost = 1 << 28;
-  SADMM_CHECK(stride < kMost && padding < kMost && dilation < kMost && kernel < kMost && in < kMost, op, ": sizes got ",
-              in, ", ", kernel, ", ", stride, ", ", padding, ", ", dilation, ", wanted less than 2^28");
+  SADMM_CHECK(stride >= 1 && stride < kMost, op, ": stride got ", stride, ", wanted at least 1");
+  SADMM_CHECK(padding >= 0 && padding < kMost, op, ": padding got ", padding, ", wanted at least 0");
+  SADMM_CHECK(dilation >= 1 && dilation < kMost, op, ": dilation got ", dilation, ", wanted at least 1");
   const int64_t reach = dilation * (kernel - 1) + 1;
   SADMM_CHECK(in + 2 * padding >= reach, op, ": x got size ", in, " with padding ", padding, ", wanted at least the ",
               reach, " that the kernel spans");
   return (in + 2 * padding - reach) / stride + 1;
 }
 
-void conv2d_compact(const char* op, const Conv2dShape& s, const float* x, const int64_t (&x_strides)[4],
-                    const Packed& packed, float* y, Isa isa, Parallel& parallel) {
-  check_channels(op, "channels", s.channels, packed);
-  const Plan plan = make_plan(op, s, x_strides, packed, isa);
-  if (s.batch == 0 || plan.outputs == 0) return;
+}  // namespace
+
+Conv2dShape conv2d_shape(const char* op, const TensorView& x, const Packed& packed, const Conv2dArgs& args) {
+  const PackedHeader& p = *packed.header;
+  SADMM_CHECK(x.dtype == Dtype::kF32, op, ": x got ", dtype_name(x.dtype), ", wanted f32");
+  SADMM_CHECK(x.device == Device::kCpu, op, ": x got a tensor on another device, wanted the CPU");
+  SADMM_CHECK(x.dims == 4, op, ": x got shape ", x.shape(), ", wanted [batch, channels, height, width]");
+  SADMM_CHECK(x.sizes[1] == p.in_channels, op, ": x has ", x.sizes[1], " channels, wanted ", p.in_channels);
+  Conv2dShape s{};
+  static_cast<Conv2dArgs&>(s) = args;
+  s.batch = x.sizes[0];
+  s.channels = x.sizes[1];
+  s.height = x.sizes[2];
+  s.width = x.sizes[3];
+  std::copy_n(x.strides, 4, s.x_strides);
+  constexpr int64_t kMost = 1 << 28;  // offsets within an image are 32 bits wide in the tables
+  SADMM_CHECK(s.height < kMost && s.width < kMost && s.height * s.width < kMost, op, ": x got shape ", x.shape(),
+              ", wanted fewer than 2^28 pixels");
+  s.out_h = out_size(op, s.height, p.kernel_h, args.stride[0], args.padding[0], args.dilation[0]);
+  s.out_w = out_size(op, s.width, p.kernel_w, args.stride[1], args.padding[1], args.dilation[1]);
+  SADMM_CHECK(s.out_h < kMost && s.out_w < kMost && s.out_h * s.out_w < kMost, op, ": y would get ", s.out_h, " x ",
+              s.out_w, " pixels, wanted fewer than 2^28");
+  return s;
+}
+
+void conv2d_compact(const Conv2dShape& s, const float* x, const Packed& packed, float* y, Isa isa, Parallel& parallel) {
+  if (s.batch == 0) return;
+  const Plan& plan = kept_plan(s, packed, isa);
   const Layout& l = plan.layout;
   const int64_t image_out = packed.header->out_channels * plan.outputs;
   const int64_t step = l.direct ? s.batch : l.chunk;
@@ -479,10 +504,9 @@ void conv2d_compact(const char* op, const Conv2dShape& s, const float* x, const 
     const int64_t images = std::min(step, s.batch - image);
     const int64_t macs = packed.header->weights * plan.outputs * images;
     const int64_t tasks = macs < kSerialMacs || parallel.threads() == 1 ? 1 : 4 * parallel.threads();
-    const float* from = x + image * x_strides[0];
+    const float* from = x + image * s.x_strides[0];
     if (!l.direct) {
-      copy_padded(plan, s, packed, from, x_strides, images, copy, isa, parallel,
-                  std::min<int64_t>(tasks, packed.channels.size()));
+      copy_padded(plan, s, packed, from, images, copy, isa, parallel, std::min<int64_t>(tasks, packed.channels.size()));
       from = copy;
     }
     int64_t units = 0;
@@ -503,57 +527,8 @@ void conv2d_compact(const char* op, const Conv2dShape& s, const float* x, const 
   }
 }
 
-void linear_compact(const char* op, int64_t rows, int64_t features, const float* x, int64_t x_stride,
-                    const Packed& packed, float* y, Isa isa, Parallel& parallel) {
-  check_channels(op, "features", features, packed);
-  const GemmCompact& k = kernels::gemm_compact(isa);
-  const int64_t filters = packed.header->out_channels;
-  std::vector<std::pair<int64_t, int>> jobs;  // first panel, panels
-  for (int64_t i = 0, n = static_cast<int64_t>(packed.panels.size()); i < n;) {
-    int64_t alike = 1;
-    while (i + alike < n && packed.panels[i + alike].block == packed.panels[i].block &&
-           packed.panels[i + alike].width == packed.panels[i].width) {
-      ++alike;
-    }
-    jobs.emplace_back(i, packed.panels[i].width == 16 ? next_panels(k, alike) : 1);
-    i += jobs.back().second;
-  }
-  const int64_t position = 0, tiles = div_up(rows, k.pixels), units = static_cast<int64_t>(jobs.size()) * tiles;
-  const int64_t tasks = packed.header->weights * rows < kSerialMacs || parallel.threads() == 1
-                            ? 1
-                            : std::min<int64_t>(units, 4 * parallel.threads());
-  int32_t pixel[kernels::kMaxPixels] = {}, out[kernels::kMaxPixels];
-  for (int i = 0; i < k.pixels && i < rows; ++i) {
-    pixel[i] = static_cast<int32_t>(i * x_stride);
-    out[i] = static_cast<int32_t>(i * filters);
-  }
-  parallel.run(tasks, [&](int64_t task) {
-    for (int64_t u = task * units / tasks; u < (task + 1) * units / tasks; ++u) {
-      const auto& [first, panels] = jobs[u / tiles];
-      const int64_t row = u % tiles * k.pixels;
-      const Panel &panel = packed.panels[first], &last = packed.panels[first + panels - 1];
-      const auto n = std::min<int64_t>(k.pixels, rows - row);
-      k.filters_kernel[kernels::width_class(panel.width)][panels - 1][n - 1](
-          FiltersArgs{.x = x + row * x_stride,
-                      .channel_stride = 1,
-                      .position_offset = &position,
-                      .taps = packed.taps + panel.first_tap,
-                      .n_taps = panel.n_taps,
-                      .w = packed.weights + panel.weight,
-                      .bias = packed.bias + panel.first_filter,
-                      .y = y + row * filters + panel.first_filter,
-                      .y_stride = 1,
-                      .filters = last.first_filter + last.filters - panel.first_filter,
-                      .pixel = pixel,
-                      .out = out});
-    }
-  });
-}
-
-std::vector<std::string> conv2d_kernels(const char* op, const Conv2dShape& s, const Packed& packed, Isa isa) {
-  check_channels(op, "channels", s.channels, packed);
-  const int64_t strides[4] = {s.channels * s.height * s.width, s.height * s.width, s.width, 1};
-  const Plan plan = make_plan(op, s, strides, packed, isa);
+std::vector<std::string> conv2d_kernels(const Conv2dShape& s, const Packed& packed, Isa isa) {
+  const Plan plan = make_plan(s, packed, isa);
   const GemmCompact& k = *plan.kernels;
   std::vector<std::string> names;
   for (const Job& job : plan.jobs) {

@@ -32,6 +32,21 @@ int64_t aligned(int64_t bytes) {
 }
 
 template <class T>
+std::span<const T> values(const char* op, const char* name, const TensorView& t, Dtype dtype) {
+  SADMM_CHECK(t.dtype == dtype, op, ": ", name, " got ", dtype_name(t.dtype), ", wanted ", dtype_name(dtype));
+  SADMM_CHECK(t.device == Device::kCpu, op, ": ", name, " got a tensor on another device, wanted the CPU");
+  SADMM_CHECK(t.dims == 1 && (t.sizes[0] <= 1 || t.strides[0] == 1), op, ": ", name, " got shape ", t.shape(),
+              ", wanted a contiguous vector");
+  return {static_cast<const T*>(t.data), static_cast<size_t>(t.sizes[0])};
+}
+
+// FNV-1a.
+uint64_t hash(uint64_t h, int64_t value) {
+  for (int i = 0; i < 8; ++i, value >>= 8) h = (h ^ (value & 255)) * 0x100000001b3;
+  return h;
+}
+
+template <class T>
 T* at(std::byte* base, int64_t offset) {
   return reinterpret_cast<T*>(base + offset);
 }
@@ -41,6 +56,23 @@ const T* at(const std::byte* base, int64_t offset) {
 }
 
 }  // namespace
+
+TapTable tap_table(const char* op, const TensorView& weight, const TensorView* bias, const TensorView& taps,
+                   const TensorView& block_filters, const TensorView& block_taps, int64_t in_channels, int64_t kernel_h,
+                   int64_t kernel_w, int64_t conv_groups) {
+  TapTable t;
+  t.weight = values<float>(op, "weight", weight, Dtype::kF32);
+  t.has_bias = bias != nullptr;
+  if (bias) t.bias = values<float>(op, "bias", *bias, Dtype::kF32);
+  t.taps = values<int32_t>(op, "taps", taps, Dtype::kI32);
+  t.block_filters = values<int32_t>(op, "block_filters", block_filters, Dtype::kI32);
+  t.block_taps = values<int32_t>(op, "block_taps", block_taps, Dtype::kI32);
+  t.in_channels = in_channels;
+  t.kernel_size[0] = kernel_h;
+  t.kernel_size[1] = kernel_w;
+  t.conv_groups = conv_groups;
+  return t;
+}
 
 void check(const char* op, const TapTable& t) {
   const int64_t positions = t.kernel_size[0] * t.kernel_size[1];
@@ -130,6 +162,13 @@ std::vector<std::byte> pack(const char* op, const TapTable& t) {
   h.conv_groups = static_cast<int32_t>(t.conv_groups);
   h.kernel_h = static_cast<int32_t>(t.kernel_size[0]);
   h.kernel_w = static_cast<int32_t>(t.kernel_size[1]);
+  h.structure = 0xcbf29ce484222325;
+  for (const int64_t v : {t.in_channels, filters, t.conv_groups, t.kernel_size[0], t.kernel_size[1]}) {
+    h.structure = hash(h.structure, v);
+  }
+  for (const Panel& p : panels) {
+    for (const int64_t v : {p.filters, p.width, p.block}) h.structure = hash(h.structure, v);
+  }
   h.panels = static_cast<int64_t>(panels.size());
   h.taps = static_cast<int64_t>(t.taps.size());
   h.channels = std::count(read.begin(), read.end(), 1);
@@ -187,6 +226,21 @@ Packed unpack(const char* op, std::span<const std::byte> bytes) {
           .channels = {at<int32_t>(base, h->channels_at), static_cast<size_t>(h->channels)},
           .weights = at<float>(base, h->weights_at),
           .bias = at<float>(base, h->bias_at)};
+}
+
+int next_panels(const Packed& packed, int64_t i, const kernels::GemmCompact& k) {
+  const auto all = static_cast<int64_t>(packed.panels.size());
+  const Panel& first = packed.panels[i];
+  const int most = k.nv[kernels::width_class(first.width)];
+  int alike = 1;
+  while (alike <= most && i + alike < all && packed.panels[i + alike].block == first.block &&
+         packed.panels[i + alike].width == first.width) {
+    ++alike;
+  }
+  const bool one_left =
+      alike == most + 1 && most == 3 &&
+      (i + 4 == all || packed.panels[i + 4].block != first.block || packed.panels[i + 4].width != first.width);
+  return one_left ? 2 : std::min(alike, most);
 }
 
 }  // namespace structadmm

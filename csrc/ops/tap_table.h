@@ -16,6 +16,7 @@
 #include <span>
 #include <vector>
 
+#include "base/tensor_view.h"
 #include "kernels/gemm_compact/gemm_compact.h"
 
 namespace structadmm {
@@ -39,6 +40,7 @@ struct PackedHeader {
   char magic[8];
   int32_t layout;
   int32_t in_channels, out_channels, conv_groups, kernel_h, kernel_w;
+  uint64_t structure;  // hash of these sizes and the panels: what a schedule depends on, besides the input
   int64_t bytes;
   int64_t panels, taps, channels, weights;                       // counts
   int64_t panels_at, taps_at, channels_at, weights_at, bias_at;  // byte offsets
@@ -54,11 +56,21 @@ struct Packed {
   const float* bias;  // [out_channels], and zeros behind it for the width of a panel
 };
 
-// Throws Error, worded for `op`, if the table is not well formed.
+// The table in these tensors. Throws Error, worded for `op`, where a dtype, a device or a number of dimensions is
+// wrong; `bias` may be null.
+TapTable tap_table(const char* op, const TensorView& weight, const TensorView* bias, const TensorView& taps,
+                   const TensorView& block_filters, const TensorView& block_taps, int64_t in_channels, int64_t kernel_h,
+                   int64_t kernel_w, int64_t conv_groups);
+
+// Throws Error if the table is not well formed.
 void check(const char* op, const TapTable& table);
 
 // check() and pack().
 std::vector<std::byte> pack(const char* op, const TapTable& table);
+
+// How many panels from the i-th on one filters kernel should take: those of the same block, as wide, as many as the
+// kernel holds, but two and two rather than three and one.
+int next_panels(const Packed& packed, int64_t i, const kernels::GemmCompact& kernels);
 
 // Throws Error if these bytes are not a whole packed form of this build.
 Packed unpack(const char* op, std::span<const std::byte> bytes);

@@ -38,6 +38,10 @@ _EFFICIENCY = {
 }
 _BLOCKS = (16, 8, 4)
 
+# Bound once: to look an op up costs as much as a small layer.
+_conv2d_packed = torch.ops.structadmm.conv2d_packed.default
+_linear_packed = torch.ops.structadmm.linear_packed.default
+
 
 def _pair(op: str, name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
@@ -211,25 +215,24 @@ class _Compact(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _kept(self, x: Tensor) -> Tensor | None:
-        """The packed weight if a kernel on it serves x now, else None."""
-        p = self._parameters
-        w, b = p["weight"], p["bias"]
-        assert w is not None
+        """The packed weight if a kernel on it serves x now, else None. Every microsecond here is one of every call."""
+        parameters = self._parameters
+        w, b = parameters["weight"], parameters["bias"]
+        kept = self._packed
+        if kept is None or kept[0] is not w or kept[1] is not b:
+            if w is None or w.is_inference() or (b is not None and b.is_inference()):
+                return None  # no version counter
+            if w.dtype is not torch.float32 or not w.is_cpu:
+                return None
+            kept = None
         if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (b is not None and b.requires_grad)):
             return None
-        if (
-            x.dtype is not torch.float32
-            or w.dtype is not torch.float32
-            or not x.is_cpu
-            or not w.is_cpu
-            or w.is_inference()
-        ):
+        if x.dtype is not torch.float32 or not x.is_cpu:
             return None
-        key = (w, w._version, w.data_ptr(), b, None if b is None else b._version)
-        kept = self._packed
-        if kept is None or kept[0] is not w or kept[1:3] != key[1:3] or kept[3] is not b or kept[4] != key[4]:
-            kept = self._packed = (*key, self._pack())
-        return kept[5]
+        key = (w._version, w.data_ptr(), 0 if b is None else b._version)
+        if kept is None or kept[2] != key:
+            kept = self._packed = (w, b, key, self._pack())
+        return kept[3]
 
     def _pack(self) -> Tensor:
         raise NotImplementedError
@@ -285,6 +288,7 @@ class CompactConv2d(_Compact):
                 raise ValueError(f'{op}: padding got {padding!r}, wanted integers, "same" or "valid"')
             padding = [a // 2 for a in around] if padding == "same" else 0
         self.padding = _pair(op, "padding", padding, 0)
+        self._sizes = (out_channels, *self.kernel_size, *self.stride, *self.padding, *self.dilation)
         self._groups, self._filters = groups, out_channels
         self._shape = (out_channels, in_channels // groups, *self.kernel_size)
         self._init_tables((taps, block_filters, block_taps), bias, device, dtype)
@@ -350,9 +354,7 @@ class CompactConv2d(_Compact):
         if type(x) is Tensor and not torch.compiler.is_compiling():
             packed = self._kept(x)
             if packed is not None:
-                return ops.conv2d_packed(
-                    x, packed, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation
-                )
+                return _conv2d_packed(x, packed, *self._sizes)
         run = ops.conv2d_compact if self._by_kernel(x) else reference.conv2d_compact
         return run(
             x,
@@ -463,7 +465,7 @@ class CompactLinear(_Compact):
         if type(x) is Tensor and not torch.compiler.is_compiling():
             packed = self._kept(x)
             if packed is not None:
-                return ops.linear_packed(x, packed, self.out_features)
+                return _linear_packed(x, packed, self.out_features)
         run = ops.linear_compact if self._by_kernel(x) else reference.linear_compact
         return run(x, self.weight, self.bias, self.taps, self.block_filters, self.block_taps, self.out_features)
 

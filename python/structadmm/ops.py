@@ -214,13 +214,18 @@ def conv2d_packed(
     x: Tensor,
     packed: Tensor,
     out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    padding_h: int,
+    padding_w: int,
+    dilation_h: int,
+    dilation_w: int,
 ) -> Tensor:
     """conv2d_compact on what conv2d_pack made."""
-    return _conv2d_packed(x, packed, out_channels, kernel_size, stride, padding, dilation)
+    sizes = (kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w)
+    return _conv2d_packed(x, packed, out_channels, *sizes)
 
 
 def linear_packed(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
@@ -228,25 +233,29 @@ def linear_packed(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     return _linear_packed(x, packed, out_features)
 
 
-@torch.library.register_fake("structadmm::conv2d_compact")
+@_fake("structadmm::conv2d_compact")
 def _(x, weight, bias, taps, block_filters, block_taps, out_channels, kernel_size, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
     return x.new_empty(
         [x.shape[0], out_channels, *_conv_out("conv2d_compact", x, kernel_size, stride, padding, dilation)]
     )
 
 
-@torch.library.register_fake("structadmm::conv2d_packed")
-def _(x, packed, out_channels, kernel_size, stride, padding, dilation):  # type: ignore[no-untyped-def]
-    return x.new_empty(
-        [x.shape[0], out_channels, *_conv_out("conv2d_packed", x, kernel_size, stride, padding, dilation)]
+@_fake("structadmm::conv2d_packed")
+def _(x, packed, out_channels, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w):  # type: ignore[no-untyped-def]
+    kernel, stride, padding, dilation = (
+        (kernel_h, kernel_w),
+        (stride_h, stride_w),
+        (padding_h, padding_w),
+        (dilation_h, dilation_w),
     )
+    return x.new_empty([x.shape[0], out_channels, *_conv_out("conv2d_packed", x, kernel, stride, padding, dilation)])
 
 
-@torch.library.register_fake("structadmm::linear_compact")
+@_fake("structadmm::linear_compact")
 def _(x, weight, bias, taps, block_filters, block_taps, out_features):  # type: ignore[no-untyped-def]
     return x.new_empty([*x.shape[:-1], out_features])
 
 
-@torch.library.register_fake("structadmm::linear_packed")
+@_fake("structadmm::linear_packed")
 def _(x, packed, out_features):  # type: ignore[no-untyped-def]
     return x.new_empty([*x.shape[:-1], out_features])
