@@ -428,7 +428,9 @@ const Plan& kept_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
   const uint64_t structure = packed.header->structure;
   const uint64_t mix = structure ^ (static_cast<uint64_t>(s.batch) * 0x9e3779b97f4a7c15) ^
                        (static_cast<uint64_t>(s.height * s.width) * 0xc2b2ae3d27d4eb4f);
-  std::unique_ptr<Entry>& e = entries[(mix ^ (mix >> 29)) % kEntries];
+  // The tables of large maps are large, and cheap against the work: they share an entry.
+  const bool large = s.out_h * s.out_w > (1 << 15);
+  std::unique_ptr<Entry>& e = entries[large ? 0 : (mix ^ (mix >> 29)) % kEntries];
   if (!e || e->structure != structure || e->isa != isa || !(e->shape == s)) {
     e = nullptr;
     e = std::make_unique<Entry>(Entry{s, structure, isa, make_plan(s, packed, isa)});
@@ -469,12 +471,12 @@ int64_t out_size(const char* op, int64_t in, int64_t kernel, int64_t stride, int
 
 }  // namespace
 
-Conv2dShape conv2d_shape(const char* op, const TensorView& x, const Packed& packed, const Conv2dArgs& args) {
-  const PackedHeader& p = *packed.header;
+Conv2dShape conv2d_shape(const char* op, const TensorView& x, Device device, int64_t in_channels, int64_t kernel_h,
+                         int64_t kernel_w, const Conv2dArgs& args) {
   SADMM_CHECK(x.dtype == Dtype::kF32, op, ": x got ", dtype_name(x.dtype), ", wanted f32");
-  SADMM_CHECK(x.device == Device::kCpu, op, ": x got a tensor on another device, wanted the CPU");
+  SADMM_CHECK(x.device == device, op, ": x got a tensor on another device, wanted that of the weight");
   SADMM_CHECK(x.dims == 4, op, ": x got shape ", x.shape(), ", wanted [batch, channels, height, width]");
-  SADMM_CHECK(x.sizes[1] == p.in_channels, op, ": x has ", x.sizes[1], " channels, wanted ", p.in_channels);
+  SADMM_CHECK(x.sizes[1] == in_channels, op, ": x has ", x.sizes[1], " channels, wanted ", in_channels);
   Conv2dShape s{};
   static_cast<Conv2dArgs&>(s) = args;
   s.batch = x.sizes[0];
@@ -485,8 +487,8 @@ Conv2dShape conv2d_shape(const char* op, const TensorView& x, const Packed& pack
   constexpr int64_t kMost = 1 << 28;  // offsets within an image are 32 bits wide in the tables
   SADMM_CHECK(s.height < kMost && s.width < kMost && s.height * s.width < kMost, op, ": x got shape ", x.shape(),
               ", wanted fewer than 2^28 pixels");
-  s.out_h = out_size(op, s.height, p.kernel_h, args.stride[0], args.padding[0], args.dilation[0]);
-  s.out_w = out_size(op, s.width, p.kernel_w, args.stride[1], args.padding[1], args.dilation[1]);
+  s.out_h = out_size(op, s.height, kernel_h, args.stride[0], args.padding[0], args.dilation[0]);
+  s.out_w = out_size(op, s.width, kernel_w, args.stride[1], args.padding[1], args.dilation[1]);
   SADMM_CHECK(s.out_h < kMost && s.out_w < kMost && s.out_h * s.out_w < kMost, op, ": y would get ", s.out_h, " x ",
               s.out_w, " pixels, wanted fewer than 2^28");
   return s;
@@ -533,10 +535,11 @@ std::vector<std::string> conv2d_kernels(const Conv2dShape& s, const Packed& pack
   std::vector<std::string> names;
   for (const Job& job : plan.jobs) {
     const int width = packed.panels[job.panel].width, c = kernels::width_class(width);
+    int most = 0;
+    for (const Tile& tile : plan.pixels.tiles[c]) most = std::max(most, tile.count);
     const std::string by = job.panels > 0
                                ? "filters_" + std::to_string(k.pixels) + "x" + std::to_string(job.panels * width)
-                               : "pixels_" + std::to_string(k.mr[c]) + "x" +
-                                     std::to_string(plan.pixels.tiles[c][0].count * k.lanes) +
+                               : "pixels_" + std::to_string(k.mr[c]) + "x" + std::to_string(most * k.lanes) +
                                      (plan.pixels.gather ? "_gather" : "");
     names.push_back("gemm_compact_f32_" + by + "__" + k.isa);
   }

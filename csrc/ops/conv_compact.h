@@ -31,8 +31,9 @@ struct Conv2dShape : Conv2dArgs {
   bool operator==(const Conv2dShape&) const = default;
 };
 
-// Throws Error if x is not an f32 image batch on the CPU that this weight and these arguments can convolve.
-Conv2dShape conv2d_shape(const char* op, const TensorView& x, const Packed& packed, const Conv2dArgs& args);
+// Throws Error if x is not an f32 image batch on that device that can be convolved so.
+Conv2dShape conv2d_shape(const char* op, const TensorView& x, Device device, int64_t in_channels, int64_t kernel_h,
+                         int64_t kernel_w, const Conv2dArgs& args);
 
 // y: [batch, filters, out_h, out_w], contiguous.
 void conv2d_compact(const Conv2dShape& shape, const float* x, const Packed& packed, float* y, Isa isa,
@@ -40,6 +41,6 @@ void conv2d_compact(const Conv2dShape& shape, const float* x, const Packed& pack
 
 // The names of the kernels that would run, one per panel in order; a pure function of its arguments (isa need not be
 // this CPU's).
-std::vector<std::string> conv2d_kernels(const char* op, const Conv2dShape& shape, const Packed& packed, Isa isa);
+std::vector<std::string> conv2d_kernels(const Conv2dShape& shape, const Packed& packed, Isa isa);
 
 }  // namespace structadmm

@@ -13,13 +13,12 @@ constexpr int64_t kSerialMacs = 1 << 17;  // a few microseconds of work: less th
 
 }  // namespace
 
-LinearShape linear_shape(const char* op, const TensorView& x, const Packed& packed) {
+LinearShape linear_shape(const char* op, const TensorView& x, Device device, int64_t in_features) {
   SADMM_CHECK(x.dtype == Dtype::kF32, op, ": x got ", dtype_name(x.dtype), ", wanted f32");
-  SADMM_CHECK(x.device == Device::kCpu, op, ": x got a tensor on another device, wanted the CPU");
+  SADMM_CHECK(x.device == device, op, ": x got a tensor on another device, wanted that of the weight");
   SADMM_CHECK(x.dims >= 1, op, ": x got a scalar, wanted [..., features]");
   const int64_t features = x.sizes[x.dims - 1];
-  SADMM_CHECK(features == packed.header->in_channels, op, ": x has ", features, " features, wanted ",
-              packed.header->in_channels);
+  SADMM_CHECK(features == in_features, op, ": x has ", features, " features, wanted ", in_features);
   LinearShape s{.rows = 1, .x_stride = features};
   for (int d = 0; d + 1 < x.dims; ++d) s.rows *= x.sizes[d];
   if (x.dims == 2 && x.sizes[0] > 1) s.x_stride = x.strides[0];
@@ -30,8 +29,8 @@ LinearShape linear_shape(const char* op, const TensorView& x, const Packed& pack
     rows = rows && (free || x.strides[d] == wanted);
   }
   constexpr int64_t kMost = 1 << 27;  // the offsets of the rows of a tile are 32 bits wide
-  SADMM_CHECK(rows && s.x_stride >= -kMost && s.x_stride <= kMost && packed.header->out_channels <= kMost, op,
-              ": x got shape ", x.shape(), " with strides, wanted contiguous rows");
+  SADMM_CHECK(rows && s.x_stride >= -kMost && s.x_stride <= kMost, op, ": x got shape ", x.shape(),
+              " with strides, wanted contiguous rows");
   return s;
 }
 

@@ -18,6 +18,7 @@
 
 #include "base/tensor_view.h"
 #include "kernels/gemm_compact/gemm_compact.h"
+#include "kernels/gemm_compact/packed.h"
 
 namespace structadmm {
 
@@ -30,23 +31,10 @@ struct TapTable {
   int64_t conv_groups = 1;
 };
 
-struct Panel {
-  int32_t first_filter, filters, width, block;
-  int64_t first_tap, n_taps;
-  int64_t weight;  // index of its first weight
-};
-
-struct PackedHeader {
-  char magic[8];
-  int32_t layout;
-  int32_t in_channels, out_channels, conv_groups, kernel_h, kernel_w;
-  uint64_t structure;  // hash of these sizes and the panels: what a schedule depends on, besides the input
-  int64_t bytes;
-  int64_t panels, taps, channels, weights;                       // counts
-  int64_t panels_at, taps_at, channels_at, weights_at, bias_at;  // byte offsets
-};
-
 // The packed form, read in place.
+using kernels::PackedHeader;
+using kernels::Panel;
+
 struct Packed {
   const PackedHeader* header;
   std::span<const Panel> panels;

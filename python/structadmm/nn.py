@@ -222,12 +222,12 @@ class _Compact(nn.Module):
         if kept is None or kept[0] is not w or kept[1] is not b:
             if w is None or w.is_inference() or (b is not None and b.is_inference()):
                 return None  # no version counter
-            if w.dtype is not torch.float32 or not w.is_cpu:
+            if w.dtype is not torch.float32 or w.device.type not in ("cpu", "cuda"):
                 return None
             kept = None
         if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (b is not None and b.requires_grad)):
             return None
-        if x.dtype is not torch.float32 or not x.is_cpu:
+        if x.dtype is not torch.float32 or x.device != w.device:
             return None
         key = (w._version, w.data_ptr(), 0 if b is None else b._version)
         if kept is None or kept[2] != key:
@@ -355,6 +355,8 @@ class CompactConv2d(_Compact):
             packed = self._kept(x)
             if packed is not None:
                 return _conv2d_packed(x, packed, *self._sizes)
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"conv2d_compact: x {_had(x, 4, 1, 'channels')}, wanted {self.in_channels}")
         run = ops.conv2d_compact if self._by_kernel(x) else reference.conv2d_compact
         return run(
             x,
@@ -466,6 +468,8 @@ class CompactLinear(_Compact):
             packed = self._kept(x)
             if packed is not None:
                 return _linear_packed(x, packed, self.out_features)
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"linear_compact: x {_had(x, x.dim(), -1, 'features')}, wanted {self.in_features}")
         run = ops.linear_compact if self._by_kernel(x) else reference.linear_compact
         return run(x, self.weight, self.bias, self.taps, self.block_filters, self.block_taps, self.out_features)
 
@@ -495,6 +499,10 @@ class ChannelBias(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.bias.numel()}, dim={self.dim}"
+
+
+def _had(x: Tensor, dims: int, dim: int, what: str) -> str:
+    return f"has {x.shape[dim]} {what}" if x.dim() == dims >= 1 else f"got {x.dim()} dimensions"
 
 
 def _repr(layer: _Compact) -> str:

@@ -199,14 +199,14 @@ def conv2d_pack(
     kernel_size: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """The weight and bias as conv2d_packed reads them: opaque bytes (uint8), good in this process. CPU only."""
+    """The weight and bias as conv2d_packed reads them: opaque bytes (uint8), good in this process."""
     return _ops.conv2d_pack(weight, bias, taps, block_filters, block_taps, in_channels, kernel_size, groups)
 
 
 def linear_pack(
     weight: Tensor, bias: Tensor | None, taps: Tensor, block_filters: Tensor, block_taps: Tensor, in_features: int
 ) -> Tensor:
-    """The weight and bias as linear_packed reads them: opaque bytes (uint8), good in this process. CPU only."""
+    """The weight and bias as linear_packed reads them: opaque bytes (uint8), good in this process."""
     return _ops.linear_pack(weight, bias, taps, block_filters, block_taps, in_features)
 
 

@@ -19,13 +19,9 @@
 #include <cstdint>
 
 #include "base/isa.h"
+#include "kernels/gemm_compact/packed.h"
 
 namespace structadmm::kernels {
-
-struct Tap {
-  int32_t channel;   // absolute input channel
-  int32_t position;  // flat kernel position, index into position_offset
-};
 
 inline constexpr int kMaxPanel = 16;   // filters
 inline constexpr int kMaxLanes = 16;   // of any instruction set
