@@ -60,7 +60,7 @@ def make_table(
 
 
 def check_close(got: Tensor, x: Tensor, w: Tensor, b: Tensor | None, dense: Any, *args: Any) -> None:
-    """|error| <= (T + 2) 2^-23 (|w| . |x| + |b|): T rounded products and sums in a row, whatever was fused (Higham, 3.1)."""
+    """|error| <= (T + 2) 2^-23 (|w| . |x| + |b|): T rounded products and sums in a row, fused or not (Higham, 3.1)."""
     want = dense(x.double(), w.double(), None if b is None else b.double(), *args)
     size = dense(x.double().abs(), w.double().abs(), None if b is None else b.double().abs(), *args)
     terms = int((w.flatten(1) != 0).sum(1).max()) if w.numel() else 0

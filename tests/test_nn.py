@@ -191,11 +191,8 @@ def test_copies_and_pickles(pair: Any) -> None:
 def test_state_dict_brings_its_tables(pair: Any) -> None:
     dense, layer, x = pair
     assert set(layer.state_dict()) == {"weight", "bias", "taps", "block_filters", "block_taps"}
-    other: Layer
-    if isinstance(layer, CompactConv2d):
-        other = CompactConv2d(12, 20, 3, padding=1, groups=2)
-    else:
-        other = CompactLinear(30, 21)
+    conv = isinstance(layer, CompactConv2d)
+    other: Layer = CompactConv2d(12, 20, 3, padding=1, groups=2) if conv else CompactLinear(30, 21)
     assert other.weight.numel() == dense.weight.numel()  # nothing pruned yet
     file = io.BytesIO()
     torch.save(nn.Sequential(layer).state_dict(), file)
