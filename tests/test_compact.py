@@ -262,6 +262,10 @@ ODD = {
     "channel taken": lambda m, x: x + x[:, 6:7],
     "channel index": lambda m, x: x * x[:, 2].unsqueeze(1),
     "transposed linear": lambda m, x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "parts handed on": lambda m, x: torch.cat(torch.chunk(x, 2, 1), 1),
+    "unforeseen arguments": lambda m, x: torch.add(input=x, other=x.flip(1), alpha=2),
+    "pooled over channels": lambda m, x: F.avg_pool1d(x.flatten(2).transpose(1, 2), 2).mean(2)[:, :8, None, None] + x,
+    "device": lambda m, x: x.cumsum(1).to(x.device),
     "expand": lambda m, x: x + x.mean(1, keepdim=True).expand(-1, 8, -1, -1),
 }
 
@@ -279,6 +283,52 @@ def test_untracked_operations_leave_channels_whole(name: str) -> None:
     if name != "transposed linear":
         assert small.a.out_channels == 8
         assert "left whole" in str(small.report) or small.report.notes["a"]
+
+
+def rotate(x: Tensor) -> Tensor:
+    return torch.cat([x[:, 2:], x[:, :2]], 1)
+
+
+def halves(x: Tensor, sizes: list[int]) -> Tensor:
+    a, b = torch.split(x, sizes, 1)
+    return torch.cat([b, a], 1)
+
+
+def in_place(x: Tensor) -> Tensor:
+    x.add_(0.25)  # a statement: what follows sees its result
+    F.relu_(x)
+    return x
+
+
+# Operation and what its constants become: the filters of `a` that stay once half of them are zero with bias 0.5.
+TRACKED = {
+    "rotated": (lambda m, x: rotate(x), 5),
+    "split unevenly": (lambda m, x: halves(x, [3, 5]), 5),
+    "padded channels": (lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 2))[:, 1:9], 4),
+    "padded map": (lambda m, x: F.pad(x, (1, 1, 1, 1)), 8),
+    "padded map with the constant": (lambda m, x: F.pad(x, (1, 1, 1, 1), value=0.5), 4),
+    "in place": (lambda m, x: in_place(x), 4),
+    "upsampled": (lambda m, x: F.interpolate(x, scale_factor=2), 4),
+    "channels last": (lambda m, x: F.relu(x.permute(0, 2, 3, 1)).contiguous().permute(0, 3, 1, 2), 4),
+    "views": (lambda m, x: x.view(x.size(0), x.size(1), -1).view(x.size(0), 8, *(10, 10)), 4),
+    "gated by its mean": (lambda m, x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)), 4),
+    "arithmetic": (lambda m, x: 1 - x**2 / (1 + x.abs()), 4),
+    "parts added": (lambda m, x: torch.cat([x[:, :4] + x[:, 4:], x[:, 4:]], 1), 8),
+}
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_tracked_operations(name: str) -> None:
+    how, stay = TRACKED[name]
+    model = randomise(Odd(how).double(), 0.0, 0)
+    with torch.no_grad():
+        model.a.weight[:4] = 0
+        model.a.bias[:4] = 0.5
+    small = sa.compact(model, images(2), columns="never")
+    same(model, small, images(3))
+    # A padded map makes the constants vary, so each channel of it stays; a part of a split keeps at least one.
+    assert small.a.out_channels == stay
+    assert small.report.whole == {}
 
 
 def test_modules_called_twice_and_tied_weights_stay_whole() -> None:

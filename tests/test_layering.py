@@ -18,7 +18,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"_load", "ops"},
     {"constraints", "masks", "plan", "schedules", "nn"},
     {"admm", "trace"},
-    {"channels", "paths", "purify", "compact"},
+    {"analysis", "channels", "paths", "purify", "compact"},
     {"allowed"},
     {"artefact"},
     {"data", "models", "report"},

@@ -92,6 +92,17 @@ def test_error_names_module_and_line() -> None:
         trace(model, torch.randn(2, 3))
 
 
+def test_overwritten_views_are_refused() -> None:
+    class Through(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 1
+            x.view(-1).mul_(2)
+            return x
+
+    with pytest.raises(TraceError, match=r"mul_ got a view \(view\) to overwrite while output still uses"):
+        trace(Through(), torch.randn(2, 3))
+
+
 def test_error_names_the_layer_that_does_not_fit() -> None:
     with pytest.raises(TraceError, match=r"compact: fc got RuntimeError.*got shapes \(2, 3, 9, 9\)"):
         trace(Net(), torch.randn(2, 3, 9, 9), "compact")
@@ -146,6 +157,7 @@ def test_clone_bakes_masks_and_parametrisations() -> None:
     assert torch.equal(copied(x), model(x))
     assert set(copied.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert hasattr(model[0], "weight_mask") and hooked(model) == []
+    assert torch.equal(copied(x), model(x)), "the original still works"
     model[1].register_forward_pre_hook(lambda m, args: None)
     assert hooked(model) == ["1"]
 

@@ -1,17 +1,10 @@
-"""Which channels of a traced network can go: the analysis that remove_unused_paths, purify and compact stand on.
+"""Ids and constants: which channel of every tensor in a traced network comes from which filter, and what it holds.
 
 Every channel of every tensor has an *id*; data movement (reshape, slice, concat, pad) is done on the ids as it is on
-the data, and an addition ties the ids of its operands, so tied channels go together or not at all. Three passes over
-the graph, each near-linear in the number of channels:
-
-1. forward, *constants*: a channel is a constant c when it holds c on the whole map, border included, whatever the
-   input. A filter without weights emits its bias; BatchNorm and activations map constants; zero padding leaves only 0
-   constant.
-2. backward, *need*: a channel is needed when something that reaches the output reads it. A filter that is constant or
-   not needed itself reads nothing.
-3. per class of tied ids, *removal*: every tensor that holds the channel must not need it, or hold a constant that each
-   layer which reads it can take into its bias exactly. An operation that is not tracked pins the channels it touches,
-   with the reason.
+the data, and an addition ties the ids of its operands, so tied channels go together or not at all. A channel is a
+*constant* c when it holds c on the whole map, border included, whatever the input: a filter without weights emits its
+bias; BatchNorm and activations map constants; zero padding leaves only 0 constant. An operation that is not tracked
+pins the channels it touches, with the reason.
 """
 
 from __future__ import annotations
@@ -35,9 +28,6 @@ Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Largest ratio of constants at which one channel carries another's weights: rounding grows by as much in the worst
-# case.
-MAX_RATIO = 100.0
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -101,7 +91,7 @@ class Layer:
         return (total @ x.reshape(self.groups, -1, 1)).reshape(-1).cpu().numpy()
 
 
-def _flat(facts: Facts) -> Facts:
+def flat(facts: Facts) -> Facts:
     return facts.map(lambda a: a.reshape(-1))
 
 
@@ -126,24 +116,6 @@ def _blocks(s: Sequence[int], t: Sequence[int]) -> list[tuple[int, int, int, int
     return out
 
 
-def components(n: int, edges: Sequence[tuple[Ints, Ints]]) -> Ints:
-    """[n] labels: equal exactly for nodes that the edges connect (minimum propagation with pointer jumping)."""
-    label = np.arange(n)
-    if not edges:
-        return label
-    a = np.concatenate([e[0].reshape(-1) for e in edges])
-    b = np.concatenate([e[1].reshape(-1) for e in edges])
-    while True:
-        la, lb = label[a], label[b]
-        if np.array_equal(la, lb):
-            return label
-        low = np.minimum(la, lb)
-        np.minimum.at(label, la, low)
-        np.minimum.at(label, lb, low)
-        while not np.array_equal(label, label[label]):
-            label = label[label]
-
-
 # fmt: off
 # Elementwise operations of one tensor; the identities are identities in eval mode.
 _IDENTITY_MODULES = (
@@ -161,7 +133,7 @@ _POINTWISE_NAMES = {
     "sqrt", "square", "clamp", "clamp_", "clip", "pow", "erf", "sin", "cos", "log1p", "expm1", "rsqrt", "reciprocal",
 }
 _IDENTITY_NAMES = {"contiguous", "clone", "detach"}
-_BINARY_NAMES = {
+BINARY_NAMES = {
     "add": "add", "add_": "add", "iadd": "add", "sub": "sub", "sub_": "sub", "isub": "sub", "mul": "mul", "mul_":
     "mul", "imul": "mul", "multiply": "mul", "subtract": "sub", "truediv": "div", "div": "div", "div_": "div",
     "itruediv": "div", "maximum": "max", "minimum": "min",
@@ -179,15 +151,22 @@ _CONST_POOL_FUNCTIONS = {
 }
 _AVG_POOL_FUNCTIONS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 _PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+# What may be asked of a tensor without learning how many channels it has.
+_HARMLESS = ("device", "dtype", "ndim", "is_cuda", "layout", "requires_grad", "dim")
 # fmt: on
 
 
-def _function_name(target: Any) -> str:
+def function_name(target: Any) -> str:
     """The name of a torch or operator function; '' for functions from elsewhere, which may do anything under a known
     name."""
     module = getattr(target, "__module__", None) or ""
     ours = module.split(".")[0] in ("torch", "_operator", "operator") or isinstance(target, type(torch.relu))
     return getattr(target, "__name__", "") if ours else ""
+
+
+def given(node: fx.Node, *names: str) -> dict[str, Any]:
+    """The arguments of a node by name, positional ones as `names` call them."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def title(node: fx.Node) -> str:
@@ -198,58 +177,56 @@ def title(node: fx.Node) -> str:
     return f"{name} ({node.name})"
 
 
-class Analysis:
-    """The three passes over a traced network; afterwards `removed` says per id whether the channel goes.
+class Channels:
+    """Ids and constants of every tensor.
 
-    create_bias: a layer without bias may get one. elide: an addition of a constant may become a bias, its operand
-    vanishes.
+    create_bias: a layer without bias may get one to take a constant.
     """
 
-    def __init__(self, traced: Traced, *, create_bias: bool = True, elide: bool = True) -> None:
+    def __init__(self, traced: Traced, create_bias: bool = True) -> None:
         self.traced = traced
         self.module = traced.module
         self.shapes = traced.shapes
-        self.create_bias, self.elide = create_bias, elide
+        self.create_bias = create_bias
         self.n_ids = 0
         self.facts: dict[fx.Node, Facts] = {}
-        self.why: dict[fx.Node, str] = {}  # nodes without facts: the reason
+        # Nodes without facts: the reason.
+        self.why: dict[fx.Node, str] = {}
         self.layers: dict[fx.Node, Layer] = {}
-        self.norms: dict[fx.Node, fx.Node] = {}  # BatchNorm node -> its input
+        # BatchNorm -> its input.
+        self.norms: dict[fx.Node, fx.Node] = {}
         # Channelwise operations: per source the position of each output channel in it (-1: not from it) and where it
-        # matters.
+        # matters (None: everywhere).
         self.sources: dict[fx.Node, list[tuple[fx.Node, Ints, Bools | None]]] = {}
-        self.parts: dict[fx.Node, tuple[fx.Node, list[Ints]]] = {}  # split and chunk: source, positions per part
-        self.sizes: dict[
-            fx.Node, list[Ints]
-        ] = {}  # integers computed from shapes: ids of the dimensions they come from
-        self.edits: dict[fx.Node, str] = {}  # operations whose arguments count channels
-        self.elided: dict[
-            fx.Node, tuple[int, Floats]
-        ] = {}  # additions: which operand is the constant, and the constant per channel
-        self.need: dict[fx.Node, Bools] = {}
+        # split and chunk: source, positions per part.
+        self.parts: dict[fx.Node, tuple[fx.Node, list[Ints]]] = {}
+        # Integers computed from shapes: ids of the dimensions that they come from.
+        self.sizes: dict[fx.Node, list[Ints]] = {}
+        # Operations whose arguments count channels.
+        self.edits: dict[fx.Node, str] = {}
         self.edges: list[tuple[Ints, Ints]] = []
         self.locks: list[tuple[Ints, str]] = []
-        self.whole: dict[str, str] = {}  # operations left whole: title -> reason
+        # Operations left whole: title -> reason.
+        self.whole: dict[str, str] = {}
         self._calls: dict[str, int] = {}
-        for node in self.module.graph.nodes:
-            if node.op == "call_module":
-                self._calls[node.target] = self._calls.get(node.target, 0) + 1
         owners: dict[int, list[str]] = {}
         for name, module in self.module.named_modules():
             for p in module.parameters(recurse=False):
                 owners.setdefault(id(p), []).append(name)
         for node in self.module.graph.nodes:
-            if node.op == "get_attr":
-                value = _get(self.module, node.target)
-                owners.setdefault(id(value), []).append(node.target)
+            if node.op == "call_module":
+                self._calls[node.target] = self._calls.get(node.target, 0) + 1
+            elif node.op == "get_attr":
+                owners.setdefault(id(_get(self.module, node.target)), []).append(node.target)
         self._tied = {n: o for names in owners.values() if len(names) > 1 for n in names for o in names if o != n}
-
         for node in self.module.graph.nodes:
             self._forward(node)
-        self._backward()
-        self._remove()
 
     # Ids, locks, lookups
+
+    def _module(self, node: fx.Node) -> Any:
+        """The module that a call_module node calls."""
+        return self.module.get_submodule(str(node.target))
 
     def _fresh(self, n: int) -> Ints:
         self.n_ids += n
@@ -271,14 +248,14 @@ class Analysis:
             self.sources[node] = []
             self._lock(ids, self.why.pop(node, "not tracked"))
         if facts.ids.size == facts.ids.shape[axis] == shape[axis]:
-            return _flat(facts)
+            return flat(facts)
         self._lock(facts.ids, f"{title(node)} is read along another dimension than its channels'")
         ids = self._fresh(shape[axis])
         self._lock(ids, "read along another dimension")
         return Facts(ids, np.zeros(ids.shape, bool), np.zeros(ids.shape))
 
-    def _like(self, flat: Facts, rank: int, axis: int) -> Facts:
-        return flat.map(lambda a: a.reshape([-1 if d == axis % rank else 1 for d in range(rank)]))
+    def _like(self, vector: Facts, rank: int, axis: int) -> Facts:
+        return vector.map(lambda a: a.reshape([-1 if d == axis % rank else 1 for d in range(rank)]))
 
     # Forward: ids and constants
 
@@ -304,16 +281,21 @@ class Analysis:
         if not isinstance(shape, Shape) and handler not in (self._split, self._size):
             self._pin(node, f"{self._kind(node)} does not return one tensor")
             return
-        reason = handler(node)
+        try:
+            reason = handler(node)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            # An overload or argument that the rule does not foresee: as good as untracked.
+            for found in (self.facts, self.sources, self.layers, self.norms, self.parts, self.sizes, self.edits):
+                found.pop(node, None)
+            reason = f"its arguments are not understood ({type(error).__name__}: {error})"
         if reason is not None:
             self._pin(node, reason)
-            return
-        if handler != self._reshape:
+        elif handler != self._reshape or node not in self.facts:
             self._pin_sizes(node)
 
     def _kind(self, node: fx.Node) -> str:
         if node.op == "call_module":
-            return type(self.module.get_submodule(node.target)).__name__
+            return type(self._module(node)).__name__
         return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))
 
     def _pin_sizes(self, node: fx.Node) -> None:
@@ -326,17 +308,18 @@ class Analysis:
         self.why[node] = reason
         tracked = any(n in self.facts or n in self.parts for n in node.all_input_nodes)
         if node.op == "call_module":
-            tracked |= next(self.module.get_submodule(node.target).parameters(), None) is not None
+            tracked |= next(self._module(node).parameters(), None) is not None
         if node.op != "output" and tracked:
             self.whole[title(node)] = reason
         for source in node.all_input_nodes:
-            if source in self.facts:
-                self._lock(self.facts[source].ids, reason if node.op == "output" else f"{title(node)}: {reason}")
+            origin = self.parts[source][0] if source in self.parts else source
+            if origin in self.facts:
+                self._lock(self.facts[origin].ids, reason if node.op == "output" else f"{title(node)}: {reason}")
         self._pin_sizes(node)
 
     def _handler(self, node: fx.Node) -> Callable[[fx.Node], str | None] | None:
         if node.op == "call_module":
-            kind = type(self.module.get_submodule(node.target))
+            kind = type(self._module(node))
             if kind in CONVS:
                 return self._conv
             if kind is nn.Linear:
@@ -355,16 +338,16 @@ class Analysis:
         if node.op == "call_function":
             if node.target in _CONST_POOL_FUNCTIONS or node.target in _AVG_POOL_FUNCTIONS:
                 return self._pool
-            name = _function_name(node.target)
+            name = function_name(node.target)
             if name == "getattr" or node.target is getattr:
-                return self._size if node.args[1:2] == ("shape",) else None
+                return self._size if node.args[1] in ("shape", *_HARMLESS) else None
         else:
             name = str(node.target)
         if name in _POINTWISE_NAMES:
             return self._pointwise
         if name in _IDENTITY_NAMES:
             return self._identity
-        if name in _BINARY_NAMES:
+        if name in BINARY_NAMES:
             return self._binary
         return {
             "flatten": self._reshape,
@@ -382,11 +365,12 @@ class Analysis:
             "split": self._split,
             "chunk": self._split,
             "size": self._size,
+            "dim": self._size,
         }.get(name)
 
     def _source(self, node: fx.Node) -> fx.Node:
         """The tensor that a one-tensor operation works on."""
-        arg = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+        arg: Any = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
         return arg if isinstance(arg, fx.Node) else node.all_input_nodes[0]
 
     def _channelwise(self, node: fx.Node, source: fx.Node, facts: Facts | None, matters: Bools | None = None) -> None:
@@ -405,7 +389,7 @@ class Analysis:
         self.sources[node] = [(source, move(np.arange(facts.ids.size).reshape(facts.ids.shape)), None)]
 
     def _conv(self, node: fx.Node) -> str | None:
-        m = self.module.get_submodule(node.target)
+        m = self._module(node)
         source = self._source(node)
         reason = self._unshared(node)
         if reason or len(self.shapes[source]) != m.weight.dim():
@@ -426,12 +410,16 @@ class Analysis:
                 t = np.arange(k) * d
                 out = (t < before) | (t > (k - 1) * d - after)
                 bad |= out.reshape([-1 if a == axis else 1 for a in range(bad.ndim)])
-        return self._mix(node, source, w, bad.reshape(-1), m.bias, m.groups, axis=1)
+        self._mix(node, source, w, bad.reshape(-1), m.bias, m.groups, axis=1)
+        return None
 
     def _linear(self, node: fx.Node) -> str | None:
-        m = self.module.get_submodule(node.target)
-        w = m.weight.detach()[:, :, None]
-        return self._unshared(node) or self._mix(node, self._source(node), w, np.zeros(1, bool), m.bias, 1, axis=-1)
+        m = self._module(node)
+        reason = self._unshared(node)
+        if reason is None:
+            w = m.weight.detach()[:, :, None]
+            self._mix(node, self._source(node), w, np.zeros(1, bool), m.bias, 1, axis=-1)
+        return reason
 
     def _unshared(self, node: fx.Node) -> str | None:
         name = str(node.target)
@@ -476,39 +464,41 @@ class Analysis:
         self.sources[node] = []
 
     def _takes_mean(self, node: fx.Node) -> bool:
-        if node.op != "call_module" or self._calls[node.target] > 1 or node.target in self._tied:
+        name = str(node.target)
+        if node.op != "call_module" or self._calls[name] > 1 or name in self._tied:
             return False
-        m = self.module.get_submodule(node.target)
+        m = self._module(node)
         return type(m) in NORMS and m.running_mean is not None
 
     def _norm(self, node: fx.Node) -> str | None:
-        m = self.module.get_submodule(node.target)
+        m = self._module(node)
         source = self._source(node)
         reason = self._unshared(node)
         if reason:
             return reason
-        flat = self._adopt(source, 1)
+        known = self._adopt(source, 1)
         rank = len(self.shapes[source])
-        if not np.array_equal(self.facts[source].ids.reshape(-1), flat.ids):
+        if not np.array_equal(self.facts[source].ids.reshape(-1), known.ids):
             return "its channels are not in dimension 1"
-        gamma = np.ones(flat.ids.size) if m.weight is None else m.weight.detach().double().cpu().numpy()
-        beta = np.zeros(flat.ids.size) if m.bias is None else m.bias.detach().double().cpu().numpy()
+        gamma = np.ones(known.ids.size) if m.weight is None else m.weight.detach().double().cpu().numpy()
+        beta = np.zeros(known.ids.size) if m.bias is None else m.bias.detach().double().cpu().numpy()
         if m.running_mean is None:  # normalises by the batch in eval mode too
-            facts = flat.vary()
+            facts = known.vary()
         else:
             mean, var = m.running_mean.double().cpu().numpy(), m.running_var.double().cpu().numpy()
             scale = gamma / np.sqrt(var + m.eps)
-            const = flat.const | (gamma == 0)
-            moved = np.where(gamma == 0, beta, (flat.value - mean) * scale + beta)
-            facts = Facts(flat.ids, const, np.where(const, moved, 0.0))
-        matters = self._like(Facts(flat.ids, gamma != 0, beta), rank, 1).const
+            const = known.const | (gamma == 0)
+            moved = np.where(gamma == 0, beta, (known.value - mean) * scale + beta)
+            facts = Facts(known.ids, const, np.where(const, moved, 0.0))
+        matters = self._like(Facts(known.ids, gamma != 0, beta), rank, 1).const
         self._channelwise(node, source, self._like(facts, rank, 1), matters)
         self.norms[node] = source
         return None
 
-    def _identity(self, node: fx.Node) -> None:
+    def _identity(self, node: fx.Node) -> str | None:
         source = self._source(node)
         self._channelwise(node, source, self.facts.get(source))
+        return None
 
     def _evaluate(self, node: fx.Node, values: dict[fx.Node, Floats]) -> Floats:
         """The node's own operation in float64 on arrays of constants."""
@@ -516,12 +506,12 @@ class Analysis:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: tensors[n].clone())
         with torch.no_grad():
             if node.op == "call_module":
-                out = self.module.get_submodule(node.target)(*args, **kwargs)
+                out = self._module(node)(*args, **kwargs)
             elif node.op == "call_method":
                 out = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 out = node.target(*args, **kwargs)  # type: ignore[operator]
-        return out.double().numpy()  # type: ignore[no-any-return]
+        return out.double().numpy()
 
     def _pointwise(self, node: fx.Node) -> str | None:
         if len(node.all_input_nodes) != 1:
@@ -549,7 +539,9 @@ class Analysis:
         if facts is None:
             self._channelwise(node, source, None)
             return None
-        if any(n > 1 for d, n in enumerate(facts.ids.shape) if d != 1):
+        kind = self._kind(node)
+        dims = int(kind[-2]) if kind[-2:] in ("1d", "2d", "3d") else facts.ids.ndim - 2
+        if facts.ids.ndim != dims + 2 or any(n > 1 for d, n in enumerate(facts.ids.shape) if d != 1):
             return "pools over channels"
         average = self._average_pool(node)
         if average is not None:
@@ -560,25 +552,19 @@ class Analysis:
         self._channelwise(node, source, facts)
         return None
 
-    def _average_pool(self, node: fx.Node) -> tuple[Any, Any, Any, Any] | None:
+    def _average_pool(self, node: fx.Node) -> tuple[Any, ...] | None:
         """padding, ceil_mode, count_include_pad, divisor_override of an average pooling."""
         if node.op == "call_module":
-            m = self.module.get_submodule(node.target)
+            m = self._module(node)
             if type(m) not in _AVG_POOLS:
                 return None
             return m.padding, m.ceil_mode, m.count_include_pad, getattr(m, "divisor_override", None)
         if node.target not in _AVG_POOL_FUNCTIONS:
             return None
-        names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-        given = {
-            "padding": 0,
-            "ceil_mode": False,
-            "count_include_pad": True,
-            "divisor_override": None,
-            **dict(zip(names, node.args, strict=False)),
-            **node.kwargs,
-        }
-        return given["padding"], given["ceil_mode"], given["count_include_pad"], given["divisor_override"]
+        defaults = {"padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
+        names = ("input", "kernel_size", "stride", *defaults)
+        chosen = {**defaults, **given(node, *names)}
+        return tuple(chosen[name] for name in defaults)
 
     def _binary(self, node: fx.Node) -> str | None:
         inputs = list(node.all_input_nodes)
@@ -604,10 +590,10 @@ class Analysis:
             return None
         a, b = inputs
         rank = len(shape)
-        fa, fb = (self.facts[n].map(lambda x, r=rank: x.reshape((1,) * (r - x.ndim) + x.shape)) for n in (a, b))
+        fa, fb = (self.facts[n].map(lambda x: x.reshape((1,) * (rank - x.ndim) + x.shape)) for n in (a, b))
         full = [n for n in inputs if self.shapes[n] == shape]
         matters: dict[fx.Node, Bools | None] = {a: None, b: None}
-        kind = _BINARY_NAMES[_function_name(node.target) if node.op == "call_function" else str(node.target)]
+        kind = BINARY_NAMES[function_name(node.target) if node.op == "call_function" else str(node.target)]
         if fa.ids.shape == fb.ids.shape:
             self.edges.append((fa.ids, fb.ids))
             ids = fa.ids
@@ -647,7 +633,8 @@ class Analysis:
         blocks = _blocks(s[1:], t[1:]) if s[:1] == t[:1] else None
         if blocks is None:
             return "reshapes over the batch or in a way that is not tracked"
-        wide, narrow = [1], [1]
+        wide: list[int] = [1]
+        narrow: list[int] = [1]
         for i0, i1, j0, j1 in blocks:
             tracked = any(n > 1 for n in facts.ids.shape[1 + i0 : 1 + i1])
             wide += s[1 + i0 : 1 + i1] if tracked else [1] * (i1 - i0)
@@ -659,15 +646,15 @@ class Analysis:
             if spread.shape[d] > 1 and (spread == first).all():
                 spread = first
         self._move(node, source, lambda a: a.reshape(-1)[spread])
-        if sum(n > 1 for n in spread.shape) > 1:
+        if np.count_nonzero(np.array(spread.shape) > 1) > 1:
             self._lock(facts.ids, f"{title(node)}: channels are spread over several dimensions")
-        elif node.op == "call_method" or _function_name(node.target) == "reshape":
+        elif node.op == "call_method" or function_name(node.target) == "reshape":
             self.edits[node] = "view"
         return None
 
     def _unsqueeze(self, node: fx.Node) -> str | None:
         source = self._source(node)
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        dim = given(node, "input", "dim").get("dim")
         rank = len(self.shapes[node])
         if source not in self.facts:
             self._channelwise(node, source, None)
@@ -683,8 +670,8 @@ class Analysis:
             self._channelwise(node, source, None)
             return None
         rank = len(self.shapes[source])
-        rest = node.args[1:] if len(node.args) > 1 else tuple(node.kwargs.values())
-        dims = list(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else list(rest)
+        rest: Any = node.args[1:] if len(node.args) > 1 else tuple(node.kwargs.values())
+        dims: list[Any] = list(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else list(rest)
         if not all(isinstance(d, int) for d in dims):
             return "its dimensions are computed"
         if "transpose" in self._kind(node):
@@ -704,19 +691,20 @@ class Analysis:
             self._channelwise(node, source, None)
             return None
         rank = len(self.shapes[source])
-        given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | dict(node.kwargs)
-        dim = given.get("dim")
-        if dim is None or not set(given) <= {"input", "self", "dim", "keepdim"}:
+        chosen = given(node, "input", "dim", "keepdim")
+        dim = chosen.get("dim")
+        if dim is None or not set(chosen) <= {"input", "self", "dim", "keepdim"}:
             return "averages over everything"
         dims = [d % rank for d in (dim if isinstance(dim, (tuple, list)) else (dim,))]
         if 0 in dims or any(facts.ids.shape[d] > 1 for d in dims):
             return "averages over channels or the batch"
         squeeze = tuple(dims)
-        self._move(node, source, (lambda a: a) if given.get("keepdim") else (lambda a: a.squeeze(squeeze)))
+        self._move(node, source, (lambda a: a) if chosen.get("keepdim") else (lambda a: a.squeeze(squeeze)))
         return None
 
     def _getitem(self, node: fx.Node) -> str | None:
-        source, index = node.args
+        args: Any = node.args
+        source, index = args
         if source in self.parts:
             origin, parts = self.parts[source]
             if not isinstance(index, int):
@@ -735,7 +723,8 @@ class Analysis:
             entries.append(Ellipsis)
         at = next(i for i, e in enumerate(entries) if e is Ellipsis)
         entries[at : at + 1] = [slice(None)] * (len(shape) - used)
-        moved, d = [], 0
+        moved: list[Any] = []
+        d = 0
         for e in entries:
             if e is None:
                 if d == 0:
@@ -763,12 +752,11 @@ class Analysis:
         source = self._source(node)
         facts = self.facts.get(source)
         if node.op == "call_module":
-            m = self.module.get_submodule(node.target)
+            m = self._module(node)
             pad, how, fill = m.padding, "constant", m.value
         else:
-            names = ("input", "pad", "mode", "value")
-            given = {"mode": "constant", "value": None, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-            pad, how, fill = given["pad"], given["mode"], given["value"] or 0.0
+            chosen = {"mode": "constant", "value": None, **given(node, "input", "pad", "mode", "value")}
+            pad, how, fill = chosen["pad"], chosen["mode"], chosen["value"] or 0.0
         if not all(isinstance(p, int) and p >= 0 for p in pad):
             return "pads by a computed or negative amount"
         if facts is None:
@@ -800,10 +788,15 @@ class Analysis:
         return None
 
     def _cat(self, node: fx.Node) -> str | None:
-        given = dict(zip(("tensors", "dim"), node.args, strict=False)) | dict(node.kwargs)
-        tensors, dim = given["tensors"], given.get("dim", given.get("axis", 0))
+        chosen = given(node, "tensors", "dim")
+        tensors, dim = chosen["tensors"], chosen.get("dim", chosen.get("axis", 0))
         rank = len(self.shapes[node])
-        if not all(isinstance(t, fx.Node) for t in tensors) or not isinstance(dim, int) or dim % rank == 0:
+        if (
+            not isinstance(tensors, (list, tuple))
+            or not all(isinstance(t, fx.Node) for t in tensors)
+            or not isinstance(dim, int)
+            or dim % rank == 0
+        ):
             return "concatenates over the batch or what is not tracked"
         dim %= rank
         if all(t not in self.facts for t in tensors):
@@ -822,14 +815,13 @@ class Analysis:
             np.concatenate([p.const for p in parts], dim),
             np.concatenate([p.value for p in parts], dim),
         )
-        sources, offset = [], 0
+        offset = 0
+        self.sources[node] = []
         for t, p in zip(tensors, parts, strict=True):
             positions = np.full(self.facts[node].ids.shape, -1)
-            flat = positions.reshape(-1)
-            flat[offset : offset + p.ids.size] = np.arange(p.ids.size)
+            positions.reshape(-1)[offset : offset + p.ids.size] = np.arange(p.ids.size)
             offset += p.ids.size
-            sources.append((t, positions, None))
-        self.sources[node] = sources
+            self.sources[node].append((t, positions, None))
         return None
 
     def _split(self, node: fx.Node) -> str | None:
@@ -838,7 +830,7 @@ class Analysis:
         if facts is None:
             self.why[node] = self.why.get(source, "not tracked")
             return None
-        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        dim = given(node, "tensor", "size", "dim").get("dim", 0)
         rank = len(self.shapes[source])
         if not isinstance(dim, int) or dim % rank == 0:
             return "splits the batch"
@@ -854,8 +846,11 @@ class Analysis:
 
     def _size(self, node: fx.Node) -> str | None:
         source = self._source(node)
-        dim = node.args[1] if node.op == "call_method" and len(node.args) > 1 else node.kwargs.get("dim")
-        self.sizes[node] = self._dimension_ids(source, dim)
+        if node.target == "size":
+            self.sizes[node] = self._dimension_ids(source, given(node, "self", "dim").get("dim"))
+        else:
+            counts = node.op == "call_function" and node.args[1] == "shape"
+            self.sizes[node] = self._dimension_ids(source, None) if counts else []
         return None
 
     def _dimension_ids(self, source: fx.Node, dim: Any) -> list[Ints]:
@@ -871,7 +866,8 @@ class Analysis:
     def _forward_size(self, node: fx.Node) -> None:
         """Integers computed from sizes carry the ids of the dimensions they come from."""
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-            origin, index = node.args
+            args: Any = node.args
+            origin, index = args
             whole = (origin.op == "call_method" and len(origin.args) == 1) or origin.target is getattr
             if whole and isinstance(index, (int, slice)):
                 source = self._source(origin)
@@ -880,229 +876,6 @@ class Analysis:
                 self.sizes[node] = [i for d in dims for i in self._dimension_ids(source, d)]
                 return
         self.sizes[node] = [ids for n in node.all_input_nodes for ids in self.sizes[n]]
-
-    # Backward: need
-
-    def _backward(self) -> None:
-        for node in reversed(self.module.graph.nodes):
-            facts = self.facts.get(node)
-            if facts is None:
-                if node not in self.parts and node not in self.sizes:
-                    for source in node.all_input_nodes:
-                        self._demand(source, None)
-                continue
-            need = self.need.setdefault(node, np.zeros(facts.ids.shape, bool))
-            layer = self.layers.get(node)
-            if layer is not None:
-                self._read(layer, need.reshape(-1))
-                continue
-            tracked = [s for s, _, _ in self.sources[node]]
-            for source in node.all_input_nodes:
-                if source not in tracked and source not in self.sizes and source not in self.parts:
-                    self._demand(source, None)
-            skip = self._elidable(node, need) if self.elide else None
-            for i, (source, positions, matters) in enumerate(self.sources[node]):
-                if i == skip:
-                    continue
-                wanted = (need if matters is None else need & matters) & (positions >= 0)
-                into = np.zeros(self.facts[source].ids.size, bool) if source in self.facts else None
-                if into is not None:
-                    into[positions[wanted]] = True
-                self._demand(source, into)
-
-    def _demand(self, node: fx.Node, wanted: Bools | None) -> None:
-        """Mark channels of a tensor (all of them for None) as needed."""
-        facts = self.facts.get(node)
-        if node in self.parts:
-            origin, parts = self.parts[node]
-            for p in parts if wanted is None else []:
-                into = np.zeros(self.facts[origin].ids.size, bool)
-                into[p.reshape(-1)] = True
-                self._demand(origin, into)
-        if facts is None:
-            return
-        need = self.need.setdefault(node, np.zeros(facts.ids.shape, bool))
-        need |= True if wanted is None else wanted.reshape(facts.ids.shape)
-
-    def _read(self, layer: Layer, need: Bools) -> None:
-        layer.needed = need
-        rows = need & ~layer.silent
-        n_filters, cg = layer.reads.shape
-        wanted = (layer.reads & rows[:, None]).reshape(layer.groups, -1, cg).any(1).reshape(-1)
-        facts = self.facts[layer.source]
-        self._demand(layer.source, wanted if facts.ids.size == wanted.size else None)
-
-    def _elidable(self, node: fx.Node, need: Bools) -> int | None:
-        """Which operand of an addition is a constant in every needed channel, so that a bias can stand for it."""
-        name = _function_name(node.target) if node.op == "call_function" else str(node.target)
-        kind = _BINARY_NAMES.get(name)
-        sources = self.sources[node]
-        if kind not in ("add", "sub") or len(sources) != 2 or len(node.args) != 2 or node.kwargs or not need.any():
-            return None
-        if sum(n > 1 for n in need.shape) > 1:
-            return None
-        for i in (1, 0) if kind == "add" else (1,):
-            source, positions, _ = sources[i]
-            if sources[1 - i][0] is not node.args[1 - i] or self.shapes[sources[1 - i][0]] != self.shapes[node]:
-                continue
-            facts = _flat(self.facts[source])
-            if (facts.const[positions] | ~need).all():
-                constant = np.where(need & facts.const[positions], facts.value[positions], 0.0).reshape(-1)
-                self.elided[node] = (i, constant if kind == "add" else -constant)
-                return i
-        return None
-
-    # Removal
-
-    def _remove(self) -> None:
-        self.label = components(self.n_ids, self.edges)
-        self.reasons: dict[int, str] = {}
-        alive = np.zeros(self.n_ids, bool)
-        for ids, reason in self.locks:
-            alive[ids] = True
-            for label in np.unique(self.label[ids]).tolist():
-                self.reasons.setdefault(label, reason)
-        for node, facts in self.facts.items():
-            alive[facts.ids[self.need[node] & ~facts.const]] = True
-        self._kept = np.zeros(self.n_ids, bool)
-        self._kept[self.label[alive]] = True
-        self._merge()
-        self._repair()
-        self.removed: Bools = ~self._kept[self.label]
-
-    def _rows(self, layer: Layer) -> Bools:
-        """Filters that read their inputs."""
-        assert layer.needed is not None
-        return layer.needed & ~layer.silent
-
-    def _stuck(self, layer: Layer) -> Ints:
-        """Input channels whose nonzero constant the layer can't take into its bias exactly."""
-        n_filters, cg = layer.reads.shape
-        bad = (layer.reads if layer.shift is None else layer.border) & self._rows(layer)[:, None]
-        stuck = bad.reshape(layer.groups, -1, cg).any(1).reshape(-1) & layer.ins.const & (layer.ins.value != 0)
-        return np.flatnonzero(stuck & ~self._kept[self.label[layer.ins.ids]])
-
-    def _merge(self) -> None:
-        """Of the channels that go but for a constant that some layer can't take, keep as few as can carry the others'
-        weights.
-
-        For a layer, channels with constants a and b are one channel: b with the weights w_b + (a/b) w_a, zero padding
-        included.
-        """
-        where: dict[int, list[tuple[Layer, int]]] = {}
-        # Per layer and conv group: channels that can carry others, [(label, index)].
-        carriers: dict[tuple[fx.Node, int], list[tuple[int, int]]] = {}
-        for layer in self.layers.values():
-            stuck = self._stuck(layer)
-            labels = self.label[layer.ins.ids]
-            for i in stuck.tolist():
-                where.setdefault(int(labels[i]), []).append((layer, i))
-            source = self.need[layer.source].reshape(-1)
-            if stuck.size and source.size == labels.size:
-                for i in np.flatnonzero(layer.ins.const & (layer.ins.value != 0) & source).tolist():
-                    group = (layer.node, i // layer.reads.shape[1])
-                    carriers.setdefault(group, []).append((int(labels[i]), i))
-        serves: dict[int, int] = {}
-        size: dict[int, float] = {}
-        for (node, _), entries in carriers.items():
-            values = self.layers[node].ins.value
-            for label, i in entries:
-                serves[label] = serves.get(label, 0) + 1
-                size[label] = min(size.get(label, np.inf), abs(values[i]))
-        # The most used and largest constants first: they become the carriers.
-        for label in sorted(where, key=lambda k: (-serves.get(k, 0), -size.get(k, 0.0), k)):
-            found = []
-            for layer, i in where[label]:
-                value = layer.ins.value
-                candidates = [
-                    j
-                    for other, j in carriers.get((layer.node, i // layer.reads.shape[1]), [])
-                    if self._kept[other] and abs(value[i]) <= MAX_RATIO * abs(value[j])
-                ]
-                if not candidates:
-                    break
-                found.append((layer, i, max(candidates, key=lambda j, v=value: abs(v[j]))))  # type: ignore[misc]
-            else:
-                for layer, i, j in found:
-                    layer.merges[i] = j
-                continue
-            layer = where[label][0][0]
-            why = "has no bias for" if layer.shift is None else "pads with zeros, so sees the edge of"
-            self._keep(np.array([label]), f"{title(layer.node)} {why} its constant")
-
-    def live_nodes(self) -> set[fx.Node]:
-        """Nodes that the output still depends on once elided operands are gone."""
-        live: set[fx.Node] = set()
-        stack = [n for n in self.module.graph.nodes if n.op == "output"]
-        while stack:
-            node = stack.pop()
-            if node in live:
-                continue
-            live.add(node)
-            gone = node.args[self.elided[node][0]] if node in self.elided else None
-            stack += [n for n in node.all_input_nodes if n is not gone]
-        return live
-
-    def _repair(self) -> None:
-        """Give back channels until every tensor has one and the conv groups of every layer are of one size."""
-        live = self.live_nodes()
-        changed = True
-        while changed:
-            changed = False
-            for node, facts in self.facts.items():
-                labels = self.label[facts.ids.reshape(-1)]
-                if node in live and not self._kept[labels].any():
-                    self._keep(labels[:1], f"{title(node)} keeps one channel")
-                    changed = True
-            for node, layer in self.layers.items():
-                if node in live and layer.groups > 1:
-                    changed |= self._balance(layer)
-
-    def _keep(self, labels: Ints, reason: str) -> None:
-        self._kept[labels] = True
-        for label in labels.tolist():
-            self.reasons.setdefault(label, reason)
-
-    def _balance(self, layer: Layer) -> bool:
-        sides = [self.label[f.ids].reshape(layer.groups, -1) for f in (layer.ins, layer.outs)]
-        counts = [self._kept[s].sum(1) for s in sides]
-        stays = (counts[0] > 0) | (counts[1] > 0)
-        changed = False
-        for labels, count in zip(sides, counts, strict=True):
-            want = max(int(count.max()), 1)
-            for g in np.flatnonzero(stays & (count < want)):
-                gone = labels[g][~self._kept[labels[g]]]
-                self._keep(gone[: want - count[g]], f"{title(layer.node)} keeps its conv groups of one size")
-                changed = True
-        return changed
-
-    # What the passes tell those who change weights
-
-    def keep(self, ids: Ints) -> Bools:
-        return ~self.removed[ids]
-
-    def shift_of(self, layer: Layer) -> Floats:
-        """[O] what must be added to the layer's output once removed inputs are gone and silent filters are without
-        weights."""
-        gone = layer.ins.const & self.removed[layer.ins.ids]
-        gone[list(layer.merges)] = False
-        delta = layer.response(np.where(gone, layer.ins.value, 0.0))
-        delta[~self._rows(layer)] = 0.0
-        own = layer.needed & layer.silent  # type: ignore[operator]
-        delta[own] = (layer.outs.value - layer.bias)[own]
-        return delta
-
-    def notes(self) -> dict[str, dict[str, int]]:
-        """Per layer: reasons why filters without effect stay, each with the number of filters."""
-        out: dict[str, dict[str, int]] = {}
-        for node, layer in self.layers.items():
-            assert layer.needed is not None
-            idle = (layer.outs.const | ~layer.needed) & ~self.removed[layer.outs.ids]
-            for label in self.label[layer.outs.ids[idle]].tolist():
-                reason = self.reasons.get(label, "other layers of its residual stream use the channel")
-                per = out.setdefault(str(node.target), {})
-                per[reason] = per.get(reason, 0) + 1
-        return out
 
 
 def _get(module: nn.Module, path: str) -> Any:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .channels import Analysis, Bools, Facts, Layer
+from .analysis import Analysis
+from .channels import Bools, Facts, Layer, given
 from .errors import CompactError
 from .nn import ChannelBias, CompactConv2d, CompactLinear
 from .paths import assert_same, check_weights, fold, remarks_text, render, tolerance_for
@@ -166,9 +167,10 @@ def compact(
     small.graph.lint()
     small.delete_all_unused_submodules()
     small.recompile()
+    positions = _positions(traced)
     if columns != "never":
-        _compact_columns(small, traced, _origins(analysis), columns == "always")
-    _fill_rows(report, small, traced)
+        _compact_columns(small, positions, _origins(analysis), columns == "always")
+    _fill_rows(report, small, positions)
 
     if verify:
         batch = traced.inputs[0].shape[0] if traced.inputs[0].dim() else 1
@@ -210,51 +212,41 @@ def _replace(root: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(root.get_submodule(parent), name, layer)
 
 
-def _positions(traced: Traced, node: fx.Node, m: nn.Module) -> int:
-    """Output positions per sample at which every weight of the layer is used once."""
-    shape = traced.shapes[node]
-    return math.prod(shape[2:] if isinstance(m, nn.modules.conv._ConvNd) else shape[1:-1])
-
-
-def _calls(traced: Traced) -> dict[str, list[tuple[fx.Node, int]]]:
-    """Convolutions and linear layers of the graph: path -> its calls, each with its positions per sample."""
-    out: dict[str, list[tuple[fx.Node, int]]] = {}
+def _positions(traced: Traced) -> dict[str, int]:
+    """Convolutions and linear layers of the graph: output positions per sample, at each of which a weight is used
+    once."""
+    out: dict[str, int] = {}
     for node in traced.module.graph.nodes:
         if node.op == "call_module":
-            m = traced.module.get_submodule(node.target)
-            if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)):
-                out.setdefault(node.target, []).append((node, _positions(traced, node, m)))
+            conv = isinstance(traced.module.get_submodule(node.target), nn.modules.conv._ConvNd)
+            if conv or isinstance(traced.module.get_submodule(node.target), nn.Linear):
+                shape = traced.shapes[node]
+                out[node.target] = out.get(node.target, 0) + math.prod(shape[2:] if conv else shape[1:-1])
     return out
 
 
 def _layer_rows(traced: Traced) -> list[LayerReport]:
     rows = []
-    for name, calls in _calls(traced).items():
-        m = traced.module.get_submodule(name)
+    for name, positions in _positions(traced).items():
+        m: Any = traced.module.get_submodule(name)
         w = m.weight.detach()
-        work = w.numel() * sum(p for _, p in calls)
-        shape = tuple(w.shape)
-        rows.append(LayerReport(name, type(m).__name__, shape, None, w.numel(), int((w != 0).sum()), 0, work, 0))
+        nonzero = int(torch.count_nonzero(w))
+        rows.append(
+            LayerReport(name, type(m).__name__, tuple(w.shape), None, w.numel(), nonzero, 0, w.numel() * positions, 0)
+        )
     return rows
 
 
-def _fill_rows(report: CompactReport, small: fx.GraphModule, traced: Traced) -> None:
-    alive: dict[str, int] = {}
-    for node in small.graph.nodes:
-        if node.op == "call_module":
-            shape = traced.shapes.get(node)
-            m = small.get_submodule(node.target)
-            if shape is not None and hasattr(m, "weight"):
-                linear = isinstance(m, nn.Linear) or type(m).__name__ == "CompactLinear"
-                alive[node.target] = alive.get(node.target, 0) + math.prod(shape[1:-1] if linear else shape[2:])
+def _fill_rows(report: CompactReport, small: fx.GraphModule, positions: dict[str, int]) -> None:
+    """Complete the rows of the layers that are still there, and forget the notes on those that are not."""
     for row in report.layers:
-        if row.name in alive:
-            m = small.get_submodule(row.name)
+        if row.name in positions:
+            m: Any = small.get_submodule(row.name)
             row.kind = type(m).__name__
-            dense = hasattr(m, "to_dense")
-            row.shape_after = tuple(m.dense_weight().shape if dense else m.weight.shape)
+            row.shape_after = tuple((m.dense_weight() if hasattr(m, "to_dense") else m.weight).shape)
             row.weights_after = m.weight.numel()
-            row.macs_after = row.weights_after * alive[row.name]
+            row.macs_after = row.weights_after * positions[row.name]
+    report.notes = {name: note for name, note in report.notes.items() if name in positions}
 
 
 def _cut(analysis: Analysis) -> None:
@@ -266,7 +258,7 @@ def _cut(analysis: Analysis) -> None:
             _cut_layer(root.get_submodule(str(node.target)), layer, analysis)
     for node in analysis.norms:
         if node in live:
-            m = root.get_submodule(str(node.target))
+            m: Any = root.get_submodule(str(node.target))
             keep = _index(analysis.keep(analysis.facts[node].ids).reshape(-1), m)
             m.num_features = len(keep)
             for name in ("weight", "bias", "running_mean", "running_var"):
@@ -288,7 +280,7 @@ def _take(m: nn.Module, name: str, take: Any) -> None:
     setattr(m, name, nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new)
 
 
-def _cut_layer(m: nn.Module, layer: Layer, analysis: Analysis) -> None:
+def _cut_layer(m: Any, layer: Layer, analysis: Analysis) -> None:
     ins, outs = analysis.keep(layer.ins.ids), analysis.keep(layer.outs.ids)
     if ins.all() and outs.all():
         return
@@ -337,7 +329,10 @@ def _swap(analysis: Analysis, node: fx.Node, target: Any, args: tuple[Any, ...])
     """Put another function in the place of `node`."""
     with analysis.module.graph.inserting_before(node):
         new = analysis.module.graph.call_function(target, args)
-    analysis.shapes[new] = analysis.shapes[node]
+    tables: tuple[dict[fx.Node, Any], ...] = (analysis.shapes, analysis.facts, analysis.sources, analysis.parts)
+    for known in tables:
+        if node in known:
+            known[new] = known[node]
     node.replace_all_uses_with(new)
     analysis.module.graph.erase_node(node)
 
@@ -345,13 +340,14 @@ def _swap(analysis: Analysis, node: fx.Node, target: Any, args: tuple[Any, ...])
 def _edit_view(analysis: Analysis, node: fx.Node) -> None:
     if node.target not in ("view", "reshape", torch.reshape):
         return
-    source, facts = node.args[0], analysis.facts[node]
+    args: Any = node.args
+    source, facts = args[0], analysis.facts[node]
     shape = analysis.shapes[node]
     if len(shape) == 2 and len(analysis.shapes[source]) > 2:
         _swap(analysis, node, torch.flatten, (source, 1))  # for any batch and map size, however the sizes were computed
         return
     keep = analysis.keep(facts.ids).reshape(-1)
-    sizes = node.args[1:] if len(node.args) > 1 else (node.kwargs.get("shape", node.kwargs.get("size")),)
+    sizes: Any = node.args[1:] if len(node.args) > 1 else (node.kwargs.get("shape", node.kwargs.get("size")),)
     if keep.all() or len(sizes) == 1 and isinstance(sizes[0], fx.Node):
         return
     sizes = list(sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes)
@@ -362,8 +358,9 @@ def _edit_view(analysis: Analysis, node: fx.Node) -> None:
 
 
 def _edit_slice(analysis: Analysis, node: fx.Node) -> None:
-    source, index = node.args
-    facts = analysis.facts[source]  # type: ignore[index]
+    args: Any = node.args
+    source, index = args
+    facts = analysis.facts[source]
     d = _axis(facts)
     n = facts.ids.shape[d]
     keep = analysis.keep(facts.ids).reshape(-1)
@@ -390,11 +387,11 @@ def _edit_pad(analysis: Analysis, node: fx.Node) -> None:
     facts = analysis.facts[node]
     d, rank = _axis(facts), facts.ids.ndim
     if node.op == "call_module":
-        m = analysis.module.get_submodule(str(node.target))
+        m: Any = analysis.module.get_submodule(str(node.target))
         pad, fill = list(m.padding), m.value
     else:
-        given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
-        pad, fill = list(given["pad"]), given.get("value") or 0.0
+        chosen = given(node, "input", "pad", "mode", "value")
+        pad, fill = list(chosen["pad"]), chosen.get("value") or 0.0
     keep = analysis.keep(facts.ids).reshape(-1)
     old = positions.reshape(-1) >= 0
     first, last = int(old.argmax()), len(old) - int(old[::-1].argmax())
@@ -447,10 +444,12 @@ def _origins(analysis: Analysis) -> dict[str, Tensor]:
     return out
 
 
-def _compact_columns(small: fx.GraphModule, traced: Traced, origins: dict[str, Tensor], always: bool) -> None:
+def _compact_columns(
+    small: fx.GraphModule, positions: dict[str, int], origins: dict[str, Tensor], always: bool
+) -> None:
     """Layers whose zero columns or block-columns pay become CompactConv2d and CompactLinear."""
-    for name, calls in _calls(traced).items():
-        m = small.get_submodule(name)
+    for name, count in positions.items():
+        m: Any = small.get_submodule(name)
         if (
             type(m) is nn.Conv2d
             and m.padding_mode == "zeros"
@@ -466,7 +465,7 @@ def _compact_columns(small: fx.GraphModule, traced: Traced, origins: dict[str, T
             continue
         layer = make.from_dense(m, origin=origins.get(name))
         stored, full = layer.weight.numel(), m.weight.numel()
-        work = stored * sum(p for _, p in calls)
+        work = stored * count
         if stored < full and (always or (stored <= MAX_DENSITY * full and work >= MIN_WORK)):
             layer.train(m.training)
             _replace(small, name, layer)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .channels import Analysis, Layer
+from .analysis import Analysis
+from .channels import Layer
 from .errors import CompactError
 from .trace import as_inputs, clone, mode, rebatch, tensors_in, trace
 
@@ -168,7 +169,7 @@ def fold(analysis: Analysis, root: nn.Module) -> None:
     bias, the running mean of the BatchNorm behind it, or a new bias.
     """
     for node, layer in analysis.layers.items():
-        m = root.get_submodule(str(node.target))
+        m: Any = root.get_submodule(str(node.target))
         assert layer.needed is not None
         n_filters, cg = layer.reads.shape
         out_gone = analysis.removed[layer.outs.ids]
@@ -198,8 +199,9 @@ def fold(analysis: Analysis, root: nn.Module) -> None:
                 bias[_on(idle, bias)] = 0
             elif delta.any():
                 if layer.shift == "norm":
-                    mean = root.get_submodule(str(next(iter(node.users)).target)).running_mean
-                    mean.copy_(mean.double() - _on(delta, mean))  # type: ignore[union-attr, operator]
+                    behind: Any = root.get_submodule(str(next(iter(node.users)).target))
+                    mean = behind.running_mean
+                    mean.copy_(mean.double() - _on(delta, mean))
                 else:
                     assert layer.shift == "new"
                     m.bias = nn.Parameter(_on(delta, weight).to(weight.dtype), requires_grad=m.weight.requires_grad)
@@ -218,7 +220,7 @@ def _on(a: np.ndarray[Any, Any], like: Tensor) -> Tensor:
 
 def zeros_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Per convolution and linear layer: filters, nonzero filters, channels, channels read, weights, nonzero weights."""
-    out = {}
+    out: dict[str, tuple[int, ...]] = {}
     for name, m in model.named_modules():
         w = getattr(m, "weight", None)
         if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and isinstance(w, Tensor):

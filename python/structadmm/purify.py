@@ -24,7 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 
-from .channels import Analysis, Layer
+from .analysis import Analysis
+from .channels import Layer
 from .errors import CompactError
 from .paths import ZerosReport, check_weights, remove_paths, report_of, zeros_of, zeros_report
 from .trace import clone, trace
@@ -188,7 +189,8 @@ def _search(
     """Bisection over the scales at which another group goes, to the largest whose cut scores at least `floor`."""
     scales = np.unique(np.concatenate([g.at[np.isfinite(g.at)] for g in groups] or [np.zeros(0)]))
     nonzero = _nonzeros(clone(model))
-    best, best_scale, tried = clone(model), 0.0, []
+    best, best_scale = clone(model), 0.0
+    tried: list[Trial] = []
     low, high = -1, len(scales)
     while high - low > 1 and len(tried) < trials:
         middle = (low + high) // 2
@@ -276,7 +278,7 @@ def _row_scale(analysis: Analysis, node: fx.Node) -> Floats:
     if m.running_var is None:
         return np.ones(n)
     gamma = np.ones(n) if m.weight is None else m.weight.detach().double().cpu().numpy()
-    return np.abs(gamma) / np.sqrt(m.running_var.double().cpu().numpy() + m.eps)  # type: ignore[no-any-return]
+    return np.abs(gamma) / np.sqrt(m.running_var.double().cpu().numpy() + m.eps)
 
 
 def _size(analysis: Analysis, node: fx.Node) -> Floats:
@@ -286,7 +288,7 @@ def _size(analysis: Analysis, node: fx.Node) -> Floats:
         m: Any = analysis.module.get_submodule(str(node.target))
         if m.weight is not None:
             g, b = (p.detach().double().cpu().numpy() for p in (m.weight, m.bias))
-            return np.sqrt(g**2 + b**2)  # type: ignore[no-any-return]
+            return np.sqrt(g**2 + b**2)
         return np.ones(facts.ids.size)
     sources = analysis.sources[node]
     if not sources:
@@ -295,7 +297,7 @@ def _size(analysis: Analysis, node: fx.Node) -> Floats:
     for source, positions, _ in sources:
         flat = positions.reshape(-1)
         square += np.where(flat >= 0, _size(analysis, source)[np.maximum(flat, 0)] ** 2, 0.0)
-    return np.sqrt(square)  # type: ignore[no-any-return]
+    return np.sqrt(square)
 
 
 def _feeds_output(analysis: Analysis) -> set[fx.Node]:

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from .errors import TraceError
@@ -60,7 +62,7 @@ class Shape(tuple[int, ...]):
 
 
 def clone(model: nn.Module) -> nn.Module:
-    """A deep copy of `model`, with masks of torch.nn.utils.prune and parametrisations baked into plain weights.
+    """A deep copy of `model`; torch.nn.utils' pruning masks, weight norms and parametrisations become plain weights.
 
     Weights that pruning hooks recompute are non-leaf tensors, which torch refuses to copy: they are copied detached.
     """
@@ -74,6 +76,10 @@ def clone(model: nn.Module) -> nn.Module:
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
+            elif isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
         if parametrize.is_parametrized(module):
             _bake(module)
     return copied
@@ -101,7 +107,7 @@ def hooked(model: nn.Module) -> list[str]:
     found = []
     for name, module in model.named_modules():
         hooks = [h for kind in _HOOKS for h in getattr(module, kind).values()]
-        if any(not isinstance(h, prune.BasePruningMethod) for h in hooks):
+        if any(not isinstance(h, (prune.BasePruningMethod, WeightNorm, SpectralNorm)) for h in hooks):
             found.append(name or type(module).__name__)
     return found
 
@@ -247,7 +253,7 @@ def _symbolic(model: nn.Module, training: bool, defaults: dict[str, Any], who: s
         name = f"{path} ({type(module).__name__})" if path else type(module).__name__
         raise TraceError(
             f"{who}: {name} got {type(error).__name__}{_culprit(error)}: {_first_line(error)}; "
-            "wanted a forward whose steps do not depend on the values of tensors (torch.fx traces it)"
+            "wanted a forward that torch.fx traces: no branches on the values of tensors, no item assignment"
         ) from error
     for node in graph.nodes:
         node.type = None  # annotations may be strings, which generated code cannot import when it is pickled
@@ -270,10 +276,11 @@ def _mutated(node: fx.Node) -> fx.Node | None:
     arg = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if arg is None:
         return None
+    target: Any = node.target
     if node.op == "call_method":
-        return arg if node.target.endswith("_") and not node.target.endswith("__") else None
+        return arg if target.endswith("_") and not target.endswith("__") else None
     if node.op == "call_module":
-        module = node.graph.owning_module.get_submodule(node.target) if node.graph.owning_module else None
+        module = node.graph.owning_module.get_submodule(target) if node.graph.owning_module else None
         return arg if getattr(module, "inplace", False) is True else None
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
@@ -307,9 +314,14 @@ _INPLACE_POSITION = {
 }
 
 
-def _rebind_mutated(graph: fx.Graph) -> None:
+# Operations whose result shares memory with their input.
+_VIEWS = {"view", "reshape", "flatten", "getitem", "transpose", "permute", "squeeze", "unsqueeze", "chunk", "split"}
+_VIEWS |= {"narrow", "select", "unbind", "detach", "expand", "unflatten", "Flatten", "Identity", "contiguous"}
+
+
+def _rebind_mutated(graph: fx.Graph, who: str) -> None:
     """Users of a tensor that come after it was overwritten use the operation that overwrote it: the same values, but
-    said so."""
+    said so. Raises TraceError where a view is overwritten whose base is used, which a graph can't say."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         source = _mutated(node)
@@ -317,6 +329,16 @@ def _rebind_mutated(graph: fx.Graph) -> None:
             for user in list(source.users):
                 if order[user] > order[node]:
                     user.replace_input_with(source, node)
+            kind = source.target if isinstance(source.target, str) else getattr(source.target, "__name__", "")
+            if source.op == "call_module" and graph.owning_module is not None:
+                kind = type(graph.owning_module.get_submodule(str(source.target))).__name__
+            users = [u for base in source.all_input_nodes for u in base.users if order[u] > order[node]]
+            later = [u for u in users if u.target not in ("size", "dim", getattr)]
+            if kind in _VIEWS and later:
+                raise TraceError(
+                    f"{who}: {node.name} got a view ({source.name}) to overwrite while {later[0].name} still uses "
+                    "what it is a view of, wanted an operation that is not in place"
+                )
 
 
 def _unify_modes(module: fx.GraphModule, graph: fx.Graph, training: fx.Graph) -> list[str]:
@@ -386,7 +408,7 @@ def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trac
     module = fx.GraphModule(root, graph, type(model).__name__)
     training.owning_module = module
     notes += _unify_modes(module, graph, training)
-    _rebind_mutated(graph)
+    _rebind_mutated(graph, who)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()

@@ -1,0 +1,282 @@
+"""Which channels of a traced network can go: the analysis that remove_unused_paths, purify and compact stand on.
+
+Three passes over the graph, each near-linear in the number of channels:
+
+1. forward (channels.py), *ids and constants*: which channel comes from which filter, and which hold a constant.
+2. backward, *need*: a channel is needed when something that reaches the output reads it. A filter that is constant or
+   not needed itself reads nothing.
+3. per class of tied ids, *removal*: every tensor that holds the channel must not need it, or hold a constant that each
+   layer which reads it can take into its bias exactly. Of the channels whose constant some layer can't take, because it
+   pads with zeros, one stays and carries it for the others. An operation that is not tracked pins its channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import fx
+
+from .channels import BINARY_NAMES, Bools, Channels, Floats, Ints, Layer, flat, function_name, title
+from .trace import Traced
+
+# Largest ratio of constants at which one channel carries another's weights: rounding grows by as much at worst.
+MAX_RATIO = 100.0
+
+
+def components(n: int, edges: Sequence[tuple[Ints, Ints]]) -> Ints:
+    """[n] labels: equal exactly for nodes that the edges connect (minimum propagation with pointer jumping)."""
+    label = np.arange(n)
+    if not edges:
+        return label
+    a = np.concatenate([e[0].reshape(-1) for e in edges])
+    b = np.concatenate([e[1].reshape(-1) for e in edges])
+    while True:
+        la, lb = label[a], label[b]
+        if np.array_equal(la, lb):
+            return label
+        low = np.minimum(la, lb)
+        np.minimum.at(label, la, low)
+        np.minimum.at(label, lb, low)
+        while not np.array_equal(label, label[label]):
+            label = label[label]
+
+
+class Analysis(Channels):
+    """The three passes over a traced network; afterwards `removed` [ids] says whether a channel goes.
+
+    create_bias: a layer without bias may get one. elide: an addition of a constant may become a bias, its operand
+    vanishes; `elided` then names the operand and the constant per channel.
+    """
+
+    def __init__(self, traced: Traced, *, create_bias: bool = True, elide: bool = True) -> None:
+        super().__init__(traced, create_bias)
+        self.elide = elide
+        self.elided: dict[fx.Node, tuple[int, Floats]] = {}
+        self.need: dict[fx.Node, Bools] = {}
+        self.label = components(self.n_ids, self.edges)
+        self.reasons: dict[int, str] = {}
+        self._kept = np.zeros(self.n_ids, bool)
+        self._backward()
+        self._remove()
+
+    # Backward: need
+
+    def _backward(self) -> None:
+        for node in reversed(self.module.graph.nodes):
+            facts = self.facts.get(node)
+            if facts is None:
+                if node not in self.parts and node not in self.sizes:
+                    for source in node.all_input_nodes:
+                        self._demand(source, None)
+                continue
+            need = self.need.setdefault(node, np.zeros(facts.ids.shape, bool))
+            layer = self.layers.get(node)
+            if layer is not None:
+                self._read(layer, need.reshape(-1))
+                continue
+            tracked = [s for s, _, _ in self.sources[node]]
+            for source in node.all_input_nodes:
+                origin = self.parts[source][0] if source in self.parts else source
+                if origin not in tracked and source not in self.sizes:
+                    self._demand(source, None)
+            skip = self._elidable(node, need) if self.elide else None
+            for i, (source, positions, matters) in enumerate(self.sources[node]):
+                if i == skip:
+                    continue
+                wanted = (need if matters is None else need & matters) & (positions >= 0)
+                into = np.zeros(self.facts[source].ids.size, bool) if source in self.facts else None
+                if into is not None:
+                    into[positions[wanted]] = True
+                self._demand(source, into)
+
+    def _demand(self, node: fx.Node, wanted: Bools | None) -> None:
+        """Mark channels of a tensor (all of them for None) as needed."""
+        facts = self.facts.get(node)
+        if node in self.parts:
+            origin, parts = self.parts[node]
+            for p in parts if wanted is None else []:
+                into = np.zeros(self.facts[origin].ids.size, bool)
+                into[p.reshape(-1)] = True
+                self._demand(origin, into)
+        if facts is None:
+            return
+        need = self.need.setdefault(node, np.zeros(facts.ids.shape, bool))
+        need |= True if wanted is None else wanted.reshape(facts.ids.shape)
+
+    def _read(self, layer: Layer, need: Bools) -> None:
+        layer.needed = need
+        rows = need & ~layer.silent
+        n_filters, cg = layer.reads.shape
+        wanted = (layer.reads & rows[:, None]).reshape(layer.groups, -1, cg).any(1).reshape(-1)
+        facts = self.facts[layer.source]
+        self._demand(layer.source, wanted if facts.ids.size == wanted.size else None)
+
+    def _elidable(self, node: fx.Node, need: Bools) -> int | None:
+        """Which operand of an addition is a constant in every needed channel, so that a bias can stand for it."""
+        name = function_name(node.target) if node.op == "call_function" else str(node.target)
+        kind = BINARY_NAMES.get(name)
+        sources = self.sources[node]
+        if kind not in ("add", "sub") or len(sources) != 2 or len(node.args) != 2 or node.kwargs or not need.any():
+            return None
+        if sum(n > 1 for n in need.shape) > 1:
+            return None
+        for i in (1, 0) if kind == "add" else (1,):
+            source, positions, _ = sources[i]
+            if sources[1 - i][0] is not node.args[1 - i] or self.shapes[sources[1 - i][0]] != self.shapes[node]:
+                continue
+            facts = flat(self.facts[source])
+            if (facts.const[positions] | ~need).all():
+                constant = np.where(need & facts.const[positions], facts.value[positions], 0.0).reshape(-1)
+                self.elided[node] = (i, constant if kind == "add" else -constant)
+                return i
+        return None
+
+    # Removal
+
+    def _remove(self) -> None:
+        alive = np.zeros(self.n_ids, bool)
+        for ids, reason in self.locks:
+            alive[ids] = True
+            for label in np.unique(self.label[ids]).tolist():
+                self.reasons.setdefault(label, reason)
+        for node, facts in self.facts.items():
+            alive[facts.ids[self.need[node] & ~facts.const]] = True
+        self._kept[self.label[alive]] = True
+        self._merge()
+        self._repair()
+        self.removed: Bools = ~self._kept[self.label]
+
+    def _rows(self, layer: Layer) -> Bools:
+        """Filters that read their inputs."""
+        assert layer.needed is not None
+        return layer.needed & ~layer.silent
+
+    def _stuck(self, layer: Layer) -> Ints:
+        """Input channels whose nonzero constant the layer can't take into its bias exactly."""
+        n_filters, cg = layer.reads.shape
+        bad = (layer.reads if layer.shift is None else layer.border) & self._rows(layer)[:, None]
+        stuck = bad.reshape(layer.groups, -1, cg).any(1).reshape(-1) & layer.ins.const & (layer.ins.value != 0)
+        return np.flatnonzero(stuck & ~self._kept[self.label[layer.ins.ids]])
+
+    def _merge(self) -> None:
+        """Of the channels that go but for a constant that some layer can't take, keep as few as can carry the others'
+        weights.
+
+        For a layer, channels with constants a and b are one channel: b with the weights w_b + (a/b) w_a, zero padding
+        included.
+        """
+        where: dict[int, list[tuple[Layer, int]]] = {}
+        # Per layer and conv group: channels that can carry others, [(label, index)].
+        carriers: dict[tuple[fx.Node, int], list[tuple[int, int]]] = {}
+        for layer in self.layers.values():
+            stuck = self._stuck(layer)
+            labels = self.label[layer.ins.ids]
+            for i in stuck.tolist():
+                where.setdefault(int(labels[i]), []).append((layer, i))
+            source = self.need[layer.source].reshape(-1)
+            if stuck.size and source.size == labels.size:
+                for i in np.flatnonzero(layer.ins.const & (layer.ins.value != 0) & source).tolist():
+                    group = (layer.node, i // layer.reads.shape[1])
+                    carriers.setdefault(group, []).append((int(labels[i]), i))
+        serves: dict[int, int] = {}
+        size: dict[int, float] = {}
+        for (node, _), entries in carriers.items():
+            values = self.layers[node].ins.value
+            for label, i in entries:
+                serves[label] = serves.get(label, 0) + 1
+                size[label] = min(size.get(label, np.inf), abs(values[i]))
+        # The most used and largest constants first: they become the carriers.
+        for label in sorted(where, key=lambda k: (-serves.get(k, 0), -size.get(k, 0.0), k)):
+            found = []
+            for layer, i in where[label]:
+                value = layer.ins.value
+                candidates = [
+                    j
+                    for other, j in carriers.get((layer.node, i // layer.reads.shape[1]), [])
+                    if self._kept[other] and abs(value[i]) <= MAX_RATIO * abs(value[j])
+                ]
+                if not candidates:
+                    break
+                found.append((layer, i, max(candidates, key=lambda j, v=value: abs(v[j]))))  # type: ignore[misc]
+            else:
+                for layer, i, j in found:
+                    layer.merges[i] = j
+                continue
+            layer = where[label][0][0]
+            why = "has no bias for" if layer.shift is None else "pads with zeros, so sees the edge of"
+            self._keep(np.array([label]), f"{title(layer.node)} {why} its constant")
+
+    def live_nodes(self) -> set[fx.Node]:
+        """Nodes that the output still depends on once elided operands are gone."""
+        live: set[fx.Node] = set()
+        stack = [n for n in self.module.graph.nodes if n.op == "output"]
+        while stack:
+            node = stack.pop()
+            if node in live:
+                continue
+            live.add(node)
+            gone = node.args[self.elided[node][0]] if node in self.elided else None
+            stack += [n for n in node.all_input_nodes if n is not gone]
+        return live
+
+    def _repair(self) -> None:
+        """Give back channels until every tensor has one and the conv groups of every layer are of one size."""
+        live = self.live_nodes()
+        changed = True
+        while changed:
+            changed = False
+            for node, facts in self.facts.items():
+                labels = self.label[facts.ids.reshape(-1)]
+                if node in live and not self._kept[labels].any():
+                    self._keep(labels[:1], f"{title(node)} keeps one channel")
+                    changed = True
+            for node, layer in self.layers.items():
+                if node in live and layer.groups > 1:
+                    changed |= self._balance(layer)
+
+    def _keep(self, labels: Ints, reason: str) -> None:
+        self._kept[labels] = True
+        for label in labels.tolist():
+            self.reasons.setdefault(label, reason)
+
+    def _balance(self, layer: Layer) -> bool:
+        sides = [self.label[f.ids].reshape(layer.groups, -1) for f in (layer.ins, layer.outs)]
+        counts = [self._kept[s].sum(1) for s in sides]
+        stays = (counts[0] > 0) | (counts[1] > 0)
+        changed = False
+        for labels, count in zip(sides, counts, strict=True):
+            want = max(int(count.max()), 1)
+            for g in np.flatnonzero(stays & (count < want)):
+                gone = labels[g][~self._kept[labels[g]]]
+                self._keep(gone[: want - count[g]], f"{title(layer.node)} keeps its conv groups of one size")
+                changed = True
+        return changed
+
+    # What the passes tell those who change weights
+
+    def keep(self, ids: Ints) -> Bools:
+        return ~self.removed[ids]
+
+    def shift_of(self, layer: Layer) -> Floats:
+        """[O] what must be added to the layer's output once removed inputs are gone and silent filters are without
+        weights."""
+        gone = layer.ins.const & self.removed[layer.ins.ids]
+        gone[list(layer.merges)] = False
+        delta = layer.response(np.where(gone, layer.ins.value, 0.0))
+        delta[~self._rows(layer)] = 0.0
+        own = layer.needed & layer.silent  # type: ignore[operator]
+        delta[own] = (layer.outs.value - layer.bias)[own]
+        return delta
+
+    def notes(self) -> dict[str, dict[str, int]]:
+        """Per layer: reasons why filters without effect stay, each with the number of filters."""
+        out: dict[str, dict[str, int]] = {}
+        for node, layer in self.layers.items():
+            assert layer.needed is not None
+            idle = (layer.outs.const | ~layer.needed) & ~self.removed[layer.outs.ids]
+            for label in self.label[layer.outs.ids[idle]].tolist():
+                reason = self.reasons.get(label, "other layers of its residual stream use the channel")
+                per = out.setdefault(str(node.target), {})
+                per[reason] = per.get(reason, 0) + 1
+        return out
