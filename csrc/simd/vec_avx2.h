@@ -41,9 +41,7 @@ struct Vec {
   void store_n(F16* p, int n) const { store_halves(p, n, to_f16()); }
 
  private:
-  static Vec from_bf16(__m128i h) {
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
-  }
+  static Vec from_bf16(__m128i h) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))}; }
   __m128i to_f16() const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
   __m128i to_bf16() const {
     const __m256i bits = _mm256_castps_si256(v);
@@ -112,11 +110,9 @@ struct Sums {
     _mm256_storeu_pd(p, lo);
     _mm256_storeu_pd(p + 4, hi);
   }
-  void add_square(Vec x) {
-    const __m256d a = _mm256_cvtps_pd(_mm256_castps256_ps128(x.v));
-    const __m256d b = _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1));
-    lo = _mm256_fmadd_pd(a, a, lo);
-    hi = _mm256_fmadd_pd(b, b, hi);
+  void add(Vec x) {
+    lo = _mm256_add_pd(lo, _mm256_cvtps_pd(_mm256_castps256_ps128(x.v)));
+    hi = _mm256_add_pd(hi, _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1)));
   }
 };
 

@@ -39,9 +39,7 @@ struct Vec {
   void store_n(F16* p, int n) const { _mm256_mask_storeu_epi16(p, first_lanes(n), to_f16()); }
 
  private:
-  static Vec from_bf16(__m256i h) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
-  }
+  static Vec from_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
   __m256i to_f16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   // AVX512-BF16 has an instruction for this, but flushes subnormals; rounding by integers does as torch does.
   __m256i to_bf16() const {
@@ -89,11 +87,9 @@ struct Sums {
 
   static Sums load(const double* p) { return {_mm512_loadu_pd(p)}; }
   void store(double* p) const { _mm512_storeu_pd(p, s); }
-  void add_square(Vec x) {
-    const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(x.v));
-    const __m512d b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1));
-    s = _mm512_fmadd_pd(a, a, s);
-    s = _mm512_fmadd_pd(b, b, s);
+  void add(Vec x) {
+    s = _mm512_add_pd(s, _mm512_cvtps_pd(_mm512_castps512_ps256(x.v)));
+    s = _mm512_add_pd(s, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1)));
   }
 };
 

@@ -1,11 +1,11 @@
-// Vectors of f32 in plain C++, the baseline of the vector types: vec_avx2.h and vec_avx512.h have the same members, and a
-// kernel written over them computes the same bits with each. Eight lanes, so that the compiler can use what the platform
-// has.
+// Vectors of f32 in plain C++, the baseline of the vector types: vec_avx2.h and vec_avx512.h have the same members, and
+// a kernel written over them computes the same bits with each. Eight lanes, so that the compiler can use what the
+// platform has.
 //
 //   Vec    kWidth floats. load/store convert bf16 and f16 (round to nearest even); load_n reads n < kWidth elements and
 //          fills with zeros, store_n writes n.
 //   Mask   one truth value per lane, from bytes (nonzero is true).
-//   Sums   eight f64 accumulators of squares: element i of a run goes to accumulator i mod 8, whatever kWidth is.
+//   Sums   eight f64 accumulators: lane i of a vector goes to accumulator i mod 8, whatever kWidth is.
 //
 // All names have internal linkage: an object compiled for one instruction set must not offer its code to the others.
 #pragma once
@@ -164,8 +164,8 @@ struct Sums {
     return s;
   }
   void store(double* p) const { std::memcpy(p, a, sizeof a); }
-  void add_square(const Vec& x) {
-    for (int i = 0; i < 8; ++i) a[i] = __builtin_fma(static_cast<double>(x.a[i]), static_cast<double>(x.a[i]), a[i]);
+  void add(const Vec& x) {
+    for (int i = 0; i < 8; ++i) a[i] += static_cast<double>(x.a[i]);
   }
 };
 

@@ -1,8 +1,9 @@
 // The elementwise halves of an ADMM iteration over a weight matrix, in f32, one rounding per operation.
 //
 //   update:   v = w + u;  z' = v where keep and mask, +0 elsewhere;  u' = v - z';  z, u <- z', u'
-//             and the squares of  w - z', z' - z, w, z', u'  (Boyd's r, s / rho, and the norms of his stopping rule)
-//             added in f64: element c of a row goes to accumulator c mod 8 of its sum, rows in ascending order
+//             and the sums of squares of  w - z', z' - z, w, z', u'  (Boyd's r, s / rho, the norms of his stopping rule):
+//             each piece of 256 elements of a row in 16 f32 lanes (element mod 16) by fused multiply-add, the lanes then
+//             added to 8 f64 accumulators (lane mod 8), lower lanes first, pieces and rows in ascending order
 //   penalty:  g <- g + rho * ((w - z) + u), the gradient of rho/2 ||W - Z + U||^2, rounded once to g's dtype
 //
 // W and G are f32, bf16 or f16, Z and U f32; keep and mask are bytes, nonzero is true. Strides are in elements between rows

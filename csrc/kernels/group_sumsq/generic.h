@@ -17,39 +17,54 @@ inline Vec load_v_n(const T* w, const float* u, const uint8_t* mask, int n) {
   return v;
 }
 
-// Rows are taken four at a time, so that the sums, which stay in the first-level cache, are read and written once for four
-// rows while eight streams run along memory.
+// Sums of kVecs vectors of columns from column c on, over kRows rows.
+template <class T, bool kU, bool kMask, int kRows, int kVecs>
+inline void add_block(const SumsqColumns& t, int64_t row, int64_t c, bool add) {
+  Vec sums[kVecs];
+  for (int i = 0; i < kVecs; ++i) sums[i] = add ? Vec::load(t.sums + c + i * Vec::kWidth) : Vec::zero();
+  for (int r = 0; r < kRows; ++r) {
+    const T* w = static_cast<const T*>(t.w) + (row + r) * t.w_stride + c;
+    const float* u = kU ? t.u + (row + r) * t.u_stride + c : nullptr;
+    const uint8_t* mask = kMask ? t.mask + (row + r) * t.mask_stride + c : nullptr;
+    for (int i = 0; i < kVecs; ++i) {
+      const int at = i * Vec::kWidth;
+      const Vec v = load_v<T, kU, kMask>(w + at, kU ? u + at : nullptr, kMask ? mask + at : nullptr);
+      sums[i] = fma(v, v, sums[i]);
+    }
+  }
+  for (int i = 0; i < kVecs; ++i) sums[i].store(t.sums + c + i * Vec::kWidth);
+}
+
+template <class T, bool kU, bool kMask, int kRows>
+inline void add_tail(const SumsqColumns& t, int64_t row, int64_t c, bool add) {
+  const int n = static_cast<int>(t.cols - c);
+  Vec sum = add ? Vec::load_n(t.sums + c, n) : Vec::zero();
+  for (int r = 0; r < kRows; ++r) {
+    const T* w = static_cast<const T*>(t.w) + (row + r) * t.w_stride + c;
+    const float* u = kU ? t.u + (row + r) * t.u_stride + c : nullptr;
+    const uint8_t* mask = kMask ? t.mask + (row + r) * t.mask_stride + c : nullptr;
+    const Vec v = load_v_n<T, kU, kMask>(w, u, mask, n);
+    sum = fma(v, v, sum);
+  }
+  sum.store_n(t.sums + c, n);
+}
+
+// The sums stay in the first-level cache; they are read and written once for kRows rows, which run along memory as so
+// many streams. Measured on layers of 9 MB: one row 21 GB/s, four 28, eight (with two vectors at a time) 32, sixteen no
+// more.
 template <class T, bool kU, bool kMask, int kRows>
 inline void add_rows(const SumsqColumns& t, int64_t row, bool add) {
-  const T* w = static_cast<const T*>(t.w) + row * t.w_stride;
-  const float* u = kU ? t.u + row * t.u_stride : nullptr;
-  const uint8_t* mask = kMask ? t.mask + row * t.mask_stride : nullptr;
   int64_t c = 0;
-  for (; c + Vec::kWidth <= t.cols; c += Vec::kWidth) {
-    Vec sum = add ? Vec::load(t.sums + c) : Vec::zero();
-    for (int r = 0; r < kRows; ++r) {
-      const Vec v = load_v<T, kU, kMask>(w + r * t.w_stride + c, u + r * t.u_stride + c, mask + r * t.mask_stride + c);
-      sum = fma(v, v, sum);
-    }
-    sum.store(t.sums + c);
-  }
-  if (c < t.cols) {
-    const int n = static_cast<int>(t.cols - c);
-    Vec sum = add ? Vec::load_n(t.sums + c, n) : Vec::zero();
-    for (int r = 0; r < kRows; ++r) {
-      const Vec v =
-          load_v_n<T, kU, kMask>(w + r * t.w_stride + c, u + r * t.u_stride + c, mask + r * t.mask_stride + c, n);
-      sum = fma(v, v, sum);
-    }
-    sum.store_n(t.sums + c, n);
-  }
+  for (; c + 2 * Vec::kWidth <= t.cols; c += 2 * Vec::kWidth) add_block<T, kU, kMask, kRows, 2>(t, row, c, add);
+  for (; c + Vec::kWidth <= t.cols; c += Vec::kWidth) add_block<T, kU, kMask, kRows, 1>(t, row, c, add);
+  if (c < t.cols) add_tail<T, kU, kMask, kRows>(t, row, c, add);
 }
 
 template <class T, bool kU, bool kMask>
 void columns_of(const SumsqColumns& t) {
   bool add = t.add;
   int64_t row = 0;
-  for (; row + 4 <= t.rows; row += 4, add = true) add_rows<T, kU, kMask, 4>(t, row, add);
+  for (; row + 8 <= t.rows; row += 8, add = true) add_rows<T, kU, kMask, 8>(t, row, add);
   for (; row < t.rows; ++row, add = true) add_rows<T, kU, kMask, 1>(t, row, add);
 }
 
