@@ -1,8 +1,8 @@
 """How fast is the fused project-and-update over all conv weights of a ResNet-50, in f32?
 
-Peers: the same in plain torch, compiled by torch.compile as one graph over all layers, and eager; and compiled without the
-op's promises (f32 sums of residuals, ties broken anyhow), as one would write it in a hurry. Roof: torch's copy of a large buffer in the same run. Bytes counted are what the algorithm must move: W and U read twice
-(norms, then update), Z read once, Z and U written once.
+Peers: the same in plain torch, compiled by torch.compile as one graph over all layers, and eager; and compiled without
+the op's promises (f32 sums of residuals, ties broken anyhow). Roof: torch's copy of a large buffer in the same run.
+Bytes counted are what the algorithm must move: W and U read twice (norms, update), Z read once, Z and U written once.
 """
 
 from __future__ import annotations
@@ -40,11 +40,8 @@ def plain(w: Tensor, z: Tensor, u: Tensor, structure: str, k: int, loose: bool =
     v = w + u
     squares = (v * v).flatten(1)
     scores = squares.sum(0) if structure == "column" else squares.sum(1)
-    if loose:
-        kept = torch.topk(scores, k).indices
-    else:
-        kept = torch.sort(scores, descending=True, stable=True).indices[:k]
-    keep = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, kept, True)
+    order = torch.topk(scores, k).indices if loose else torch.sort(scores, descending=True, stable=True).indices
+    keep = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, order[:k], True)
     on = keep.view(1, *w.shape[1:]) if structure == "column" else keep.view(-1, *[1] * (w.dim() - 1))
     znew = torch.where(on, v, 0.0)
     unew = v - znew

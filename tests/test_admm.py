@@ -548,7 +548,7 @@ def test_three_structures_and_a_mask():
     assert holds(on, cs) and on.sum() == 40 and not on[~mask].any()
     assert torch.equal(z[on], w[on]) and torch.equal(u, w - z)
     assert [int(k.sum()) for k in keeps] == [6, 3, 40]
-    assert math.isclose(float(sums[3]), float(z.double().square().sum()), rel_tol=1e-12)
+    assert math.isclose(float(sums[3]), float(z.double().square().sum()), rel_tol=16 * 2**-24)  # f32 in pieces
     assert on.sum() <= density(cs, w.shape) * w.numel() + 1e-9
 
 

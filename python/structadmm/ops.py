@@ -84,8 +84,9 @@ def project_update_(
     """Project V = W + U on the k groups of largest norm and update the dual, in place on z and u, in two passes.
 
     Z' = V on kept groups and mask, 0 elsewhere; U' = V - Z'. Returns keep, bool [n_groups], and sums, f64 [5]:
-    ||W - Z'||^2, ||Z' - Z||^2, ||W||^2, ||Z'||^2, ||U'||^2, the same bits for every thread count. The Z and U steps of
-    StructADMM; Boyd et al. (2011), section 9.1. Memory layouts and dtypes as in group_sumsq; z and u are f32.
+    ||W - Z'||^2, ||Z' - Z||^2, ||W||^2, ||Z'||^2, ||U'||^2, within 1e-6 and the same bits for every thread count. The Z
+    and U steps of StructADMM; Boyd et al. (2011), section 9.1. Memory layouts and dtypes as in group_sumsq; z and u are
+    f32.
 
     A NaN or infinite group norm is a ValueError on the CPU. On CUDA, to spare the wait for the device, it leaves z and
     u as they are and makes the sums NaN.
