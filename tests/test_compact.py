@@ -395,7 +395,7 @@ def test_auto_leaves_dense_what_would_not_pay() -> None:
     model = randomise(ResNet("B"), 0.0, 0)
     with torch.no_grad():
         first, second = model.layer1[0].conv1, model.layer1[2].conv2
-        for conv, every in ((first, 4), (second, 2)):  # densities 0.75 and 0.5
+        for conv, every in ((first, 8), (second, 2)):  # densities 0.875 and 0.5
             keep = torch.arange(conv.weight[0].numel()) % every != 0
             conv.weight.mul_(expand_keep(keep, "column", conv.weight.shape))
     small = sa.compact(model, images(2, torch.float32))
