@@ -150,6 +150,16 @@ def test_small_groups_go_and_large_ones_stay() -> None:
     assert set(report_of(only).dropped) == {"features.2"}
 
 
+def test_block_columns_go_one_by_one() -> None:
+    model = randomise(VGG().double(), 0.0, 2)
+    with torch.no_grad():
+        model.features[6].weight[4:8, 3, 0, 2] *= 1e-3
+    out = sa.purify(model, images(2), sigma=0.02, structures=("block_column",), block=4)
+    changed = (out.features[6].weight != 0) ^ (model.features[6].weight != 0)
+    assert changed[4:8, 3, 0, 2].all() and changed.sum() == 4
+    assert report_of(out).dropped["features.6"] == {"block_column": 1}
+
+
 def closeness(model: nn.Module, x: Tensor) -> Callable[[nn.Module], float]:
     """1 for the outputs of `model`, 0 for outputs as far off as zero."""
     wanted = outputs(model, x)
@@ -219,7 +229,9 @@ def test_errors() -> None:
     model, x = ResNet("B"), images(2, torch.float32)
     with pytest.raises(CompactError, match="purify: sigma got -1"):
         sa.purify(model, x, sigma=-1)
-    with pytest.raises(CompactError, match="structures got 'row', wanted some of filter, channel, column"):
+    with pytest.raises(
+        CompactError, match="structures got 'row', wanted some of filter, channel, column, block_column"
+    ):
         sa.purify(model, x, structures=("row",))
     with pytest.raises(CompactError, match=r"skip got 'layer9\.\*', which matches no layer"):
         sa.purify(model, x, skip=("layer9.*",))

@@ -1,14 +1,13 @@
 """Network purification: drop the small groups that early-stopped ADMM leaves alive, as far as accuracy allows.
 
-After Zhang et al. (StructADMM) and Ma et al. (P-RM, arXiv 1905.00136): filters of small importance (threshold sigma),
-channels and columns of small norm (sigma) and channels that are nearly empty (eta) become zero, and with them every
-path without effect. The criteria do not change when a layer with BatchNorm behind it is rescaled:
+After Zhang et al. (StructADMM) and "Tiny but Accurate" (P-RM, arXiv 1905.00136): filters, channels and columns of small
+importance (threshold sigma) and channels that are nearly empty (eta) become zero, and with them every path without
+effect. The criteria do not change when a layer with BatchNorm behind it is rescaled:
 
-- a filter's importance is its norm with BatchNorm folded in, ||W_o|| |gamma_o| / sqrt(var_o + eps); - a channel's or
-column's is the norm over folded filters, times the size of what it reads: sqrt(gamma^2 + beta^2) of the
-  BatchNorms that feed the channel; - each is taken relative to the root mean square over the nonzero groups of its
-layer; a channel's occupancy is its number of
-  nonzero weights relative to the layer's mean.
+- the importance of a group is the norm of its weights, each times |gamma| / sqrt(var + eps) of the BatchNorm behind its
+  filter and sqrt(gamma^2 + beta^2) of the BatchNorms that feed its channel;
+- it is taken relative to the root mean square over the nonzero groups of the layer;
+- the occupancy of a channel is its number of nonzero weights relative to the mean of the layer's nonzero channels.
 """
 
 from __future__ import annotations
@@ -27,12 +26,13 @@ from torch import Tensor, fx, nn
 from .analysis import Analysis
 from .channels import Layer
 from .errors import CompactError
+from .groups import DEFAULT_BLOCK, expand_keep, group_ids, n_groups
 from .paths import ZerosReport, check_weights, remove_paths, report_of, zeros_of, zeros_report
 from .trace import clone, trace
 
 Floats = npt.NDArray[np.float64]
 
-STRUCTURES = ("filter", "channel", "column")
+STRUCTURES = ("filter", "channel", "column", "block_column")
 
 
 @dataclass
@@ -90,7 +90,8 @@ def purify(
     *,
     sigma: float = 0.1,
     eta: float = 0.1,
-    structures: Sequence[str] = STRUCTURES,
+    structures: Sequence[str] = STRUCTURES[:3],
+    block: int = DEFAULT_BLOCK,
     skip: Sequence[str] = (),
     trials: int = 12,
 ) -> nn.Module:
@@ -101,9 +102,10 @@ def purify(
     the
         largest factor found by bisection (at most `trials` evaluations) for which evaluate stays within max_drop, in
         its own units, of its value for `model`. Without it they are used as they are.
-    sigma: filters, channels and columns go whose importance is at most sigma times the layer's root mean square.
-    eta: channels go whose number of nonzero weights is at most eta times the layer's mean.
-    structures: which of filter, channel, column may be dropped. skip: name patterns (fnmatch) of layers left alone.
+    sigma: filters, channels, columns and block-columns go whose importance is at most sigma times the layer's root mean
+    square. eta: channels go whose number of nonzero weights is at most eta times the layer's mean. structures: which of
+    filter, channel, column, block_column (of `block` filters) may be dropped. skip: name patterns (fnmatch) of layers
+    left alone.
 
     A dropped filter with BatchNorm behind it goes on emitting its mean, the BatchNorm's beta, which remove_unused_paths
     and compact fold into what reads it. The largest group of a layer always stays. `report_of(result)` is a
@@ -128,16 +130,16 @@ def purify(
     for pattern in skip:
         if not any(fnmatch(n, pattern) for n in names):
             raise CompactError(f"{who}: skip got {pattern!r}, which matches no layer, wanted a pattern of layer names")
-    groups = _candidates(analysis, sigma, eta, structures, skip)
+    groups = _candidates(analysis, sigma, eta, structures, block, skip)
 
     tried: list[Trial] = []
     baseline = None
     if evaluate is None:
         scale = 1.0
-        chosen = _cut(model, groups, analysis, scale)
+        chosen = _cut(model, groups, analysis, block, scale)
     else:
         baseline = _score(evaluate, clone(model))
-        scale, chosen, tried = _search(model, groups, analysis, evaluate, baseline - max_drop, trials)
+        scale, chosen, tried = _search(model, groups, analysis, block, evaluate, baseline - max_drop, trials)
 
     out = remove_paths(chosen, example, who)
     paths = report_of(out)
@@ -182,6 +184,7 @@ def _search(
     model: nn.Module,
     groups: list[_Groups],
     analysis: Analysis,
+    block: int,
     evaluate: Callable[[nn.Module], float],
     floor: float,
     trials: int,
@@ -194,7 +197,7 @@ def _search(
     low, high = -1, len(scales)
     while high - low > 1 and len(tried) < trials:
         middle = (low + high) // 2
-        candidate = _cut(model, groups, analysis, float(scales[middle]))
+        candidate = _cut(model, groups, analysis, block, float(scales[middle]))
         weights = nonzero - _nonzeros(candidate)
         score = _score(evaluate, clone(candidate))
         kept = score >= floor
@@ -211,7 +214,7 @@ def _nonzeros(model: nn.Module) -> int:
 
 
 def _candidates(
-    analysis: Analysis, sigma: float, eta: float, structures: Sequence[str], skip: Sequence[str]
+    analysis: Analysis, sigma: float, eta: float, structures: Sequence[str], block: int, skip: Sequence[str]
 ) -> list[_Groups]:
     out: list[_Groups] = []
     final = _feeds_output(analysis)
@@ -220,30 +223,25 @@ def _candidates(
         if any(fnmatch(name, pattern) for pattern in skip):
             continue
         m: Any = analysis.module.get_submodule(name)
-        w = (
-            m.weight.detach()
-            .double()
-            .cpu()
-            .numpy()
-            .reshape(layer.groups, -1, layer.reads.shape[1], math.prod(m.weight.shape[2:]))
-        )
+        w = m.weight.detach().double().cpu()
+        shape, groups = w.shape, layer.groups
         read = _size(analysis, layer.source)
         if read.size != layer.ins.ids.size:
             read = np.ones(layer.ins.ids.size)
-        folded = w * _row_scale(analysis, node).reshape(layer.groups, -1, 1, 1)
-        felt = folded * read.reshape(layer.groups, 1, -1, 1)
-        if "filter" in structures and node not in final:
-            out.append(_Groups(name, "filter", _relative(np.sqrt((folded**2).sum((2, 3))).reshape(-1), sigma)))
-        if "channel" in structures:
-            at = _relative(np.sqrt((felt**2).sum((1, 3))).reshape(-1), sigma)
-            filled = (w != 0).sum((1, 3)).reshape(-1).astype(np.float64)
-            if filled.any():
-                occupancy = filled / filled[filled > 0].mean()
-                nearly_empty = np.where(np.isfinite(at), _over(occupancy, eta), np.inf)
-                at = np.minimum(at, nearly_empty)
-            out.append(_Groups(name, "channel", at))
-        if "column" in structures and w.shape[3] > 1:
-            out.append(_Groups(name, "column", _relative(np.sqrt((felt**2).sum(1)).reshape(-1), sigma)))
+        per_group = (groups, -1, shape[1], math.prod(shape[2:]))
+        felt = w.reshape(per_group) * torch.from_numpy(_row_scale(analysis, node)).reshape(groups, -1, 1, 1)
+        square = ((felt * torch.from_numpy(read).reshape(groups, 1, -1, 1)) ** 2).reshape(-1)
+        for structure in structures:
+            if (structure == "filter" and node in final) or (structure == "column" and per_group[3] == 1):
+                continue  # outputs of the network; columns that are the channels
+            ids = group_ids(structure, shape, groups, block).reshape(-1)
+            n = n_groups(structure, shape, groups, block)
+            at = _relative(torch.zeros(n, dtype=torch.float64).index_add_(0, ids, square).sqrt().numpy(), sigma)
+            if structure == "channel":
+                filled = torch.bincount(ids[w.reshape(-1) != 0], minlength=n).double().numpy()
+                occupancy = filled / max(filled.sum() / max(np.count_nonzero(filled), 1), 1.0)
+                at = np.minimum(at, np.where(np.isfinite(at), _over(occupancy, eta), np.inf))
+            out.append(_Groups(name, structure, at))
     return out
 
 
@@ -313,7 +311,7 @@ def _feeds_output(analysis: Analysis) -> set[fx.Node]:
     return {n for n, layer in analysis.layers.items() if labels & set(analysis.label[layer.outs.ids].tolist())}
 
 
-def _cut(model: nn.Module, groups: list[_Groups], analysis: Analysis, scale: float) -> nn.Module:
+def _cut(model: nn.Module, groups: list[_Groups], analysis: Analysis, block: int, scale: float) -> nn.Module:
     """A copy of `model` without the groups that go at `scale`."""
     out = clone(model)
     nodes = {str(node.target): (node, layer) for node, layer in analysis.layers.items()}
@@ -324,21 +322,14 @@ def _cut(model: nn.Module, groups: list[_Groups], analysis: Analysis, scale: flo
                 node, layer = nodes[g.name]
                 behind = _norm_behind(analysis, node)
                 norm = None if behind is None else out.get_submodule(str(behind.target))
-                _drop(out.get_submodule(g.name), norm, layer, g.structure, gone)
+                _drop(out.get_submodule(g.name), norm, layer, g.structure, block, gone)
     return out
 
 
-def _drop(m: Any, norm: Any, layer: Layer, structure: str, gone: Tensor) -> None:
+def _drop(m: Any, norm: Any, layer: Layer, structure: str, block: int, gone: Tensor) -> None:
     weight = m.weight.detach()
     gone = gone.to(weight.device)
-    w = weight.reshape(layer.groups, -1, layer.reads.shape[1], math.prod(weight.shape[2:]))
-    if structure == "filter":
-        keep = ~gone.reshape(layer.groups, -1, 1, 1)
-        if norm is not None and norm.running_mean is not None:
-            # What is left emits the mean that BatchNorm has seen, so that its output is beta.
-            norm.running_mean[gone] = 0 if m.bias is None else m.bias.detach()[gone].to(norm.running_mean.dtype)
-    elif structure == "channel":
-        keep = ~gone.reshape(layer.groups, 1, -1, 1)
-    else:
-        keep = ~gone.reshape(layer.groups, 1, layer.reads.shape[1], -1)
-    weight.mul_(keep.expand(w.shape).reshape(weight.shape))
+    if structure == "filter" and norm is not None and norm.running_mean is not None:
+        # What is left emits the mean that BatchNorm has seen, so that its output is beta.
+        norm.running_mean[gone] = 0 if m.bias is None else m.bias.detach()[gone].to(norm.running_mean.dtype)
+    weight.mul_(expand_keep(~gone, structure, weight.shape, layer.groups, block))
