@@ -1,11 +1,11 @@
 // 2-d convolution on a packed compacted weight, f32.
 //
-//   y[n, f, oy, ox] = bias[f] + sum over taps (c, ky, kx) of f: w[f, tap] * x[n, c, oy sh + ky dh - ph, ox sw + kx dw -
-//   pw]
+//   y[n, f, oy, ox] = bias[f] + sum over taps (c, ky, kx) of f: w[f, tap] * x[n, c, iy, ix]
+//   iy = oy * stride[0] + ky * dilation[0] - padding[0], ix likewise; x is zero outside
 //
 // x has any strides; y is contiguous. The result does not depend on the number of threads, nor on the batch around an
 // image. Beyond x, y and the weight a convolution needs at most one padded copy of x, made for as many images at a time
-// as fit in half a megabyte (one at least) and kept per thread for the next call.
+// as fit in a quarter of a megabyte (one at least) and kept per thread for the next call.
 #pragma once
 
 #include <cstdint>

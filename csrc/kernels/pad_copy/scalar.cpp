@@ -8,8 +8,10 @@ namespace {
 struct Vec1 {
   static constexpr int kLanes = 1;
   static float zero() { return 0.0f; }
-  static float load_first(const float* p, int64_t n) { return n > 0 ? *p : 0.0f; }
-  static float load_even(const float* p, int64_t n) { return n > 0 ? *p : 0.0f; }
+  static bool first(int64_t n) { return n > 0; }
+  static float load(const float* p) { return *p; }
+  static float load(const float* p, bool some) { return some ? *p : 0.0f; }
+  static float load_even(const float* p, bool low, bool) { return low ? *p : 0.0f; }
   static void store(float* p, float r) { *p = r; }
 };
 
