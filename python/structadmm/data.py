@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import StructadmmError
+from .errors import Error
 
 SPLIT_SEED = 20220811
 """Seed of every train/validation/test split: fixed, so runs with different seeds are judged on the same images."""
 
 
-class DataError(StructadmmError, ValueError):
+class DataError(Error, ValueError):
     """A data folder, file or loader is not what was wanted."""
 
 
