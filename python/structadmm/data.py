@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import io
+import math
 import pickle
 import struct
 import zlib
@@ -35,7 +37,8 @@ class Batches:
 
     x: uint8 [N, C, H, W]; y: int64 [N]; mean, std: per channel, in the units of x. Yields (float32 [n, C, H, W], int64 [n]).
     With shuffle the order is new in every pass and an incomplete last batch is left out (BatchNorm needs more than a stray image).
-    shift: largest random translation in pixels, zeros coming in; flip: mirror half of the images.
+    shift: largest random translation in whole pixels, zeros coming in; flip: mirror half of the images. rotate, zoom: a random turn of up to so many
+    degrees and a magnification of 1 -+ zoom, bilinear (the shift is then of fractions of a pixel too).
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class Batches:
         shuffle: bool = False,
         shift: int = 0,
         flip: bool = False,
+        rotate: float = 0.0,
+        zoom: float = 0.0,
         seed: int = 0,
     ) -> None:
         if x.dtype != torch.uint8 or x.dim() != 4 or y.shape != x.shape[:1]:
@@ -57,7 +62,7 @@ class Batches:
             raise DataError(f"Batches: size got {size}, wanted 1..{len(x)}")
         self.x, self.y, self.size = x, y, size
         self.mean, self.std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
-        self.shuffle, self.shift, self.flip = shuffle, shift, flip
+        self.shuffle, self.shift, self.flip, self.rotate, self.zoom = shuffle, shift, flip, rotate, zoom
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
@@ -72,12 +77,13 @@ class Batches:
         order = torch.randperm(n, generator=self.generator) if self.shuffle else torch.arange(n)
         for i in range(len(self)):
             index = order[i * self.size : (i + 1) * self.size]
-            x = self._augment(self.x[index]) if self.shift or self.flip else self.x[index]
-            yield (x.float() - self.mean) / self.std, self.y[index]
+            yield (self._augment(self.x[index]).float() - self.mean) / self.std, self.y[index]
 
     def _augment(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
-        if self.shift:
+        if self.rotate or self.zoom:
+            x = self._warp(x.float())
+        elif self.shift:
             s = self.shift
             padded = torch.nn.functional.pad(x, (s, s, s, s))
             top, left = torch.randint(0, 2 * s + 1, (2, n, 1), generator=self.generator)
@@ -87,6 +93,15 @@ class Batches:
             mirrored = torch.rand(n, generator=self.generator) < 0.5
             x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
         return x
+
+    def _warp(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        turn, grow, dx, dy = torch.rand(4, n, generator=self.generator) * 2 - 1
+        angle, factor = turn * math.radians(self.rotate), 1 + grow * self.zoom
+        cos, sin = torch.cos(angle) / factor, torch.sin(angle) / factor
+        rows = [cos, -sin, dx * (2 * self.shift / w), sin, cos, dy * (2 * self.shift / h)]
+        grid = torch.nn.functional.affine_grid(torch.stack(rows, 1).view(n, 2, 3), list(x.shape), align_corners=False)
+        return torch.nn.functional.grid_sample(x, grid, align_corners=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
@@ -119,6 +134,8 @@ def load(
     val: float = 0.2,
     shift: int = 0,
     flip: bool = False,
+    rotate: float = 0.0,
+    zoom: float = 0.0,
     seed: int = 0,
     args: Mapping[str, Any] | None = None,
 ) -> Dataset:
@@ -145,7 +162,8 @@ def load(
     rest, held = _stratified(y, val, SPLIT_SEED)
     mean = x[rest].float().mean((0, 2, 3))
     std = x[rest].float().std((0, 2, 3)) if x.shape[1] > 1 else x[rest].float().std().view(1)
-    train = Batches(x[rest], y[rest], batch, mean, std, shuffle=True, shift=shift, flip=flip, seed=seed)
+    augmentation: dict[str, Any] = {"shift": shift, "flip": flip, "rotate": rotate, "zoom": zoom}
+    train = Batches(x[rest], y[rest], batch, mean, std, shuffle=True, seed=seed, **augmentation)
     described = f"{name}: {len(rest)} training, {len(held)} validation, {len(y_test)} test images {'x'.join(map(str, x.shape[1:]))}"
     return Dataset(name, train, Batches(x[held], y[held], 512, mean, std), Batches(x_test, y_test, 512, mean, std), described)
 
@@ -236,8 +254,6 @@ class _CifarUnpickler(pickle.Unpickler):
 
 
 def _cifar_py(path: Path) -> tuple[Tensor, Tensor]:
-    import io
-
     try:
         batch = _CifarUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         data, labels = batch[b"data"], np.asarray(batch[b"labels"])
