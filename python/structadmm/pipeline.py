@@ -659,8 +659,207 @@ class _Job:
     # What comes after the training
 
     def _finish(self) -> dict[str, Any]:
+        recipe, dataset, folder, note = self.recipe, self.dataset, self.run.folder, self.run.watcher.note
+        dense, example = self.teacher, dataset.example
+        assert dense is not None
+        model = _frozen(self.model)
+        steps: list[dict[str, Any]] = []
+
+        def seen(what: str, m: nn.Module) -> None:
+            accuracy, _ = evaluate(m, dataset.val)
+            weights = sum(int((c.weight != 0).sum()) for _, c in conv_layers(m))
+            steps.append({"step": what, "val_accuracy": accuracy, "conv_weights": weights})
+            note(f"{what}: {weights:,} conv weights, validation accuracy {accuracy:.2%}")
+
+        seen("dense", dense)
+        seen("pruned and retrained", model)
+        if recipe.purify.enabled:
+            model = self._purify(model)
+            seen("purified", model)
+        model = remove_unused_paths(model, example)
+        seen("unused paths removed", model)
+        small = compact(model, example)
+        difference = largest_difference(model, small, dataset)
+        if not difference <= TOLERANCE:
+            raise Error(f"run: the compacted network differs from the masked one by {difference:.3g}, wanted at most {TOLERANCE:g}")
+        note(f"compacted: outputs equal those of the masked network within {difference:.1e} on all validation and test images")
+
+        files = {"pruned": "model.safetensors", "dense": "dense.safetensors"}
+        save(small, folder / files["pruned"], example=example, original=dense, metadata=self._card())
+        save(dense, folder / files["dense"], example=example, metadata=self._card())
+        fast = load(folder / files["pruned"]).eval()
+        reloaded = largest_difference(small, fast, dataset)
+        if not reloaded <= TOLERANCE:
+            raise Error(f"run: the reloaded network differs from the saved one by {reloaded:.3g}, wanted at most {TOLERANCE:g}")
+        note(f"saved, reloaded: outputs within {reloaded:.1e}")
+
+        before, after = conv_cost(dense, example), conv_cost(fast, example)
+        nets: dict[str, nn.Module] = {"dense": dense, "pruned": fast}
+        rows: dict[str, dict[str, Any]] = {}
+        for (which, net), (weights, macs) in zip(nets.items(), (before, after), strict=True):
+            rows[which] = {
+                "test_accuracy": evaluate(net, dataset.test)[0],
+                "val_accuracy": evaluate(net, dataset.val)[0],
+                "conv_weights": weights,
+                "multiply_adds": macs,
+                "file_bytes": (folder / files[which]).stat().st_size,
+                "latency_seconds": {},
+            }
+        speed_up = {}
+        for batch in recipe.measure.batches:
+            note(f"measuring the latency at batch {batch}, both networks in turns")
+            x = first_images(dataset, batch)
+            with torch.inference_mode():
+                timings = interleave({w: _call(net, x) for w, net in nets.items()}, repeats=recipe.measure.repeats)
+            for which in nets:
+                rows[which]["latency_seconds"][str(batch)] = timings[which].to_dict()
+            speed_up[str(batch)] = timings.ratio("dense", "pruned").to_dict()
+        now = time.perf_counter()
+        return {
+            "recipe": recipe.name,
+            "seed": self.run.seed,
+            "dataset": dataset.description,
+            **rows,
+            "accuracy_lost": rows["dense"]["test_accuracy"] - rows["pruned"]["test_accuracy"],
+            "conv_weights_ratio": before[0] / max(after[0], 1),
+            "multiply_adds_ratio": before[1] / max(after[1], 1),
+            "file_ratio": rows["dense"]["file_bytes"] / rows["pruned"]["file_bytes"],
+            "speed_up": speed_up,
+            "compact_difference": difference,
+            "reload_difference": reloaded,
+            "steps": steps,
+            "layers": layer_rows(dense, model),
+            "compact": str(small.report),
+            "plan": self.plan_text,
+            "history": self.history,
+            "iterations": self.iterations,
+            "stages": [{"name": s.name, "epochs": s.epochs} for s in self.stages],
+            "seconds": self.seconds + now - self._since,
+            "environment": environment(self.threads),
+            "settings": recipe.to_dict(),
+        }
+
+    def _card(self) -> dict[str, Any]:
+        return {"recipe": self.recipe.name, "seed": self.run.seed, "dataset": self.dataset.description}
+
+    def _purify(self, model: nn.Module) -> nn.Module:
         raise NotImplementedError
 
 
 def _frozen(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _call(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: net(x)
+
+
+def conv_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every 2-d convolution with its name, compacted ones included."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, CompactConv2d))]
+
+
+@torch.no_grad()
+def conv_cost(model: nn.Module, example: Tensor) -> tuple[int, int]:
+    """(stored conv weights, multiply-adds of all conv and linear layers for one image): each stored weight is used once per output position."""
+    weights, macs, n = 0, 0, len(example)
+    handles = []
+
+    def count(module: nn.Module, _x: Any, out: Tensor) -> None:
+        nonlocal macs
+        macs += module.weight.numel() * (out[0, 0].numel() if out.dim() == 4 else out.numel() // (n * out.shape[-1]))  # type: ignore[union-attr, operator]
+
+    for m in model.modules():
+        stored = getattr(m, "weight", None)
+        if isinstance(stored, nn.Parameter) and type(m).__name__ in ("Conv2d", "CompactConv2d", "Linear", "CompactLinear"):
+            handles.append(m.register_forward_hook(count))
+            if "Conv" in type(m).__name__:
+                weights += stored.numel()
+    model(example)
+    for h in handles:
+        h.remove()
+    return weights, macs
+
+
+def layer_rows(dense: nn.Module, zeroed: nn.Module) -> list[dict[str, Any]]:
+    """Per conv and linear layer the kept filters, columns and weights, counted from the zeros."""
+    rows = []
+    for name, m in zeroed.named_modules():
+        if not isinstance(m, (nn.Conv2d, nn.Linear)):
+            continue
+        alive = m.weight.detach().flatten(1) != 0
+        rows.append(
+            {
+                "name": name,
+                "shape": list(m.weight.shape),
+                "conv": isinstance(m, nn.Conv2d),
+                "filters": alive.shape[0],
+                "filters_kept": int(alive.any(1).sum()),
+                "columns": alive.shape[1],
+                "columns_kept": int(alive.any(0).sum()),
+                "weights": alive.numel(),
+                "weights_kept": int(alive.sum()),
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def largest_difference(a: nn.Module, b: nn.Module, dataset: Dataset) -> float:
+    """Largest absolute difference of the outputs over all validation and test images (labels unseen)."""
+    worst = 0.0
+    for batches in (dataset.val, dataset.test):
+        for x, _ in batches:
+            difference = float((a(x) - b(x)).abs().max())
+            worst = difference if not difference <= worst else worst  # NaN is the worst of all
+    return worst
+
+
+def first_images(dataset: Dataset, n: int) -> Tensor:
+    """n validation images, repeated where there are fewer."""
+    parts: list[Tensor] = []
+    while sum(len(p) for p in parts) < n:
+        parts += [x for x, _ in dataset.val]
+    return torch.cat(parts)[:n].contiguous()
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """What the figures depend on."""
+    from . import __version__, ops
+
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    return {
+        "structadmm": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "isa": ops.isa(),
+    }
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, smallest and largest over the seeds of what the recipe promises."""
+    pick: dict[str, Callable[[dict[str, Any]], float]] = {
+        "dense_test_accuracy": lambda r: r["dense"]["test_accuracy"],
+        "pruned_test_accuracy": lambda r: r["pruned"]["test_accuracy"],
+        "accuracy_lost": lambda r: r["accuracy_lost"],
+        "conv_weights_ratio": lambda r: r["conv_weights_ratio"],
+        "multiply_adds_ratio": lambda r: r["multiply_adds_ratio"],
+        "file_ratio": lambda r: r["file_ratio"],
+        "seconds": lambda r: r["seconds"],
+    }
+    for b in results[0]["speed_up"]:
+        pick[f"speed_up_batch_{b}"] = lambda r, b=b: r["speed_up"][b]["median"]  # type: ignore[misc]
+    out: dict[str, Any] = {"seeds": [r["seed"] for r in results]}
+    for key, f in pick.items():
+        values = [f(r) for r in results]
+        out[key] = {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+    return out
