@@ -603,9 +603,17 @@ class _Job:
             self.teacher = _frozen(self.model)
         elif stage.kind == "admm":
             assert self.admm is not None
-            self.masks = self.admm.harden_()
+            self.masks = self._without_unused_paths(self.admm.harden_())
             reestimate_batchnorm(self.model, self.dataset.train)
         self.optimizer = self.admm = None
+
+    def _without_unused_paths(self, masks: Masks) -> Masks:
+        """Masks that also leave out the weights that no path from input to output passes through, so that the next round does not spend its budget on them.
+
+        Only the zeros are taken over: what a removed filter emitted as a constant, retraining makes up for.
+        """
+        zeros = Masks.from_zeros(remove_unused_paths(_frozen(self.model), self.dataset.example))
+        return Masks(self.model, {name: mask & zeros.get(name, mask) for name, mask in masks.items()}).apply_()
 
     def _epoch(self, stage: _Stage) -> dict[str, Any]:
         table, train = stage.table, self.dataset.train
