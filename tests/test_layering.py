@@ -23,6 +23,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"artefact"},
     {"data", "models", "report"},
     {"pipeline"},
+    {"progress"},
     {"cli"},
 ]
 

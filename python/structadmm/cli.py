@@ -205,20 +205,49 @@ def load_weights(model: nn.Module, path: Path) -> None:
 @app.command()
 @one_line_errors
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe file (TOML), or the name of one that is shipped.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the run: checkpoints, artefact, report.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in that folder.")] = False,
+    recipe: Annotated[str, typer.Argument(help="A recipe file (TOML), or the name of one that is shipped.")] = "digits",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of weights, batches and augmentation.")] = 0,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Several seeds, such as 0,1,2: one run each, then mean and spread.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder of the data's original files, instead of the recipe's.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the run: checkpoint, networks, result, report. [default: runs/...]"),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads; without it, torch's own choice.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in that folder.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Start over, whatever the folder holds.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train or load a network, prune it, compact it, measure it.
+    """Train or load a network, prune it, retrain it, purify it, compact it, save it, measure it.
 
-    Ctrl-C leaves a checkpoint, from which --resume goes on.
+    Ctrl-C leaves a checkpoint, from which --resume goes on bit for bit. Recipes that are shipped: digits,
+    lenet5-mnist, resnet20-cifar10.
     """
-    from .pipeline import run_recipe
+    from .pipeline import Interrupted, Watcher, run_recipe
+    from .progress import Bars, result_table
 
-    result = run_recipe(recipe, out=out, resume=resume, quiet=as_json)
+    try:
+        chosen = [seed] if seeds is None else [int(s) for s in seeds.split(",")]
+    except ValueError:
+        raise CommandError(f"--seeds: got {seeds}, wanted whole numbers with commas between them") from None
+    sys.path.insert(0, os.getcwd())  # a recipe's module:function may lie beside where the command is given
+    try:
+        result = run_recipe(recipe, chosen, out, data, threads, resume, restart, Watcher() if as_json else Bars())
+    except Interrupted as e:
+        print(f"structadmm: {e}", file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
         _print_json(result)
+        return
+    console = _stdout()
+    console.print(result_table(result))
+    print(f"report: {result['report']}")
 
 
 @app.command()

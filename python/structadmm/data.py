@@ -1,7 +1,9 @@
-"""Image sets for the recipes: digits (shipped by scikit-learn), and MNIST, Fashion-MNIST and CIFAR-10 in their original files.
+"""Image sets for the recipes: digits (shipped by scikit-learn), and MNIST, Fashion-MNIST and CIFAR-10 in their original
+files.
 
-Everything is held in memory as uint8 and handed out as normalised float32 batches [N, C, H, W] by `Batches`, whose shuffling and augmentation draw from
-one generator with a state_dict, so an interrupted run continues with the very same batches.
+Everything is held in memory as uint8 and handed out as normalised float32 batches [N, C, H, W] by `Batches`, whose
+shuffling and augmentation draw from one generator with a state_dict, so an interrupted run continues with the very same
+batches.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ class DataError(Error, ValueError):
 class Batches:
     """Batches of an in-memory image set.
 
-    x: uint8 [N, C, H, W]; y: int64 [N]; mean, std: per channel, in the units of x. Yields (float32 [n, C, H, W], int64 [n]).
-    With shuffle the order is new in every pass and an incomplete last batch is left out (BatchNorm needs more than a stray image).
-    shift: largest random translation in whole pixels, zeros coming in; flip: mirror half of the images. rotate, zoom: a random turn of up to so many
-    degrees and a magnification of 1 -+ zoom, bilinear (the shift is then of fractions of a pixel too).
+    x: uint8 [N, C, H, W]; y: int64 [N]; mean, std: per channel, in the units of x. Yields (float32 [n, C, H, W], int64
+    [n]). With shuffle the order is new in every pass and an incomplete last batch is left out (BatchNorm needs more
+    than a stray image). shift: largest random translation in whole pixels, zeros coming in; flip: mirror half of the
+    images. rotate, zoom: a random turn of up to so many degrees and a magnification of 1 -+ zoom, bilinear (the shift
+    is then of fractions of a pixel too).
     """
 
     def __init__(
@@ -57,7 +60,9 @@ class Batches:
         seed: int = 0,
     ) -> None:
         if x.dtype != torch.uint8 or x.dim() != 4 or y.shape != x.shape[:1]:
-            raise DataError(f"Batches: x got {x.dtype} {tuple(x.shape)} with {len(y)} labels, wanted uint8 [N, C, H, W], N labels")
+            raise DataError(
+                f"Batches: x got {x.dtype} {tuple(x.shape)} with {len(y)} labels, wanted uint8 [N, C, H, W], N labels"
+            )
         if size < 1 or (shuffle and size > len(x)):
             raise DataError(f"Batches: size got {size}, wanted 1..{len(x)}")
         self.x, self.y, self.size = x, y, size
@@ -112,7 +117,9 @@ class Batches:
 
 @dataclass
 class Dataset:
-    """What a recipe trains, chooses and is judged on: three iterables of (x, y) batches, of which `train` also has a length."""
+    """What a recipe trains, chooses and is judged on: three iterables of (x, y) batches, of which `train` also has a
+    length.
+    """
 
     name: str
     train: Any
@@ -141,14 +148,16 @@ def load(
 ) -> Dataset:
     """Load a set by name: "digits", "mnist", "fashion-mnist", "cifar10", or "module:function" for one's own.
 
-    folder: where the original files lie (not for digits). val: share of the training images held back for choosing. args: passed to one's own function,
-    which returns a Dataset, or (train, val, test), each a pair of tensors (x uint8 or float [N, C, H, W], y int64 [N]) or an iterable of batches.
-    Raises DataError naming the file and what was wanted.
+    folder: where the original files lie (not for digits). val: share of the training images held back for choosing.
+    args: passed to one's own function, which returns a Dataset, or (train, val, test), each a pair of tensors (x uint8
+    or float [N, C, H, W], y int64 [N]) or an iterable of batches. Raises DataError naming the file and what was wanted.
     """
     if ":" in name:
         return _own(name, dict(args or {}), batch, seed)
     if args:
-        raise DataError(f"data.args: got {sorted(args)} for the set {name!r}, wanted none: only a module:function takes arguments")
+        raise DataError(
+            f"data.args: got {sorted(args)} for the set {name!r}, wanted none: only a module:function takes arguments"
+        )
     if name not in _SETS:
         raise DataError(f"data.name: got {name!r}, wanted one of {', '.join(_SETS)} or module:function")
     if not 0 < val < 1:
@@ -164,8 +173,11 @@ def load(
     std = x[rest].float().std((0, 2, 3)) if x.shape[1] > 1 else x[rest].float().std().view(1)
     augmentation: dict[str, Any] = {"shift": shift, "flip": flip, "rotate": rotate, "zoom": zoom}
     train = Batches(x[rest], y[rest], batch, mean, std, shuffle=True, seed=seed, **augmentation)
-    described = f"{name}: {len(rest)} training, {len(held)} validation, {len(y_test)} test images {'x'.join(map(str, x.shape[1:]))}"
-    return Dataset(name, train, Batches(x[held], y[held], 512, mean, std), Batches(x_test, y_test, 512, mean, std), described)
+    size = "x".join(map(str, x.shape[1:]))
+    described = f"{name}: {len(rest)} training, {len(held)} validation, {len(y_test)} test images {size}"
+    return Dataset(
+        name, train, Batches(x[held], y[held], 512, mean, std), Batches(x_test, y_test, 512, mean, std), described
+    )
 
 
 def _stratified(y: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -183,7 +195,7 @@ def _stratified(y: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _digits(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """1797 grey images 8x8, values 0..16 (UCI optical digits, test part); 40 % of each class is held out as test set."""
+    """1797 grey images 8x8, values 0..16 (UCI optical digits, test part); 40 % of each class is the test set."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as e:
@@ -208,14 +220,18 @@ def _read(folder: Path, stem: str) -> tuple[Path, bytes]:
 
 
 def read_idx(folder: Path, stem: str, dims: int) -> Tensor:
-    """An IDX file of unsigned bytes with `dims` dimensions (the MNIST format: magic 0x0000_08_dd, big-endian sizes, data)."""
+    """An IDX file of unsigned bytes with `dims` dimensions (the MNIST format: magic 0x0000_08_dd, big-endian sizes,
+    data).
+    """
     path, raw = _read(folder, stem)
     head = 4 + 4 * dims
     if len(raw) < head:
         raise DataError(f"data: {path} has {len(raw)} bytes, wanted an IDX header of {head}")
     magic, *sizes = struct.unpack(f">{dims + 1}I", raw[:head])
     if magic != 0x0800 + dims:
-        raise DataError(f"data: {path} has magic 0x{magic:08x}, wanted 0x{0x0800 + dims:08x} (unsigned bytes, {dims} dimensions)")
+        raise DataError(
+            f"data: {path} has magic 0x{magic:08x}, wanted 0x{0x0800 + dims:08x} (unsigned bytes, {dims} dimensions)"
+        )
     wanted = head
     n = 1
     for s in sizes:
@@ -231,7 +247,9 @@ def _mnist(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for kind in ("train", "t10k"):
         x, y = read_idx(folder, f"{kind}-images-idx3-ubyte", 3), read_idx(folder, f"{kind}-labels-idx1-ubyte", 1)
         if len(x) != len(y) or not len(x):
-            raise DataError(f"data: {folder} has {len(x)} {kind} images and {len(y)} labels, wanted as many and at least one")
+            raise DataError(
+                f"data: {folder} has {len(x)} {kind} images and {len(y)} labels, wanted as many and at least one"
+            )
         if int(y.max()) > 9:
             raise DataError(f"data: {folder} has {kind} label {int(y.max())}, wanted 0..9")
         parts += [x.unsqueeze(1), y.long()]
@@ -239,7 +257,7 @@ def _mnist(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class _CifarUnpickler(pickle.Unpickler):
-    """Admits only the three names that a pickled NumPy array needs; anything else in a batch file is refused, not run."""
+    """Admits only the three names that a pickled NumPy array needs; anything else is refused, not run."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy", "ndarray"):
@@ -260,7 +278,10 @@ def _cifar_py(path: Path) -> tuple[Tensor, Tensor]:
     except Exception as e:  # a damaged pickle raises nearly anything
         raise DataError(f"data: {path} is no CIFAR-10 python batch: {e or type(e).__name__}") from e
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-        raise DataError(f"data: {path} has data {getattr(data, 'dtype', type(data))} {getattr(data, 'shape', '')}, wanted uint8 [N, 3072]")
+        raise DataError(
+            f"data: {path} has data {getattr(data, 'dtype', type(data))} {getattr(data, 'shape', '')}, wanted uint8 "
+            f"[N, 3072]"
+        )
     return _checked_cifar(path, data.reshape(-1, 3, 32, 32), labels)
 
 
@@ -293,7 +314,9 @@ def _cifar10(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 train = [read(root / n) for n in names]
                 x, y = torch.cat([t[0] for t in train]), torch.cat([t[1] for t in train])
                 return x, y, *read(root / f"test_batch{suffix}")
-    raise DataError(f"data: {folder} has neither cifar-10-batches-py/test_batch nor cifar-10-batches-bin/test_batch.bin")
+    raise DataError(
+        f"data: {folder} has neither cifar-10-batches-py/test_batch nor cifar-10-batches-bin/test_batch.bin"
+    )
 
 
 _SETS: dict[str, Callable[[Path], tuple[Tensor, Tensor, Tensor, Tensor]]] = {
@@ -323,11 +346,14 @@ def _own(name: str, args: dict[str, Any], batch: int, seed: int) -> Dataset:
     if not isinstance(made, tuple) or len(made) != 3:
         raise DataError(f"data.name: {name} returned {type(made).__name__}, wanted a Dataset or (train, val, test)")
     parts = []
-    for which, part in zip(("train", "val", "test"), made):
+    for which, part in zip(("train", "val", "test"), made, strict=True):
         if isinstance(part, tuple) and len(part) == 2 and all(isinstance(t, Tensor) for t in part):
             part = _Pairs(part[0], part[1], batch, shuffle=which == "train", seed=seed)
         elif not hasattr(part, "__iter__") or (which == "train" and not hasattr(part, "__len__")):
-            raise DataError(f"data.name: {name} returned for {which} a {type(part).__name__}, wanted (x, y) tensors or an iterable of batches")
+            raise DataError(
+                f"data.name: {name} returned for {which} a {type(part).__name__}, wanted (x, y) tensors or an "
+                f"iterable of batches"
+            )
         parts.append(part)
     return Dataset(name, *parts, description=name)
 

@@ -1,4 +1,4 @@
-"""Networks for the recipes: a residual net for 8x8 digits, LeNet-5 (Caffe's 20-50-500-10), and the ResNets for CIFAR-10."""
+"""Networks for the recipes: a residual net for 8x8 digits, Caffe's LeNet-5, and the ResNets for CIFAR-10."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class ModelError(Error, ValueError):
 class ResidualBlock(nn.Module):
     """conv3x3 - BN - ReLU - conv3x3 - BN, added to a shortcut, ReLU (He et al., CVPR 2016).
 
-    shortcut "A": subsample and pad with zero channels; "B": 1x1 conv and BN where the shape changes; identity where it does not.
+    shortcut "A": subsample and pad with zero channels; "B": 1x1 conv and BN where the shape changes; identity where it
+    does not.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1, shortcut: str = "B") -> None:
@@ -53,7 +54,7 @@ class PadShortcut(nn.Module):
 
 
 class DigitsResNet(nn.Module):
-    """Residual net for 8x8 grey images: a first conv, two blocks (the second halves the map), average pooling, linear head.
+    """Residual net for 8x8 grey images: a first conv, two blocks (the second halves the map), average pooling, linear.
 
     With the default widths 97,680 conv weights and 2.26 million multiply-adds. Input [N, 1, 8, 8], output [N, classes].
     """
@@ -91,7 +92,7 @@ class LeNet5(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet-(6n+2) for 32x32 RGB (He et al., section 4.2): three stages of n blocks, widths 16, 32, 64. Output [N, classes]."""
+    """ResNet-(6n+2) for 32x32 RGB (He et al., section 4.2): three stages of n blocks, widths 16, 32, 64."""
 
     def __init__(self, depth: int = 20, shortcut: str = "A", classes: int = 10) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class CifarResNet(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 with the 3x3 first conv used for 32x32 RGB: four stages of two blocks, widths w, 2w, 4w, 8w (w = 64)."""
+    """ResNet-18 with a 3x3 first conv, for 32x32 RGB: four stages of two blocks, widths w, 2w, 4w, 8w (w = 64)."""
 
     def __init__(self, width: int = 64, classes: int = 10) -> None:
         super().__init__()
@@ -156,7 +157,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
-    """A network by name, or by "module:function" for one's own; args are its keyword arguments. Raises ModelError or DataError."""
+    """A network by name, or by "module:function" for one's own; args are its keyword arguments.
+
+    Raises ModelError, or DataError where the module cannot be imported.
+    """
     if ":" in name:
         from .data import import_function
 

@@ -1,9 +1,10 @@
-"""The main job, driven by a TOML recipe: a network is trained or loaded, pruned by ADMM in rounds, retrained with the zeros held, purified, freed of
-unused paths, compacted, verified, saved, reloaded and measured.
+"""The main job, driven by a TOML recipe: a network is trained or loaded, pruned by ADMM in rounds, retrained with the
+zeros held, purified, freed of unused paths, compacted, verified, saved, reloaded and measured.
 
-Stages: train, then per round of the plan admm-i and retrain-i, then finish. Everything that a stage needs to go on is in one checkpoint (weights, optimizer,
-Z and U, masks, generators, history), written whole or not at all, so a run that was interrupted or killed continues bit for bit. Every choice is made on
-the validation split; the test images are looked at once, when all is done.
+Stages: train, then per round of the plan admm-i and retrain-i, then finish. Everything that a stage needs to go on is
+in one checkpoint (weights, optimizer, Z and U, masks, generators, history), written whole or not at all, so a run that
+was interrupted or killed continues bit for bit. Every choice is made on the validation split; the test images are
+looked at once, when all is done.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,14 @@ from .files import atomic_torch_save, atomic_write_text
 from .paths import remove_unused_paths
 from .plan import Plan
 from .purify import purify
+from .report import write_report
 from .schedules import Constant, MultiStage, Ramp, ResidualBalancing, Schedule
 from .timing import interleave
 
 TOLERANCE = 1e-4
-"""Largest difference allowed between the outputs of the masked and the compacted network: float32 sums in another order, logits of order 10."""
+"""Largest difference allowed between the outputs of the masked and the compacted network: float32 sums in another
+order, logits of order 10.
+"""
 
 
 class RecipeError(Error, ValueError):
@@ -77,8 +81,9 @@ class ModelTable:
 
 @dataclass(frozen=True)
 class Training:
-    """epochs of an optimizer whose lr rises over `warmup` epochs and falls by a cosine. distill: weight of the dense teacher's softened outputs in the
-    loss (Hinton et al., 2015), at `temperature`."""
+    """epochs of an optimizer whose lr rises over `warmup` epochs and falls by a cosine. distill: weight of the dense
+    teacher's softened outputs in the loss (Hinton et al., 2015), at `temperature`.
+    """
 
     epochs: int = 0
     optimizer: str = "adamw"
@@ -92,15 +97,18 @@ class Training:
 
 @dataclass(frozen=True)
 class TrainTable(Training):
-    """weights: a state_dict to start from (.safetensors, or a torch file read without running code); epochs may then be 0."""
+    """weights: a state_dict to start from (.safetensors, or a torch file read without running code); epochs may then be
+    0.
+    """
 
     weights: str | None = None
 
 
 @dataclass(frozen=True)
 class AdmmTable(Training):
-    """epochs: of one round; every: epochs between two ADMM iterations. rho: a number, or a table with `schedule` (ramp, multistage, balancing) and the
-    arguments of that class in schedules.py."""
+    """epochs: of one round; every: epochs between two ADMM iterations. rho: a number, or a table with `schedule` (ramp,
+    multistage, balancing) and the arguments of that class in schedules.py.
+    """
 
     every: int = 1
     rho: float | dict[str, Any] = 1e-3
@@ -115,8 +123,9 @@ class RetrainTable(Training):
 
 @dataclass(frozen=True)
 class PurifyTable:
-    """budget: by how much the mean cross entropy on the validation split may rise; on a small split it says more than the accuracy, which moves in whole
-    images."""
+    """budget: by how much the mean cross entropy on the validation split may rise; on a small split it says more than
+    the accuracy, which moves in whole images.
+    """
 
     enabled: bool = True
     budget: float = 0.001
@@ -160,6 +169,12 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def signature(self) -> str:
+        """What a checkpoint must agree with to be resumed: everything but the place of the data."""
+        table = self.to_dict()
+        del table["data"]["folder"]
+        return json.dumps(table, sort_keys=True)
 
 
 _TABLES: dict[str, type] = {
@@ -275,7 +290,9 @@ def _schedule(table: AdmmTable, iterations: int) -> Schedule:
     try:
         return kinds[kind](**args)
     except TypeError as e:
-        raise RecipeError(f"recipe: admm.rho got {sorted(args)}, which {kinds[kind].__name__} does not take: {e}") from None
+        raise RecipeError(
+            f"recipe: admm.rho got {sorted(args)}, which {kinds[kind].__name__} does not take: {e}"
+        ) from None
 
 
 # Training
@@ -367,10 +384,10 @@ class Watcher:
 class Run:
     """One seed of a recipe, with its output folder.
 
-    `execute()` returns the result as plain values (see `_result`), which is also written to folder/result.json beside model.safetensors (the pruned
-    network), dense.safetensors (the dense weights) and checkpoint.pt. Raises Interrupted on Ctrl-C; RecipeError when the folder holds an unfinished run
-    and resume is False, or a run of another recipe and resume is True. checkpoint_every: seconds between two checkpoints at epoch ends; stage ends always
-    have one.
+    `execute()` returns the result as plain values (see `_result`), which is also written to folder/result.json beside
+    model.safetensors (the pruned network), dense.safetensors (the dense weights) and checkpoint.pt. Raises Interrupted
+    on Ctrl-C; RecipeError when the folder holds an unfinished run and resume is False, or a run of another recipe and
+    resume is True. checkpoint_every: seconds between two checkpoints at epoch ends; stage ends always have one.
     """
 
     recipe: Recipe
@@ -438,21 +455,70 @@ class Run:
             state: dict[str, Any] = torch.load(path, weights_only=True)
             recipe, seed, finished = state["recipe"], state["seed"], state["finished"]
         except Exception as e:  # torch raises many kinds for a damaged file
-            raise RecipeError(f"run: {path} got a damaged checkpoint ({e}), wanted a whole one; start over with --restart") from None
+            raise RecipeError(
+                f"run: {path} got a damaged checkpoint ({e}), wanted a whole one; start over with --restart"
+            ) from None
         if not self.resume:
             if finished:
                 return None
-            raise RecipeError(f"run: {self.folder} holds an unfinished run; go on with --resume or start over with --restart")
-        mine = json.dumps(self.recipe.to_dict(), sort_keys=True)
-        if recipe != mine or seed != self.seed:
-            raise RecipeError(f"run: {self.folder} got a checkpoint of another recipe or seed, wanted this one's; start over with --restart")
+            raise RecipeError(
+                f"run: {self.folder} holds an unfinished run; go on with --resume or start over with --restart"
+            )
+        if recipe != self.recipe.signature() or seed != self.seed:
+            raise RecipeError(
+                f"run: {self.folder} got a checkpoint of another recipe or seed, wanted this one's; start over with "
+                f"--restart"
+            )
         if finished and not self._result_path.is_file():
-            raise RecipeError(f"run: {self.folder} got no result.json beside a finished checkpoint; start over with --restart")
+            raise RecipeError(
+                f"run: {self.folder} got no result.json beside a finished checkpoint; start over with --restart"
+            )
         return state
 
 
+def run_recipe(
+    recipe: str | os.PathLike[str] | Recipe,
+    seeds: Sequence[int] = (0,),
+    out: str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    watcher: Watcher | None = None,
+) -> dict[str, Any]:
+    """Run a recipe once per seed and write the reports.
+
+    out: the run's folder, runs/NAME-seedK if not given; with several seeds the folder that holds those. folder: where
+    the data lies, instead of the recipe's. Returns {"runs": each result, "summary": see `summarise`, "report": path of
+    the HTML page}. Raises what Run.execute raises.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise RecipeError(f"run: seeds got {list(seeds)}, wanted at least one, each once")
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if folder is not None:
+        chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, folder=os.fspath(folder)))
+    base = Path(out) if out is not None else Path("runs")
+    results, page = [], base / "report.html"
+    for seed in seeds:
+        here = base if out is not None and len(seeds) == 1 else base / f"{chosen.name}-seed{seed}"
+        run = Run(chosen, here, seed, resume, restart, threads, watcher or Watcher())
+        results.append(run.execute())
+        page = here / "report.html"
+        write_report([results[-1]], page)
+    summary = summarise(results)
+    if len(seeds) > 1:
+        stem = f"{chosen.name}-seeds{'-'.join(map(str, seeds))}"
+        page = base / f"{stem}.html"
+        write_report(results, page)
+        text = json.dumps({"summary": summary, "runs": results}, indent=1)
+        atomic_write_text(base / f"{stem}.json", text)
+    return {"runs": results, "summary": summary, "report": str(page)}
+
+
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a state_dict: a .safetensors file, or a torch file (weights only), maybe under the key "state_dict" and with "module." before its names."""
+    """Load a state_dict: a .safetensors file, or a torch file (weights only), maybe under the key "state_dict" and with
+    "module." before its names.
+    """
     where = "recipe: train.weights"
     if not Path(path).is_file():
         raise RecipeError(f"{where} got {os.fspath(path)!r}, wanted an existing file")
@@ -524,7 +590,7 @@ class _Job:
         train = self.dataset.train
         state = {
             "version": 1,
-            "recipe": json.dumps(self.recipe.to_dict(), sort_keys=True),
+            "recipe": self.recipe.signature(),
             "seed": self.run.seed,
             "threads": self.threads,
             "stage": self.stage_index,
@@ -608,7 +674,8 @@ class _Job:
         self.optimizer = self.admm = None
 
     def _without_unused_paths(self, masks: Masks) -> Masks:
-        """Masks that also leave out the weights that no path from input to output passes through, so that the next round does not spend its budget on them.
+        """Masks that also leave out the weights that no path from input to output passes through, so that the next
+        round does not spend its budget on them.
 
         Only the zeros are taken over: what a removed filter emitted as a constant, retraining makes up for.
         """
@@ -638,7 +705,10 @@ class _Job:
             self.optimizer.step()
             total += loss.detach()
         if not bool(torch.isfinite(total)):
-            raise RecipeError(f"run: loss in stage {stage.name}, epoch {self.epoch + 1} got {float(total)}, wanted a finite number: lower {stage.kind}.lr")
+            raise RecipeError(
+                f"run: loss in stage {stage.name}, epoch {self.epoch + 1} got {float(total)}, wanted a finite number: "
+                f"lower {stage.kind}.lr"
+            )
         if self.admm is not None and (self.epoch + 1) % self.recipe.admm.every == 0:
             step = self.admm.step()
             self.iterations.append(
@@ -689,8 +759,14 @@ class _Job:
         small = compact(model, example)
         difference = largest_difference(model, small, dataset)
         if not difference <= TOLERANCE:
-            raise Error(f"run: the compacted network differs from the masked one by {difference:.3g}, wanted at most {TOLERANCE:g}")
-        note(f"compacted: outputs equal those of the masked network within {difference:.1e} on all validation and test images")
+            raise Error(
+                f"run: the compacted network differs from the masked one by {difference:.3g}, wanted at most "
+                f"{TOLERANCE:g}"
+            )
+        note(
+            f"compacted: outputs equal those of the masked network within {difference:.1e} on all validation and test "
+            f"images"
+        )
 
         files = {"pruned": "model.safetensors", "dense": "dense.safetensors"}
         save(small, folder / files["pruned"], example=example, original=dense, metadata=self._card())
@@ -698,7 +774,9 @@ class _Job:
         fast = load(folder / files["pruned"]).eval()
         reloaded = largest_difference(small, fast, dataset)
         if not reloaded <= TOLERANCE:
-            raise Error(f"run: the reloaded network differs from the saved one by {reloaded:.3g}, wanted at most {TOLERANCE:g}")
+            raise Error(
+                f"run: the reloaded network differs from the saved one by {reloaded:.3g}, wanted at most {TOLERANCE:g}"
+            )
         note(f"saved, reloaded: outputs within {reloaded:.1e}")
 
         before, after = conv_cost(dense, example), conv_cost(fast, example)
@@ -772,7 +850,9 @@ def conv_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def conv_cost(model: nn.Module, example: Tensor) -> tuple[int, int]:
-    """(stored conv weights, multiply-adds of all conv and linear layers for one image): each stored weight is used once per output position."""
+    """(stored conv weights, multiply-adds of all conv and linear layers for one image): each stored weight is used once
+    per output position.
+    """
     weights, macs, n = 0, 0, len(example)
     handles = []
 
@@ -782,7 +862,12 @@ def conv_cost(model: nn.Module, example: Tensor) -> tuple[int, int]:
 
     for m in model.modules():
         stored = getattr(m, "weight", None)
-        if isinstance(stored, nn.Parameter) and type(m).__name__ in ("Conv2d", "CompactConv2d", "Linear", "CompactLinear"):
+        if isinstance(stored, nn.Parameter) and type(m).__name__ in (
+            "Conv2d",
+            "CompactConv2d",
+            "Linear",
+            "CompactLinear",
+        ):
             handles.append(m.register_forward_hook(count))
             if "Conv" in type(m).__name__:
                 weights += stored.numel()

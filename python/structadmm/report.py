@@ -1,4 +1,6 @@
-"""A run's result as one HTML file that needs nothing else: figures are inlined as SVG, nothing is fetched, and it reads in light and in dark."""
+"""A run's result as one HTML file that needs nothing else: figures are inlined as SVG, nothing is fetched, and it reads
+in light and in dark.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,17 @@ from typing import Any
 
 from .files import atomic_write_text
 
-# Two lines are told apart by hue and lightness, also without colour vision and on light and dark ground (Okabe and Ito's set, a little muted).
+# Two lines are told apart by hue and lightness, also without colour vision and on light and dark ground (Okabe and
+# Ito's set, a little muted).
 COLOURS = ("#3d8fd1", "#e0892c", "#2ba37a", "#cc6aa0", "#9b7fd4", "#b0a13a", "#5fb6d9", "#d0604c")
 # matplotlib writes this colour for everything that the page's own text colour should take.
 _INK = "#012345"
 
 
 def write_report(results: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Write the report of one run, or of several seeds of one recipe, whole or not at all. results: what Run.execute returned."""
+    """Write the report of one run, or of several seeds of one recipe, whole or not at all. results: what Run.execute
+    returned.
+    """
     atomic_write_text(path, render(results))
 
 
@@ -30,8 +35,10 @@ def render(results: Sequence[dict[str, Any]]) -> str:
     body = [
         f"<header><p class=over>structadmm run {_t(r['recipe'])}</p><h1>{_headline(results)}</h1>"
         f"<p class=lead>{_t(r['dataset'])}. Seed{'s' if several else ''} {', '.join(str(x['seed']) for x in results)}; "
-        f"{_t(r['environment']['threads'])} thread{'s' * (r['environment']['threads'] != 1)} of {_t(r['environment']['cpu'])}. "
-        f"{'The slowest seed took' if several else 'The run took'} {max(x['seconds'] for x in results) / 60:.1f} minutes.</p></header>",
+        f"{_t(r['environment']['threads'])} thread{'s' * (r['environment']['threads'] != 1)} of "
+        f"{_t(r['environment']['cpu'])}. "
+        f"{'The slowest seed took' if several else 'The run took'} {max(x['seconds'] for x in results) / 60:.1f} "
+        f"minutes.</p></header>",
         _cards(results),
         _section("Dense against pruned", _main_table(results)),
     ]
@@ -45,8 +52,10 @@ def render(results: Sequence[dict[str, Any]]) -> str:
         body += [
             _section(
                 f"Accuracy over the run{which}",
-                f"<figure>{accuracy}<figcaption>Accuracy on the validation split after every epoch; bands are the stages. It is the network as it stood, so during "
-                "an ADMM stage it is not pruned yet, and at the first epoch of a retraining stage it has just been cut. The dashed line is the dense network; the lowest few "
+                f"<figure>{accuracy}<figcaption>Accuracy on the validation split after every epoch; bands are the "
+                f"stages. It is the network as it stood, so during "
+                "an ADMM stage it is not pruned yet, and at the first epoch of a retraining stage it has just been "
+                "cut. The dashed line is the dense network; the lowest few "
                 "points, such as the first epochs, may lie below the axis. "
                 "The test images take no part in this figure.</figcaption></figure>",
             ),
@@ -55,8 +64,10 @@ def render(results: Sequence[dict[str, Any]]) -> str:
             body.append(
                 _section(
                     f"ADMM residuals{which}",
-                    f"<figure>{residuals}<figcaption>Left: primal residual ||W &minus; Z|| and dual residual &rho;||Z&prime; &minus; Z|| over all pruned layers, one point "
-                    "per ADMM iteration; dotted lines separate the rounds. Right: how far each layer's weights are from their structured copy, relative to their norm"
+                    f"<figure>{residuals}<figcaption>Left: primal residual ||W &minus; Z|| and dual residual "
+                    f"&rho;||Z&prime; &minus; Z|| over all pruned layers, one point "
+                    "per ADMM iteration; dotted lines separate the rounds. Right: how far each layer's weights are "
+                    "from their structured copy, relative to their norm"
                     + (f"; at the end {max(last['relative'].values()):.1%} for the worst layer." if last else ".")
                     + "</figcaption></figure>",
                 )
@@ -64,37 +75,60 @@ def render(results: Sequence[dict[str, Any]]) -> str:
         body.append(
             _section(
                 f"What is left, layer by layer{which}",
-                f"<figure>{kept}<figcaption>Share of filters (rows of the GEMM matrix) and columns (input channel and kernel position) that still hold a weight after "
-                "purification and unused-path removal; numbers are kept of all. A layer without a bar is gone.</figcaption></figure>" + _layer_table(r),
+                f"<figure>{kept}<figcaption>Share of filters (rows of the GEMM matrix) and columns (input channel and "
+                f"kernel position) that still hold a weight after "
+                "purification and unused-path removal; numbers are kept of all. A layer without a bar is "
+                "gone.</figcaption></figure>" + _layer_table(r),
             )
         )
     else:
-        body.append(_section(f"What is left, layer by layer{which}", _layer_table(r) + "<p>Figures need matplotlib: pip install structadmm[demo]</p>"))
+        body.append(
+            _section(
+                f"What is left, layer by layer{which}",
+                _layer_table(r) + "<p>Figures need matplotlib: pip install structadmm[demo]</p>",
+            )
+        )
     body += [
         _section(f"After the training{which}", _step_table(r) + _checks(r)),
         _section("The plan", f"<pre>{_t(r['plan'])}</pre>" + _settings(r)),
         _section(f"Compaction{which}", f"<pre>{_t(r['compact'])}</pre>"),
         _section("Environment", _pairs(r["environment"])),
     ]
-    return f"<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n<meta name=viewport content='width=device-width, initial-scale=1'>\n<title>{_t(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n{chr(10).join(body)}\n</main>\n</body>\n</html>\n"
+    return "\n".join([_HEAD.format(title=_t(title), css=_CSS), *body, "</main>\n</body>\n</html>\n"])
 
+
+_HEAD = """<!doctype html>
+<html lang=en>
+<head>
+<meta charset=utf-8>
+<meta name=viewport content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{css}</style>
+</head>
+<body>
+<main>"""
 
 _CSS = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5a6675; --line: #d9dfe6; --card: #f4f6f9; --page: #fff; --good: #1b7f5c; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e9ef; --soft: #9aa7b6; --line: #333d49; --card: #1b222b; --page: #12171d; --good: #58c79b; } }
+:root { --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; color-scheme: light dark; --ink: #1c2430;
+  --soft: #5a6675; --line: #d9dfe6; --card: #f4f6f9; --page: #fff; --good: #1b7f5c; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e9ef; --soft: #9aa7b6; --line: #333d49; --card: #1b222b;
+  --page: #12171d; --good: #58c79b; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 header { margin-bottom: 1.75rem; }
-h1 { font-size: clamp(1.5rem, 4vw, 2.1rem); line-height: 1.2; margin: .2rem 0 .6rem; letter-spacing: -.015em; text-wrap: balance; }
+h1 { font-size: clamp(1.5rem, 4vw, 2.1rem); line-height: 1.2; margin: .2rem 0 .6rem; letter-spacing: -.015em;
+  text-wrap: balance; }
 h2 { font-size: 1.15rem; margin: 0 0 .8rem; }
 section { margin-top: 2.6rem; }
-.over { margin: 0; color: var(--soft); font: .85rem ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+.over { margin: 0; color: var(--soft); font: .85rem var(--mono); }
 .lead, figcaption, .note { color: var(--soft); }
 .lead { margin: 0; max-width: 48rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .75rem; }
 .card { background: var(--card); border-radius: .6rem; padding: .9rem 1rem; }
-.card b { display: block; font-size: 1.7rem; line-height: 1.2; letter-spacing: -.02em; font-variant-numeric: tabular-nums; }
+.card b { display: block; font-size: 1.7rem; line-height: 1.2; letter-spacing: -.02em;
+  font-variant-numeric: tabular-nums; }
 .card span { color: var(--soft); font-size: .88rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -108,7 +142,8 @@ figure { margin: 0; }
 figure svg { display: block; width: 100%; height: auto; color: var(--ink); }
 figcaption { font-size: .88rem; margin-top: .6rem; max-width: 52rem; }
 figure + .scroll { margin-top: 1.2rem; }
-pre { background: var(--card); border-radius: .6rem; padding: .9rem 1rem; overflow-x: auto; font: .78rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+pre { background: var(--card); border-radius: .6rem; padding: .9rem 1rem; overflow-x: auto;
+  font: .78rem/1.45 var(--mono); }
 details { margin-top: .6rem; } summary { cursor: pointer; color: var(--soft); }
 .note { font-size: .9rem; }
 """
@@ -150,19 +185,37 @@ def _headline(results: Sequence[dict[str, Any]]) -> str:
     weights = _mean(results, lambda r: r["conv_weights_ratio"])
     macs = _mean(results, lambda r: r["multiply_adds_ratio"])
     lost = _mean(results, lambda r: r["accuracy_lost"]) * 100
-    moved = f"{lost:.2f} points of test accuracy lost" if lost > 0.005 else "no test accuracy lost" if lost > -0.005 else f"{-lost:.2f} points of test accuracy won"
+    moved = (
+        f"{lost:.2f} points of test accuracy lost"
+        if lost > 0.005
+        else "no test accuracy lost"
+        if lost > -0.005
+        else f"{-lost:.2f} points of test accuracy won"
+    )
     return f"{weights:.1f}&times; fewer conv weights, {macs:.1f}&times; fewer multiply-adds, {moved}"
 
 
 def _cards(results: Sequence[dict[str, Any]]) -> str:
     cards = [
-        (f"{_mean(results, lambda r: r['pruned']['test_accuracy']):.2%}", f"test accuracy, dense {_mean(results, lambda r: r['dense']['test_accuracy']):.2%}"),
+        (
+            f"{_mean(results, lambda r: r['pruned']['test_accuracy']):.2%}",
+            f"test accuracy, dense {_mean(results, lambda r: r['dense']['test_accuracy']):.2%}",
+        ),
         (f"{_mean(results, lambda r: r['conv_weights_ratio']):.1f}&times;", "fewer conv weights"),
         (f"{_mean(results, lambda r: r['multiply_adds_ratio']):.1f}&times;", "fewer multiply-adds"),
     ]
     for b in results[0]["speed_up"]:
-        cards.append((f"{_mean(results, lambda r, b=b: r['speed_up'][b]['median']):.2f}&times;", f"as fast as dense at batch {_t(b)}"))  # type: ignore[misc]
-    return "<div class=cards>" + "".join(f"<div class=card><b>{v}</b><span>{what}</span></div>" for v, what in cards) + "</div>"
+        cards.append(
+            (
+                f"{_mean(results, lambda r, b=b: r['speed_up'][b]['median']):.2f}&times;",
+                f"as fast as dense at batch {_t(b)}",
+            )
+        )  # type: ignore[misc]
+    return (
+        "<div class=cards>"
+        + "".join(f"<div class=card><b>{v}</b><span>{what}</span></div>" for v, what in cards)
+        + "</div>"
+    )
 
 
 def _main_table(results: Sequence[dict[str, Any]]) -> str:
@@ -171,21 +224,49 @@ def _main_table(results: Sequence[dict[str, Any]]) -> str:
 
     lost = _mean(results, lambda r: r["accuracy_lost"]) * 100
     rows = [
-        ["Test accuracy", f"{mean('dense', 'test_accuracy'):.2%}", f"{mean('pruned', 'test_accuracy'):.2%}", f"{-lost:+.2f} points".replace("-", "&minus;").replace("+", "&plus;")],
-        ["Conv weights", f"{mean('dense', 'conv_weights'):,.0f}", f"{mean('pruned', 'conv_weights'):,.0f}", f"+{_mean(results, lambda r: r['conv_weights_ratio']):.1f}&times; fewer"],
-        ["Multiply-adds per image", f"{mean('dense', 'multiply_adds'):,.0f}", f"{mean('pruned', 'multiply_adds'):,.0f}", f"+{_mean(results, lambda r: r['multiply_adds_ratio']):.1f}&times; fewer"],
-        ["File", bytes_text(mean("dense", "file_bytes")), bytes_text(mean("pruned", "file_bytes")), f"+{_mean(results, lambda r: r['file_ratio']):.1f}&times; smaller"],
+        [
+            "Test accuracy",
+            f"{mean('dense', 'test_accuracy'):.2%}",
+            f"{mean('pruned', 'test_accuracy'):.2%}",
+            f"{-lost:+.2f} points".replace("-", "&minus;").replace("+", "&plus;"),
+        ],
+        [
+            "Conv weights",
+            f"{mean('dense', 'conv_weights'):,.0f}",
+            f"{mean('pruned', 'conv_weights'):,.0f}",
+            f"+{_mean(results, lambda r: r['conv_weights_ratio']):.1f}&times; fewer",
+        ],
+        [
+            "Multiply-adds per image",
+            f"{mean('dense', 'multiply_adds'):,.0f}",
+            f"{mean('pruned', 'multiply_adds'):,.0f}",
+            f"+{_mean(results, lambda r: r['multiply_adds_ratio']):.1f}&times; fewer",
+        ],
+        [
+            "File",
+            bytes_text(mean("dense", "file_bytes")),
+            bytes_text(mean("pruned", "file_bytes")),
+            f"+{_mean(results, lambda r: r['file_ratio']):.1f}&times; smaller",
+        ],
     ]
     for b in results[0]["speed_up"]:
         cells = [f"Latency, batch {_t(b)}"]
         for which in ("dense", "pruned"):
-            part = {k: _mean(results, lambda r, k=k, b=b, which=which: r[which]["latency_seconds"][b][k]) for k in ("median", "q1", "q3")}  # type: ignore[misc]
-            cells.append(f"{seconds_text(part['median'])} <small>({seconds_text(part['q1'])} to {seconds_text(part['q3'])})</small>")
+            part = {
+                k: _mean(results, lambda r, k=k, b=b, which=which: r[which]["latency_seconds"][b][k])
+                for k in ("median", "q1", "q3")
+            }  # type: ignore[misc]
+            cells.append(
+                f"{seconds_text(part['median'])} <small>({seconds_text(part['q1'])} to "
+                f"{seconds_text(part['q3'])})</small>"
+            )
         ratio = _mean(results, lambda r, b=b: r["speed_up"][b]["median"])  # type: ignore[misc]
         rows.append([*cells, f"+{ratio:.2f}&times; as fast" if ratio > 1 else f"{ratio:.2f}&times; as fast"])
     note = (
-        "<p class=note>Dense: the network trained in the same run, in eager torch. Pruned: the file written by this run, loaded again. Latency: median (quartiles) of rounds in which both "
-        "take turns in one process. Multiply-adds: every stored weight of conv and linear layers once per output position. The test images were used for this table only.</p>"
+        "<p class=note>Dense: the network trained in the same run, in eager torch. Pruned: the file written by this "
+        "run, loaded again. Latency: median (quartiles) of rounds in which both "
+        "take turns in one process. Multiply-adds: every stored weight of conv and linear layers once per output "
+        "position. The test images were used for this table only.</p>"
     )
     head = ["mean of the seeds" if len(results) > 1 else "", "dense", "pruned", ""]
     return _table(head, rows) + note
@@ -193,7 +274,16 @@ def _main_table(results: Sequence[dict[str, Any]]) -> str:
 
 def _seed_table(results: Sequence[dict[str, Any]]) -> str:
     batches = list(results[0]["speed_up"])
-    head = ["seed", "dense", "pruned", "lost, points", "conv weights", "multiply-adds", *(f"speed, batch {b}" for b in batches), "minutes"]
+    head = [
+        "seed",
+        "dense",
+        "pruned",
+        "lost, points",
+        "conv weights",
+        "multiply-adds",
+        *(f"speed, batch {b}" for b in batches),
+        "minutes",
+    ]
 
     def row(name: str, pick: Callable[[Callable[[dict[str, Any]], float]], float]) -> list[str]:
         return [
@@ -235,7 +325,8 @@ def _step_table(r: dict[str, Any]) -> str:
 
 def _checks(r: dict[str, Any]) -> str:
     return (
-        f"<p class=note>On all validation and test images the compacted network's outputs differ from the masked network's by at most {r['compact_difference']:.1e}, "
+        f"<p class=note>On all validation and test images the compacted network's outputs differ from the masked "
+        f"network's by at most {r['compact_difference']:.1e}, "
         f"and the reloaded file's from the saved one's by at most {r['reload_difference']:.1e}.</p>"
     )
 
@@ -304,7 +395,13 @@ def _svg(figure: Any, name: str, label: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r'<svg[^>]*? viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1, flags=re.S)
+    text = re.sub(
+        r'<svg[^>]*? viewBox="([^"]*)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-label="{label}">',
+        text,
+        count=1,
+        flags=re.S,
+    )
     # Identifiers are per document, and three figures share this one.
     text = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", text).replace("xlink:href", "href")
@@ -330,11 +427,21 @@ def _accuracy_figure(r: dict[str, Any]) -> str:
         if end > start:
             if i % 2:
                 axis.axvspan(start + 0.5, end + 0.5, color=_INK, alpha=0.06, linewidth=0)
-            axis.text((start + end) / 2 + 0.5, 1.02, _stage_label(stage["name"]), ha="center", va="bottom", fontsize=8.5, transform=axis.get_xaxis_transform())
+            axis.text(
+                (start + end) / 2 + 0.5,
+                1.02,
+                _stage_label(stage["name"]),
+                ha="center",
+                va="bottom",
+                fontsize=8.5,
+                transform=axis.get_xaxis_transform(),
+            )
         start = end
     axis.plot(x, y, color=COLOURS[0])
     dense = 100 * r["dense"]["val_accuracy"]
-    axis.axhline(dense, color=COLOURS[1], linestyle="--", linewidth=1.2, label=f"dense, {r['dense']['val_accuracy']:.2%}")
+    axis.axhline(
+        dense, color=COLOURS[1], linestyle="--", linewidth=1.2, label=f"dense, {r['dense']['val_accuracy']:.2%}"
+    )
     # The first epochs and the moments after a cut may fall to chance; the axis shows where the run spent its time.
     lowest = min([dense, *sorted(y)[len(y) // 25 :]])
     margin = max(100 - lowest, 0.5) * 0.08
@@ -364,16 +471,29 @@ def _residual_figure(r: dict[str, Any]) -> str:
         axis.set_yscale("log")
         axis.set_xlabel("ADMM iteration, all rounds")
         axis.set_xlim(0.5, len(iterations) + 0.5)
-    for k, (key, label) in enumerate((("primal", "primal ||W \u2212 Z||"), ("dual", "dual \u03c1||Z\u2032 \u2212 Z||"))):
+    for k, (key, label) in enumerate(
+        (("primal", "primal ||W \u2212 Z||"), ("dual", "dual \u03c1||Z\u2032 \u2212 Z||"))
+    ):
         points = [(a, it[key]) for a, it in zip(x, iterations, strict=True) if it[key] > 0]
-        left.plot(*zip(*points, strict=True), color=COLOURS[k], marker="o", markersize=3, label=label) if points else None
+        left.plot(
+            *zip(*points, strict=True), color=COLOURS[k], marker="o", markersize=3, label=label
+        ) if points else None
     left.set_title("residuals over all layers", loc="left")
     left.legend(loc="best", fontsize=8.5)
     names = list(iterations[-1]["relative"])
     for k, name in enumerate(names[:8]):
-        points = [(a, it["relative"][name]) for a, it in zip(x, iterations, strict=True) if it["relative"].get(name, 0) > 0]
+        points = [
+            (a, it["relative"][name]) for a, it in zip(x, iterations, strict=True) if it["relative"].get(name, 0) > 0
+        ]
         if points:
-            right.plot(*zip(*points, strict=True), color=COLOURS[k], marker="os^Dvx*P"[k], markersize=3, linewidth=1.2, label=name)
+            right.plot(
+                *zip(*points, strict=True),
+                color=COLOURS[k],
+                marker="os^Dvx*P"[k],
+                markersize=3,
+                linewidth=1.2,
+                label=name,
+            )
     if len(names) > 8:
         worst = [max(it["relative"].values()) for it in iterations]
         right.plot(x, worst, color=_INK, linestyle="--", linewidth=1.2, label=f"worst of {len(names)} layers")
