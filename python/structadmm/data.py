@@ -265,7 +265,7 @@ class _CifarUnpickler(pickle.Unpickler):
         if (module, name) == ("numpy", "dtype"):
             return np.dtype
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]
+            from numpy._core.multiarray import _reconstruct
 
             return _reconstruct
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 batch needs")
@@ -345,7 +345,7 @@ def _own(name: str, args: dict[str, Any], batch: int, seed: int) -> Dataset:
         return made
     if not isinstance(made, tuple) or len(made) != 3:
         raise DataError(f"data.name: {name} returned {type(made).__name__}, wanted a Dataset or (train, val, test)")
-    parts = []
+    parts: list[Any] = []
     for which, part in zip(("train", "val", "test"), made, strict=True):
         if isinstance(part, tuple) and len(part) == 2 and all(isinstance(t, Tensor) for t in part):
             part = _Pairs(part[0], part[1], batch, shuffle=which == "train", seed=seed)
@@ -355,7 +355,7 @@ def _own(name: str, args: dict[str, Any], batch: int, seed: int) -> Dataset:
                 f"iterable of batches"
             )
         parts.append(part)
-    return Dataset(name, *parts, description=name)
+    return Dataset(name, parts[0], parts[1], parts[2], description=name)
 
 
 class _Pairs(Batches):

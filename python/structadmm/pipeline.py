@@ -745,7 +745,7 @@ class _Job:
 
         def seen(what: str, m: nn.Module) -> None:
             accuracy, _ = evaluate(m, dataset.val)
-            weights = sum(int((c.weight != 0).sum()) for _, c in conv_layers(m))
+            weights = sum(int(torch.count_nonzero(w)) for w in conv_weights(m))
             steps.append({"step": what, "val_accuracy": accuracy, "conv_weights": weights})
             note(f"{what}: {weights:,} conv weights, validation accuracy {accuracy:.2%}")
 
@@ -843,38 +843,31 @@ def _call(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: net(x)
 
 
-def conv_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every 2-d convolution with its name, compacted ones included."""
-    return [(n, m) for n, m in model.named_modules() if type(m).__name__ in ("Conv2d", "CompactConv2d")]
+def conv_weights(model: nn.Module) -> list[Tensor]:
+    """The stored weights of every 2-d convolution, compacted ones included."""
+    kinds = ("Conv2d", "CompactConv2d")
+    return [w for m in model.modules() if type(m).__name__ in kinds and isinstance(w := m.weight, Tensor)]
 
 
 @torch.no_grad()
 def conv_cost(model: nn.Module, example: Tensor) -> tuple[int, int]:
-    """(stored conv weights, multiply-adds of all conv and linear layers for one image): each stored weight is used once
-    per output position.
+    """(stored conv weights, multiply-adds of all conv and linear layers for one image).
+
+    Every stored weight is used once per output position; linear layers have one position.
     """
-    weights, macs, n = 0, 0, len(example)
-    handles = []
+    macs = 0
 
     def count(module: nn.Module, _x: Any, out: Tensor) -> None:
         nonlocal macs
-        macs += module.weight.numel() * (out[0, 0].numel() if out.dim() == 4 else out.numel() // (n * out.shape[-1]))  # type: ignore[union-attr, operator]
+        assert isinstance(module.weight, Tensor)
+        macs += module.weight.numel() * math.prod(out.shape[2:])
 
-    for m in model.modules():
-        stored = getattr(m, "weight", None)
-        if isinstance(stored, nn.Parameter) and type(m).__name__ in (
-            "Conv2d",
-            "CompactConv2d",
-            "Linear",
-            "CompactLinear",
-        ):
-            handles.append(m.register_forward_hook(count))
-            if "Conv" in type(m).__name__:
-                weights += stored.numel()
+    kinds = ("Conv2d", "CompactConv2d", "Linear", "CompactLinear")
+    handles = [m.register_forward_hook(count) for m in model.modules() if type(m).__name__ in kinds]
     model(example)
     for h in handles:
         h.remove()
-    return weights, macs
+    return sum(w.numel() for w in conv_weights(model)), macs
 
 
 def layer_rows(dense: nn.Module, zeroed: nn.Module) -> list[dict[str, Any]]:
@@ -941,21 +934,22 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
-def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean, smallest and largest over the seeds of what the recipe promises."""
-    pick: dict[str, Callable[[dict[str, Any]], float]] = {
-        "dense_test_accuracy": lambda r: r["dense"]["test_accuracy"],
-        "pruned_test_accuracy": lambda r: r["pruned"]["test_accuracy"],
-        "accuracy_lost": lambda r: r["accuracy_lost"],
-        "conv_weights_ratio": lambda r: r["conv_weights_ratio"],
-        "multiply_adds_ratio": lambda r: r["multiply_adds_ratio"],
-        "file_ratio": lambda r: r["file_ratio"],
-        "seconds": lambda r: r["seconds"],
+
+    def spread(*path: str) -> dict[str, float]:
+        values = []
+        for value in results:
+            for key in path:
+                value = value[key]
+            values.append(float(value))  # type: ignore[arg-type]
+        return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+
+    plain = ("accuracy_lost", "conv_weights_ratio", "multiply_adds_ratio", "file_ratio", "seconds")
+    return {
+        "seeds": [r["seed"] for r in results],
+        "dense_test_accuracy": spread("dense", "test_accuracy"),
+        "pruned_test_accuracy": spread("pruned", "test_accuracy"),
+        **{key: spread(key) for key in plain},
+        **{f"speed_up_batch_{b}": spread("speed_up", b, "median") for b in results[0]["speed_up"]},
     }
-    for b in results[0]["speed_up"]:
-        pick[f"speed_up_batch_{b}"] = lambda r, b=b: r["speed_up"][b]["median"]  # type: ignore[misc]
-    out: dict[str, Any] = {"seeds": [r["seed"] for r in results]}
-    for key, f in pick.items():
-        values = [f(r) for r in results]
-        out[key] = {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
-    return out

@@ -8,7 +8,7 @@ import html
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .files import atomic_write_text
@@ -167,8 +167,15 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], last_is_sum: bool
     return "".join([*out, "</tbody></table></div>"])
 
 
-def _mean(results: Sequence[dict[str, Any]], f: Callable[[dict[str, Any]], float]) -> float:
-    return sum(map(f, results)) / len(results)
+def _mean(results: Sequence[dict[str, Any]], *path: str) -> float:
+    """Mean over the runs of the number at result[path[0]][path[1]]..."""
+    return sum(_at(r, *path) for r in results) / len(results)
+
+
+def _at(result: Any, *path: str) -> float:
+    for key in path:
+        result = result[key]
+    return float(result)
 
 
 def seconds_text(s: float) -> str:
@@ -182,9 +189,9 @@ def bytes_text(n: float) -> str:
 
 
 def _headline(results: Sequence[dict[str, Any]]) -> str:
-    weights = _mean(results, lambda r: r["conv_weights_ratio"])
-    macs = _mean(results, lambda r: r["multiply_adds_ratio"])
-    lost = _mean(results, lambda r: r["accuracy_lost"]) * 100
+    weights = _mean(results, "conv_weights_ratio")
+    macs = _mean(results, "multiply_adds_ratio")
+    lost = _mean(results, "accuracy_lost") * 100
     moved = (
         f"{lost:.2f} points of test accuracy lost"
         if lost > 0.005
@@ -198,19 +205,19 @@ def _headline(results: Sequence[dict[str, Any]]) -> str:
 def _cards(results: Sequence[dict[str, Any]]) -> str:
     cards = [
         (
-            f"{_mean(results, lambda r: r['pruned']['test_accuracy']):.2%}",
-            f"test accuracy, dense {_mean(results, lambda r: r['dense']['test_accuracy']):.2%}",
+            f"{_mean(results, 'pruned', 'test_accuracy'):.2%}",
+            f"test accuracy, dense {_mean(results, 'dense', 'test_accuracy'):.2%}",
         ),
-        (f"{_mean(results, lambda r: r['conv_weights_ratio']):.1f}&times;", "fewer conv weights"),
-        (f"{_mean(results, lambda r: r['multiply_adds_ratio']):.1f}&times;", "fewer multiply-adds"),
+        (f"{_mean(results, 'conv_weights_ratio'):.1f}&times;", "fewer conv weights"),
+        (f"{_mean(results, 'multiply_adds_ratio'):.1f}&times;", "fewer multiply-adds"),
     ]
     for b in results[0]["speed_up"]:
         cards.append(
             (
-                f"{_mean(results, lambda r, b=b: r['speed_up'][b]['median']):.2f}&times;",
+                f"{_mean(results, 'speed_up', b, 'median'):.2f}&times;",
                 f"as fast as dense at batch {_t(b)}",
             )
-        )  # type: ignore[misc]
+        )
     return (
         "<div class=cards>"
         + "".join(f"<div class=card><b>{v}</b><span>{what}</span></div>" for v, what in cards)
@@ -219,10 +226,10 @@ def _cards(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _main_table(results: Sequence[dict[str, Any]]) -> str:
-    def mean(which: str, key: str) -> float:
-        return _mean(results, lambda r: r[which][key])
+    def mean(*path: str) -> float:
+        return _mean(results, *path)
 
-    lost = _mean(results, lambda r: r["accuracy_lost"]) * 100
+    lost = _mean(results, "accuracy_lost") * 100
     rows = [
         [
             "Test accuracy",
@@ -234,33 +241,30 @@ def _main_table(results: Sequence[dict[str, Any]]) -> str:
             "Conv weights",
             f"{mean('dense', 'conv_weights'):,.0f}",
             f"{mean('pruned', 'conv_weights'):,.0f}",
-            f"+{_mean(results, lambda r: r['conv_weights_ratio']):.1f}&times; fewer",
+            f"+{_mean(results, 'conv_weights_ratio'):.1f}&times; fewer",
         ],
         [
             "Multiply-adds per image",
             f"{mean('dense', 'multiply_adds'):,.0f}",
             f"{mean('pruned', 'multiply_adds'):,.0f}",
-            f"+{_mean(results, lambda r: r['multiply_adds_ratio']):.1f}&times; fewer",
+            f"+{_mean(results, 'multiply_adds_ratio'):.1f}&times; fewer",
         ],
         [
             "File",
             bytes_text(mean("dense", "file_bytes")),
             bytes_text(mean("pruned", "file_bytes")),
-            f"+{_mean(results, lambda r: r['file_ratio']):.1f}&times; smaller",
+            f"+{_mean(results, 'file_ratio'):.1f}&times; smaller",
         ],
     ]
     for b in results[0]["speed_up"]:
         cells = [f"Latency, batch {_t(b)}"]
         for which in ("dense", "pruned"):
-            part = {
-                k: _mean(results, lambda r, k=k, b=b, which=which: r[which]["latency_seconds"][b][k])
-                for k in ("median", "q1", "q3")
-            }  # type: ignore[misc]
+            part = {k: _mean(results, which, "latency_seconds", b, k) for k in ("median", "q1", "q3")}
             cells.append(
                 f"{seconds_text(part['median'])} <small>({seconds_text(part['q1'])} to "
                 f"{seconds_text(part['q3'])})</small>"
             )
-        ratio = _mean(results, lambda r, b=b: r["speed_up"][b]["median"])  # type: ignore[misc]
+        ratio = _mean(results, "speed_up", b, "median")
         rows.append([*cells, f"+{ratio:.2f}&times; as fast" if ratio > 1 else f"{ratio:.2f}&times; as fast"])
     note = (
         "<p class=note>Dense: the network trained in the same run, in eager torch. Pruned: the file written by this "
@@ -274,32 +278,23 @@ def _main_table(results: Sequence[dict[str, Any]]) -> str:
 
 def _seed_table(results: Sequence[dict[str, Any]]) -> str:
     batches = list(results[0]["speed_up"])
-    head = [
-        "seed",
-        "dense",
-        "pruned",
-        "lost, points",
-        "conv weights",
-        "multiply-adds",
-        *(f"speed, batch {b}" for b in batches),
-        "minutes",
-    ]
+    speeds = [f"speed, batch {b}" for b in batches]
+    head = ["seed", "dense", "pruned", "lost, points", "conv weights", "multiply-adds", *speeds, "minutes"]
 
-    def row(name: str, pick: Callable[[Callable[[dict[str, Any]], float]], float]) -> list[str]:
+    def row(name: str, runs: Sequence[dict[str, Any]]) -> list[str]:
         return [
             name,
-            f"{pick(lambda r: r['dense']['test_accuracy']):.2%}",
-            f"{pick(lambda r: r['pruned']['test_accuracy']):.2%}",
-            f"{pick(lambda r: r['accuracy_lost']) * 100:.2f}".replace("-", "&minus;"),
-            f"{pick(lambda r: r['conv_weights_ratio']):.1f}&times;",
-            f"{pick(lambda r: r['multiply_adds_ratio']):.1f}&times;",
-            *(f"{pick(lambda r, b=b: r['speed_up'][b]['median']):.2f}&times;" for b in batches),  # type: ignore[misc]
-            f"{pick(lambda r: r['seconds']) / 60:.1f}",
+            f"{_mean(runs, 'dense', 'test_accuracy'):.2%}",
+            f"{_mean(runs, 'pruned', 'test_accuracy'):.2%}",
+            f"{_mean(runs, 'accuracy_lost') * 100:.2f}".replace("-", "&minus;"),
+            f"{_mean(runs, 'conv_weights_ratio'):.1f}&times;",
+            f"{_mean(runs, 'multiply_adds_ratio'):.1f}&times;",
+            *(f"{_mean(runs, 'speed_up', b, 'median'):.2f}&times;" for b in batches),
+            f"{_mean(runs, 'seconds') / 60:.1f}",
         ]
 
-    rows = [row(str(r["seed"]), lambda f, r=r: f(r)) for r in results]  # type: ignore[misc]
-    rows.append(row("mean", lambda f: _mean(results, f)))
-    return _table(head, rows, last_is_sum=True)
+    rows = [row(str(r["seed"]), [r]) for r in results]
+    return _table(head, [*rows, row("mean", results)], last_is_sum=True)
 
 
 def _layer_table(r: dict[str, Any]) -> str:
@@ -359,7 +354,7 @@ def _figures(r: dict[str, Any]) -> tuple[str, str, str] | None:
         import matplotlib
     except ImportError:
         return None
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "font.family": "sans-serif",
         "font.size": 10,
