@@ -26,7 +26,7 @@ using kernels::PixelVector;
 
 constexpr int64_t kScratchFloats = 64 * 1024;  // images copied at a time: with some panels and their part of y in L2
 constexpr int64_t kStripFloats = 64 * 1024;    // of x, for which all panels are done before the next strip
-constexpr int64_t kSerialMacs = 1 << 17;       // a few microseconds of work: less than waking a thread
+constexpr int64_t kSerialMacs = 1 << 20;       // ten microseconds of work: two parallel regions would cost as much
 constexpr int64_t kMaxPeriod = 16;             // images in one table of tiles
 
 // One axis of the padded copy. Where pixels form vectors, the copy is split by phase (input index modulo stride), so
@@ -142,6 +142,7 @@ Layout make_layout(const Conv2dShape& s, const PackedHeader& p, bool direct, boo
     l.pitch = s.x_strides[2];
     l.image_stride = s.x_strides[0];
     l.channel_stride = s.x_strides[1];
+    l.chunk = std::max<int64_t>(s.batch, 1);
   } else {
     l.pitch = l.w.pitch;
     l.image_stride = l.h.pitch * l.pitch;
@@ -272,10 +273,9 @@ Plan make_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
   }
   FilterTiles& fl = plan.filters;
   const auto cost = [&](int64_t n) { return filters_cost(k, 0, 1, n * plan.outputs); };
-  // Offsets of several images must fit the tables' 32 bits too.
-  const int64_t span = std::max(plan.layout.image_stride, p.out_channels * plan.outputs);
-  fl.period = span > (1 << 26) ? 1 : choose_period(std::max<int64_t>(s.batch, 1), plan.outputs, cost);
+  fl.period = choose_period(std::max<int64_t>(s.batch, 1), plan.outputs, cost);
 
+  const double pieces = plan.outputs < k.lanes ? 1.25 : 1.0;  // a vector over several images is stored in pieces
   bool any_pixels = false;
   const auto count = static_cast<int64_t>(packed.panels.size());
   for (int64_t i = 0; i < count;) {
@@ -283,8 +283,8 @@ Plan make_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
     const int c = kernels::width_class(panel.width);
     const int nv = next_panels(packed, i, k);
     const double by_filters = filters_cost(k, c, nv, fl.period * plan.outputs) / static_cast<double>(fl.period);
-    const double by_pixels =
-        nv * pixels_cost(k, panel.width, vectors(px.period, px.gather), px.gather) / static_cast<double>(px.period);
+    const double by_pixels = pieces * nv * pixels_cost(k, panel.width, vectors(px.period, px.gather), px.gather) /
+                             static_cast<double>(px.period);
     if (by_filters <= by_pixels) {
       plan.jobs.push_back({i, nv, 0});
       i += nv;
@@ -300,7 +300,9 @@ Plan make_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
   }
   if (any_pixels) cut_vectors(plan, p.out_channels * plan.outputs, px);
   const Layout& l = plan.layout;
-  fl.period = std::min(fl.period, l.chunk);
+  // Offsets of several images must fit the 32 bits of the tables too.
+  const int64_t span = std::max(std::abs(l.image_stride), p.out_channels * plan.outputs);
+  fl.period = span > (1 << 26) ? 1 : std::min(fl.period, l.chunk);
   for (int64_t n = 0; n < fl.period; ++n) {
     for (int64_t oy = 0; oy < plan.out_h; ++oy) {
       for (int64_t ox = 0; ox < plan.out_w; ++ox) {

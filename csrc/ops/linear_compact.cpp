@@ -9,7 +9,7 @@
 namespace structadmm {
 namespace {
 
-constexpr int64_t kSerialMacs = 1 << 17;  // a few microseconds of work: less than waking a thread
+constexpr int64_t kSerialMacs = 1 << 20;  // ten microseconds of work: a parallel region costs about as much
 
 }  // namespace
 
