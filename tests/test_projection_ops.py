@@ -355,6 +355,13 @@ def test_a_write_is_seen_by_autograd():
         y.backward()
 
 
+def test_tensors_of_inference_mode():
+    with torch.inference_mode():
+        w, z, u = torch.randn(4, 3), torch.zeros(4, 3), torch.zeros(4, 3)
+        keep, _ = ops.project_update_(w, z, u, "column", 1)
+        assert torch.equal(z, w * keep)
+
+
 def test_numpy_arrays_of_any_strides():
     rng = np.random.default_rng(3)
     wide = [rng.standard_normal((12, 40, 5, 3)).astype(np.float32) for _ in range(3)]

@@ -22,7 +22,8 @@ template <class... Parts>
 }  // namespace structadmm
 
 // Throws structadmm::Error made of the parts if the condition does not hold.
-#define SADMM_CHECK(condition, ...) \
-  do { \
-    if (!(condition)) [[unlikely]] ::structadmm::fail(__VA_ARGS__); \
+#define SADMM_CHECK(condition, ...)    \
+  do {                                 \
+    if (!(condition)) [[unlikely]]     \
+      ::structadmm::fail(__VA_ARGS__); \
   } while (false)

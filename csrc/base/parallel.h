@@ -1,5 +1,5 @@
-// The injected parallel interface: an op is handed one and splits its work into tasks; it does not know whose threads run
-// them. Inside torch they are torch's own (csrc/bindings/torch/parallel.h), elsewhere those of ThreadPool.
+// The injected parallel interface: an op is handed one and splits its work into tasks; it does not know whose threads
+// run them. Inside torch they are torch's own (csrc/bindings/torch/parallel.h), elsewhere those of ThreadPool.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +39,8 @@ class Serial final : public Parallel {
   }
 };
 
-// A pool of threads that take tasks one at a time; the caller works too. One run at a time: a second caller, or a task that
-// calls run, does its tasks itself.
+// A pool of threads that take tasks one at a time; the caller works too. One run at a time: a second caller, or a task
+// that calls run, does its tasks itself.
 class ThreadPool final : public Parallel {
  public:
   explicit ThreadPool(int threads);
@@ -49,8 +49,8 @@ class ThreadPool final : public Parallel {
   ThreadPool& operator=(const ThreadPool&) = delete;
   int threads() const override;
 
-  // The pool of this process, as many threads as STRUCTADMM_NUM_THREADS or the hardware says until set_threads is called.
-  // A child of fork gets a new one, for threads do not survive it.
+  // The pool of this process, as many threads as STRUCTADMM_NUM_THREADS or the hardware says until set_threads is
+  // called. A child of fork gets a new one, for threads do not survive it.
   static ThreadPool& global();
   static void set_threads(int threads);
 

@@ -92,9 +92,14 @@ class Operand {
     char* tensor = rows_.data + filter * rows_.row_stride * size_;
     const int64_t* offset = offset_.data() + m;
     switch (size_) {
-      case 1: move_rows<uint8_t, kGather>(tensor, rows_.row_stride, offset, buffer, rows, cols); break;
-      case 2: move_rows<uint16_t, kGather>(tensor, rows_.row_stride, offset, buffer, rows, cols); break;
-      default: move_rows<uint32_t, kGather>(tensor, rows_.row_stride, offset, buffer, rows, cols);
+      case 1:
+        move_rows<uint8_t, kGather>(tensor, rows_.row_stride, offset, buffer, rows, cols);
+        break;
+      case 2:
+        move_rows<uint16_t, kGather>(tensor, rows_.row_stride, offset, buffer, rows, cols);
+        break;
+      default:
+        move_rows<uint32_t, kGather>(tensor, rows_.row_stride, offset, buffer, rows, cols);
     }
   }
 
@@ -508,7 +513,8 @@ void add_penalty_grad_(const std::vector<PenaltyLayer>& layers, Parallel& parall
     plans.push_back(std::move(p));
   }
   threads_for(weights, parallel).run(tiles, [&](int64_t index) {
-    const auto p = std::upper_bound(plans.begin(), plans.end(), index, [](int64_t i, const Plan& x) { return i < x.end; });
+    const auto p =
+        std::upper_bound(plans.begin(), plans.end(), index, [](int64_t i, const Plan& x) { return i < x.end; });
     const int64_t tile = index - (p == plans.begin() ? 0 : (p - 1)->end);
     const int64_t m = tile % p->col_tiles * p->cols_per_tile;
     const int64_t cols = std::min(p->cols_per_tile, p->cols - m);

@@ -1,10 +1,11 @@
-// The training ops over tensors on the CPU: validate once, divide into tiles, hand the tiles to the kernels in parallel.
-// What each computes is in kernels/group_sumsq, kernels/topk_keep and kernels/admm_update; group numbers in group_view.h.
+// The training ops over tensors on the CPU: validate once, divide into tiles, hand the tiles to the kernels in
+// parallel. What each computes is in kernels/group_sumsq, kernels/topk_keep and kernels/admm_update; group numbers in
+// group_view.h.
 //
-// W is f32, bf16 or f16; U and Z are f32, mask is bool, all of W's shape. Any strides: tensors whose rows are dense in the
-// same order (contiguous or channels-last) are used in place, others go through tiles gathered to a stack buffer.
-// Results do not depend on the number of threads: threads divide groups and tiles, never a sum; the sums of tiles are added
-// in order. On an Error nothing has been written.
+// W is f32, bf16 or f16; U and Z are f32, mask is bool, all of W's shape. Any strides: tensors whose rows are dense in
+// the same order (contiguous or channels-last) are used in place, others go through tiles gathered to a stack buffer.
+// Results do not depend on the number of threads: threads divide groups and tiles, never a sum; the sums of tiles are
+// added in order. On an Error nothing has been written.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,8 @@ struct PenaltyLayer {
 
 void add_penalty_grad_(const std::vector<PenaltyLayer>& layers, Parallel& parallel);
 
-// The checks alone, for what runs elsewhere (the CUDA kernels): dtypes, shapes, devices, aliasing. Null tensors are absent.
+// The checks alone, for what runs elsewhere (the CUDA kernels): dtypes, shapes, devices, aliasing. Null tensors are
+// absent.
 void check_operands(const char* op, const TensorView& w, const TensorView* z, const TensorView* u,
                     const TensorView* mask);
 void check_k(const char* op, int64_t k, int64_t groups);

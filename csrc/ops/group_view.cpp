@@ -29,17 +29,28 @@ GroupView make_group_view(const char* op, const std::string& structure, const Te
   v.group_filters = v.filters / conv_groups;
   switch (v.structure) {
     case Structure::kFilter:
-    case Structure::kElement: v.band_filters = 1; break;
+    case Structure::kElement:
+      v.band_filters = 1;
+      break;
     case Structure::kChannel:
-    case Structure::kColumn: v.band_filters = v.group_filters; break;
-    case Structure::kBlockColumn: v.band_filters = block < v.group_filters ? block : v.group_filters; break;
+    case Structure::kColumn:
+      v.band_filters = v.group_filters;
+      break;
+    case Structure::kBlockColumn:
+      v.band_filters = block < v.group_filters ? block : v.group_filters;
+      break;
   }
   v.bands_per_group = (v.group_filters + v.band_filters - 1) / v.band_filters;
   v.bands = v.conv_groups * v.bands_per_group;
   switch (v.structure) {
-    case Structure::kFilter: v.groups = v.filters; break;
-    case Structure::kChannel: v.groups = v.conv_groups * v.channels; break;
-    default: v.groups = v.bands * v.row;
+    case Structure::kFilter:
+      v.groups = v.filters;
+      break;
+    case Structure::kChannel:
+      v.groups = v.conv_groups * v.channels;
+      break;
+    default:
+      v.groups = v.bands * v.row;
   }
   return v;
 }

@@ -1,5 +1,5 @@
-// How a weight [O, Cg, *kernel] with G conv groups is divided into the groups of a pruning structure, and how it lies in
-// memory. With N = Cg * prod(kernel), j the flat logical index of (c, *kernel), Og = O/G and blocks of B filters:
+// How a weight [O, Cg, *kernel] with G conv groups is divided into the groups of a pruning structure, and how it lies
+// in memory. With N = Cg * prod(kernel), j the flat logical index of (c, *kernel), Og = O/G and blocks of B filters:
 //
 //   structure      groups             number of a weight's group
 //   filter         O                  o
@@ -8,8 +8,8 @@
 //   block_column   G*ceil(Og/B)*N     (g*ceil(Og/B) + b)*N + j      the last block of a conv group may be shorter
 //   element        O*N                o*N + j
 //
-// All but filter come from one shape: bands of consecutive filters (a conv group, a block, one filter), and in a band one
-// *cell* per j. Cells are the groups of column, block_column and element, and parts of those of channel.
+// All but filter come from one shape: bands of consecutive filters (a conv group, a block, one filter), and in a band
+// one *cell* per j. Cells are the groups of column, block_column and element, and parts of those of channel.
 #pragma once
 
 #include <cstdint>
@@ -60,8 +60,8 @@ inline int64_t logical_index(const GroupView& view, Order order, int64_t m) {
   return order == Order::kLogical ? m : m % view.channels * view.taps + m / view.channels;
 }
 
-// A tensor of the weight's shape as rows: filter o begins at data + o * row_stride elements. If a row is dense in an order,
-// position m of that order is m elements on.
+// A tensor of the weight's shape as rows: filter o begins at data + o * row_stride elements. If a row is dense in an
+// order, position m of that order is m elements on.
 struct Rows {
   char* data = nullptr;
   Dtype dtype = Dtype::kF32;

@@ -16,8 +16,8 @@ struct LinearShape {
   int64_t rows, x_stride;
 };
 
-// x [..., features] as a matrix. Throws Error if it is not f32 on that device, with so many features; contiguous, but for
-// the distance between the rows of a matrix.
+// x [..., features] as a matrix. Throws Error if it is not f32 on that device, with so many features; contiguous, but
+// for the distance between the rows of a matrix.
 LinearShape linear_shape(const char* op, const TensorView& x, Device device, int64_t in_features);
 
 // y: [rows, filters].

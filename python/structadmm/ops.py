@@ -26,7 +26,7 @@ def isa() -> str:
 def _touched(*tensors: Tensor) -> None:
     # torch counts the writes to a tensor, and refuses a backward pass over what was overwritten; it cannot see ours.
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(tensors)
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def group_sumsq(

@@ -19,11 +19,15 @@ inline Dtype dtype_of(const py::array& a) {
   if (type.byteorder() == '>') return Dtype::kOther;  // on the little-endian machines that this runs on
   const auto size = type.itemsize();
   switch (type.kind()) {
-    case 'f': return size == 4 ? Dtype::kF32 : size == 2 ? Dtype::kF16 : size == 8 ? Dtype::kF64 : Dtype::kOther;
-    case 'b': return Dtype::kBool;
-    case 'i': return size == 4 ? Dtype::kI32 : Dtype::kOther;
+    case 'f':
+      return size == 4 ? Dtype::kF32 : size == 2 ? Dtype::kF16 : size == 8 ? Dtype::kF64 : Dtype::kOther;
+    case 'b':
+      return Dtype::kBool;
+    case 'i':
+      return size == 4 ? Dtype::kI32 : Dtype::kOther;
     // NumPy has no bfloat16 of its own; the ml_dtypes package adds one under that name.
-    default: return py::str(type).cast<std::string>() == "bfloat16" ? Dtype::kBf16 : Dtype::kOther;
+    default:
+      return py::str(type).cast<std::string>() == "bfloat16" ? Dtype::kBf16 : Dtype::kOther;
   }
 }
 

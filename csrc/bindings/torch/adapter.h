@@ -19,13 +19,20 @@ using torch::stable::Tensor;
 
 inline Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::kF32;
-    case ScalarType::BFloat16: return Dtype::kBf16;
-    case ScalarType::Half: return Dtype::kF16;
-    case ScalarType::Double: return Dtype::kF64;
-    case ScalarType::Bool: return Dtype::kBool;
-    case ScalarType::Int: return Dtype::kI32;
-    default: return Dtype::kOther;
+    case ScalarType::Float:
+      return Dtype::kF32;
+    case ScalarType::BFloat16:
+      return Dtype::kBf16;
+    case ScalarType::Half:
+      return Dtype::kF16;
+    case ScalarType::Double:
+      return Dtype::kF64;
+    case ScalarType::Bool:
+      return Dtype::kBool;
+    case ScalarType::Int:
+      return Dtype::kI32;
+    default:
+      return Dtype::kOther;
   }
 }
 

@@ -1,5 +1,5 @@
-// The op library itself and the ops about it: version, isa, set_isa. Each family of ops has a file beside this one, with
-// schemas (a FRAGMENT) and implementations together.
+// The op library itself and the ops about it: version, isa, set_isa. Each family of ops has a file beside this one,
+// with schemas (a FRAGMENT) and implementations together.
 #include <string>
 
 #include "base/isa.h"

@@ -1,14 +1,15 @@
 // The elementwise halves of an ADMM iteration over a weight matrix, in f32, one rounding per operation.
 //
 //   update:   v = w + u;  z' = v where keep and mask, +0 elsewhere;  u' = v - z';  z, u <- z', u'
-//             and the sums of squares of  w - z', z' - z, w, z', u'  (Boyd's r, s / rho, the norms of his stopping rule):
-//             each piece of 256 elements of a row in 16 f32 lanes (element mod 16) by fused multiply-add, the lanes then
-//             added to 8 f64 accumulators (lane mod 8), lower lanes first, pieces and rows in ascending order
+//             and the sums of squares of  w - z', z' - z, w, z', u'  (Boyd's r, s / rho, the norms of his stopping
+//             rule): each piece of 256 elements of a row in 16 f32 lanes (element mod 16) by fused multiply-add, the
+//             lanes then added to 8 f64 accumulators (lane mod 8), lower lanes first, pieces and rows in ascending
+//             order
 //   penalty:  g <- g + rho * ((w - z) + u), the gradient of rho/2 ||W - Z + U||^2, rounded once to g's dtype
 //
-// W and G are f32, bf16 or f16, Z and U f32; keep and mask are bytes, nonzero is true. Strides are in elements between rows
-// (keep_stride 0: one row of keep for all); within a row elements are adjacent. Z and U alias nothing else. Nothing is
-// checked here.
+// W and G are f32, bf16 or f16, Z and U f32; keep and mask are bytes, nonzero is true. Strides are in elements between
+// rows (keep_stride 0: one row of keep for all); within a row elements are adjacent. Z and U alias nothing else.
+// Nothing is checked here.
 #pragma once
 
 #include <cstdint>

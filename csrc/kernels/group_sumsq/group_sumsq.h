@@ -3,12 +3,12 @@
 //   columns:  sums[c] (+)= sum over r in [0, rows) of v[r, c]^2,  c in [0, cols)
 //   row:      lanes[c mod 32] += v[c]^2,  c in [0, n)
 //
-// The summation contract, which makes every variant give the same bits: each sum of `columns`, and each of the 32 lanes of
-// `row`, is one accumulator, to which squares are added in ascending order of r or c by fused multiply-add. The caller folds
-// the lanes 16-8-4-2-1 (fold_lanes). A weight outside the mask counts as +0.
+// The summation contract, which makes every variant give the same bits: each sum of `columns`, and each of the 32 lanes
+// of `row`, is one accumulator, to which squares are added in ascending order of r or c by fused multiply-add. The
+// caller folds the lanes 16-8-4-2-1 (fold_lanes). A weight outside the mask counts as +0.
 //
-// W is f32, bf16 or f16, U is f32, a mask byte is nonzero for weights that count; U and mask may be null. Strides are in
-// elements between rows; within a row elements are adjacent. No alignment is asked for. Nothing is checked here.
+// W is f32, bf16 or f16, U is f32, a mask byte is nonzero for weights that count; U and mask may be null. Strides are
+// in elements between rows; within a row elements are adjacent. No alignment is asked for. Nothing is checked here.
 #pragma once
 
 #include <cstdint>
