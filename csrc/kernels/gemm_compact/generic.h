@@ -89,23 +89,32 @@ void filters(const FiltersArgs& a) {
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) acc[p][v] = V::load(a.bias + v * V::kLanes);
   }
-  const float* px[P];
-#pragma GCC unroll 16
-  for (int p = 0; p < P; ++p) px[p] = a.x + a.pixel[p];
-  const float* w = a.w;
   const int64_t panel_stride = a.n_taps * W;
   const Tap* const end = a.taps + a.n_taps;
-  for (const Tap* t = a.taps; t != end; ++t, w += W) {
-    const int64_t offset = t->channel * a.channel_stride + a.position_offset[t->position];
-    typename V::Reg wv[kVectors];
+  const auto run = [&](auto place) {
+    const float* w = a.w;
+    for (const Tap* t = a.taps; t != end; ++t, w += W) {
+      const int64_t offset = t->channel * a.channel_stride + a.position_offset[t->position];
+      typename V::Reg wv[kVectors];
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) wv[v] = V::load(w + (v / kPer) * panel_stride + (v % kPer) * V::kLanes);
+      for (int v = 0; v < kVectors; ++v) wv[v] = V::load(w + (v / kPer) * panel_stride + (v % kPer) * V::kLanes);
 #pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) {
-      const typename V::Reg xp = V::broadcast(px[p] + offset);
+      for (int p = 0; p < P; ++p) {
+        const typename V::Reg xp = V::broadcast(place(p) + offset);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) acc[p][v] = V::fma(xp, wv[v], acc[p][v]);
+        for (int v = 0; v < kVectors; ++v) acc[p][v] = V::fma(xp, wv[v], acc[p][v]);
+      }
     }
+  };
+  if (a.pixel[P - 1] - a.pixel[0] == P - 1) {
+    // Pixels of one row need one pointer, not more than there are registers.
+    const float* const px = a.x + a.pixel[0];
+    run([=](int p) { return px + p; });
+  } else {
+    const float* px[P];
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) px[p] = a.x + a.pixel[p];
+    run([&](int p) { return px[p]; });
   }
 #pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) {
