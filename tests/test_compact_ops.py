@@ -19,8 +19,10 @@ ISAS = _core.supported_isas()
 
 
 @pytest.fixture(autouse=True)
-def _restore() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
+    """Small tensors on a busy machine wait longer for threads than they compute."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
     use("")
