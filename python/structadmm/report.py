@@ -278,8 +278,8 @@ def _main_table(results: Sequence[dict[str, Any]]) -> str:
 
 def _seed_table(results: Sequence[dict[str, Any]]) -> str:
     batches = list(results[0]["speed_up"])
-    speeds = [f"speed, batch {b}" for b in batches]
-    head = ["seed", "dense", "pruned", "lost, points", "conv weights", "multiply-adds", *speeds, "minutes"]
+    speeds = [f"batch {b}" for b in batches]
+    head = ["seed", "dense", "pruned", "lost", "conv weights", "multiply-adds", *speeds, "minutes"]
 
     def row(name: str, runs: Sequence[dict[str, Any]]) -> list[str]:
         return [
@@ -458,40 +458,32 @@ def _residual_figure(r: dict[str, Any]) -> str:
     if not iterations:
         return ""
     figure, (left, right) = _figure(9.5, 3.6, 2)
-    x = list(range(1, len(iterations) + 1))
+    rounds = [it["round"] for it in iterations]
     for axis in (left, right):
-        for i in range(1, len(iterations)):
-            if iterations[i]["round"] != iterations[i - 1]["round"]:
+        for i in range(1, len(rounds)):
+            if rounds[i] != rounds[i - 1]:
                 axis.axvline(i + 0.5, color=_INK, linestyle=":", linewidth=1, alpha=0.6)
         axis.set_yscale("log")
         axis.set_xlabel("ADMM iteration, all rounds")
-        axis.set_xlim(0.5, len(iterations) + 0.5)
-    for k, (key, label) in enumerate(
-        (("primal", "primal ||W \u2212 Z||"), ("dual", "dual \u03c1||Z\u2032 \u2212 Z||"))
-    ):
-        points = [(a, it[key]) for a, it in zip(x, iterations, strict=True) if it[key] > 0]
-        left.plot(
-            *zip(*points, strict=True), color=COLOURS[k], marker="o", markersize=3, label=label
-        ) if points else None
+        axis.set_xlim(0.5, len(rounds) + 0.5)
+
+    def draw(axis: Any, values: Sequence[float], **style: Any) -> None:
+        for which in sorted(set(rounds)):  # a line per round: the jump between rounds is no step of ADMM
+            points = [(i + 1, v) for i, v in enumerate(values) if rounds[i] == which and v > 0]
+            axis.plot([p[0] for p in points], [p[1] for p in points], markersize=3, **style)
+            style["label"] = None
+
+    draw(left, [it["primal"] for it in iterations], color=COLOURS[0], marker="o", label="primal ||W \u2212 Z||")
+    draw(left, [it["dual"] for it in iterations], color=COLOURS[1], marker="s", label="dual \u03c1||Z\u2032 \u2212 Z||")
     left.set_title("residuals over all layers", loc="left")
     left.legend(loc="best", fontsize=8.5)
     names = list(iterations[-1]["relative"])
-    for k, name in enumerate(names[:8]):
-        points = [
-            (a, it["relative"][name]) for a, it in zip(x, iterations, strict=True) if it["relative"].get(name, 0) > 0
-        ]
-        if points:
-            right.plot(
-                *zip(*points, strict=True),
-                color=COLOURS[k],
-                marker="os^Dvx*P"[k],
-                markersize=3,
-                linewidth=1.2,
-                label=name,
-            )
-    if len(names) > 8:
+    for colour, marker, name in zip(COLOURS, "os^Dvx*P", names, strict=False):
+        values = [it["relative"].get(name, 0.0) for it in iterations]
+        draw(right, values, color=colour, marker=marker, linewidth=1.2, label=name)
+    if len(names) > len(COLOURS):
         worst = [max(it["relative"].values()) for it in iterations]
-        right.plot(x, worst, color=_INK, linestyle="--", linewidth=1.2, label=f"worst of {len(names)} layers")
+        draw(right, worst, color=_INK, linestyle="--", linewidth=1.2, label=f"worst of {len(names)} layers")
     right.set_title("||W \u2212 Z|| / ||W|| by layer", loc="left")
     right.legend(loc="best", fontsize=7.5)
     return _svg(figure, "residuals", "ADMM residuals per iteration")
