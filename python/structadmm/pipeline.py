@@ -139,6 +139,8 @@ class MeasureTable:
 
 @dataclass(frozen=True)
 class Recipe:
+    """A run, as a TOML file states it. threads: None is torch's own choice."""
+
     name: str
     data: DataTable
     model: ModelTable
@@ -148,6 +150,7 @@ class Recipe:
     retrain: RetrainTable
     purify: PurifyTable = PurifyTable()
     measure: MeasureTable = MeasureTable()
+    threads: int | None = None
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any], name: str = "recipe") -> Recipe:
@@ -159,6 +162,9 @@ class Recipe:
         made: dict[str, Any] = {"name": table.get("name", name)}
         if not isinstance(made["name"], str) or not made["name"] or "/" in made["name"]:
             raise RecipeError(f"recipe: name got {made['name']!r}, wanted a text without '/'")
+        threads = made["threads"] = table.get("threads")
+        if not _is(threads, int | None) or threads is not None and threads < 1:
+            raise RecipeError(f"recipe: threads got {threads!r}, wanted at least 1")
         for key, kind in _TABLES.items():
             made[key] = _table(kind, table.get(key, {}), key)
         if not isinstance(table.get("plan"), Mapping):
@@ -245,6 +251,8 @@ def _table(kind: type, table: Any, where: str) -> Any:
             low, high, words = _RANGES[key]
             if not low <= value <= high:
                 raise RecipeError(f"recipe: {where}.{key} got {value!r}, wanted {words}")
+        if key == "batches" and not (value and min(value) >= 1):
+            raise RecipeError(f"recipe: {where}.batches got {value!r}, wanted sizes of at least 1")
         if key == "optimizer" and value not in _OPTIMIZERS:
             raise RecipeError(f"recipe: {where}.optimizer got {value!r}, wanted one of {', '.join(_OPTIMIZERS)}")
     for key, f in fields.items():
@@ -425,7 +433,7 @@ class Run:
         state = self._found()
         if state is not None and state["finished"]:
             return dict(json.loads(self._result_path.read_text(encoding="utf-8")))
-        threads = self.threads or (state["threads"] if state else torch.get_num_threads())
+        threads = self.threads or (state["threads"] if state else self.recipe.threads) or torch.get_num_threads()
         torch.set_num_threads(threads)
         r = self.recipe
         torch.manual_seed(self.seed)
