@@ -396,7 +396,7 @@ def test_run_command_errors_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "args", "shape", "weights"),
     [
-        # Conv weights by hand from the papers' tables: LeNet-5 20*25 + 50*20*25; ResNet-20 of He et al.; option B adds two 1x1 convs.
+        # Conv weights by hand: 20*25 + 50*20*25; the tables of He et al.; option B adds two 1x1 convs.
         ("lenet5", {}, (2, 1, 28, 28), 25_500),
         ("cifar-resnet", {"depth": 20}, (2, 3, 32, 32), 432 + 6 * 2304 + 4608 + 5 * 9216 + 18432 + 5 * 36864),
         (
