@@ -644,6 +644,13 @@ def test_state_is_a_copy_and_loads_with_weights_only(tmp_path):
         (lambda s: s["layers"]["4"].update(u=torch.zeros(4, 72).double()), "u of layer '4' got torch.float64"),
         (lambda s: s["layers"]["4"].update(mask=torch.ones(4, 72, dtype=torch.bool)), "mask of layer '4'"),
         (lambda s: s.update(schedule=ResidualBalancing().state_dict()), "kind got 'ResidualBalancing'"),
+        (lambda s: s["schedule"].update(rho="big"), "Constant.load_state_dict: rho got 'big', wanted a positive"),
+        (lambda s: s["schedule"].pop("iteration"), "Constant.load_state_dict: iteration got None, wanted a whole"),
+        (lambda s: s.pop("schedule"), "kind got None"),
+        (lambda s: s.update(iteration=None), "iteration got None, wanted a whole number"),
+        (lambda s: s.update(layers=3), "layers got int"),
+        (lambda s: s["layers"]["4"].pop("u"), "layer '4' got no u"),
+        (lambda s: s["layers"]["4"].update(z=None), r"z of layer '4' got None, wanted torch.float32 \(4, 72\)"),
     ],
 )
 def test_a_foreign_state_changes_nothing(change, words):
@@ -659,6 +666,16 @@ def test_a_foreign_state_changes_nothing(change, words):
     after = admm.state_dict()
     assert after["iteration"] == 0 and after["schedule"] == before["schedule"]
     assert torch.equal(after["layers"]["0"]["z"], before["layers"]["0"]["z"])
+
+
+def test_a_mask_of_another_shape_is_not_spread_over_the_layer():
+    model = net()
+    admm = ADMM(model, one_layer(name="2"), masks={"2": torch.ones(8, 3, 3, 3, dtype=torch.bool)})
+    state = admm.state_dict()
+    state["layers"]["2"]["mask"] = torch.zeros(3, dtype=torch.bool)
+    with pytest.raises(PlanError, match=r"mask of layer '2' got torch.bool \(3,\), wanted torch.bool \(8, 3, 3, 3\)"):
+        admm.load_state_dict(state)
+    assert admm.state_dict()["layers"]["2"]["mask"].all()
 
 
 # Masks.
@@ -740,6 +757,10 @@ def test_weights_that_are_not_finite_change_nothing(bad, call):
 def test_other_bad_input():
     with pytest.raises(PlanError, match="weight of layer '0' got torch.float64, wanted one of torch.float32"):
         ADMM(net(torch.float64), three())
+    with pytest.raises(PlanError, match="weight of layer '0' got device meta, wanted cpu or cuda"):
+        ADMM(net().to("meta"), three())
+    with pytest.raises(PlanError, match="plan got str, wanted a Plan"):
+        ADMM(net(), "column")
     model = net()
     model[2].weight.requires_grad_(False)
     with pytest.raises(PlanError, match="weight of layer '2' got requires_grad=False"):

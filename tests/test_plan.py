@@ -159,6 +159,7 @@ FILTER = {"structure": "filter", "rate": 0.5}
 @pytest.mark.parametrize(
     ("table", "words"),
     [
+        ([], "plan: got list, wanted a table"),
         ({"rules": []}, "plan: key got 'rules', wanted one of steps, rule"),
         ({"rule": []}, "rules got none"),
         (
@@ -217,11 +218,23 @@ def test_layers_whose_weight_is_not_their_own():
     got = plan(
         column("*"),
     ).resolve(model)
-    assert [la.name for la in got] == ["0"]  # 3 is the last linear layer with a weight of its own
+    assert [la.name for la in got] == ["0", "3"]  # 4 is the classifier, though it cannot be pruned
     assert "shares its weight with '0'" in got.skipped["1"] and "parametrised" in got.skipped["2"]
     assert "not initialised" in got.skipped["4"]
     with pytest.raises(PlanError, match="layer '1' got Linear that shares its weight with '0'"):
         plan(column("1")).resolve(model)
+
+
+def test_a_tied_classifier_is_still_the_classifier():
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False))
+    model[3].weight = model[0].weight
+    got = Plan.uniform(model, "column", 0.5).resolve(model)
+    assert [la.name for la in got] == ["1", "2"] and "shares its weight with '0'" in got.skipped["3"]
+
+
+def test_what_is_no_model():
+    with pytest.raises(PlanError, match="model got str, wanted a torch.nn.Module"):
+        plan(column()).resolve("resnet18")
 
 
 def test_bad_files(tmp_path):

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -307,6 +308,24 @@ W, Z, U = zeros(4, 3, 3, 3), zeros(4, 3, 3, 3), zeros(4, 3, 3, 3)
 def test_bad_input_is_an_error_that_says_what_was_wanted(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_every_torch_gives_a_value_error(monkeypatch):
+    """Torch 2.11 raises the core's own error, torch 2.15 a RuntimeError with its text: here in one run."""
+    text = "topk_keep: k got 4, wanted 0 to 3"
+    foreign = RuntimeError("CUDA error: topk_keep"), torch.OutOfMemoryError(text), NotImplementedError(text)
+    for error in (RuntimeError(text), *foreign):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(ops, "_ops", SimpleNamespace(topk_keep=fail))
+        with pytest.raises(Exception, match="topk_keep") as caught:
+            ops.topk_keep(torch.ones(3), 4)
+        if error in foreign:
+            assert caught.value is error
+        else:
+            assert type(caught.value) is ValueError and str(caught.value) == text
 
 
 def read_only():

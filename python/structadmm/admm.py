@@ -102,6 +102,8 @@ class ADMM:
         abs_tol: float = 1e-6,
         rel_tol: float = 1e-3,
     ) -> None:
+        if not isinstance(plan, (Plan, ResolvedPlan)):
+            raise PlanError(f"ADMM: plan got {type(plan).__name__}, wanted a Plan or ResolvedPlan")
         self.model = model
         self.plan = plan.resolve(model) if isinstance(plan, Plan) else plan
         self.schedule = rho if isinstance(rho, Schedule) else Constant(rho)
@@ -213,25 +215,29 @@ class ADMM:
         if state.get("version") != 1:
             raise PlanError(f"{who}: version got {state.get('version')!r}, wanted 1")
         saved = state.get("layers", {})
+        if not isinstance(saved, Mapping):
+            raise PlanError(f"{who}: layers got {type(saved).__name__}, wanted those of a state_dict")
         if list(saved) != list(self._layers):
             odd = next(iter(set(saved) ^ set(self._layers)), "order")
             raise PlanError(f"{who}: layers got other ones ({odd!r}), wanted {', '.join(self._layers)}")
         for name, layer in self._layers.items():
             s = saved[name]
+            missing = {"z", "u", "scale", "constraints", "mask"} - set(s)
+            if missing:
+                raise PlanError(f"{who}: layer {name!r} got no {min(missing)}, wanted what state_dict() gives")
             if s["constraints"] != _signature(layer.plan):
                 raise PlanError(
                     f"{who}: layer {name!r} got constraints {s['constraints']}, wanted {_signature(layer.plan)}"
                 )
-            for key in ("z", "u"):
-                if s[key].shape != layer.z.shape or s[key].dtype != torch.float32:
-                    raise PlanError(
-                        f"{who}: {key} of layer {name!r} got {s[key].dtype} {tuple(s[key].shape)}, "
-                        f"wanted torch.float32 {tuple(layer.z.shape)}"
-                    )
-            if (s["mask"] is None) != (layer.mask is None):
-                raise PlanError(f"{who}: mask of layer {name!r} got one on one side only, wanted the same masks")
-        self.schedule.load_state_dict(state["schedule"])
-        self.iteration = int(state["iteration"])
+            for key in ("z", "u", "mask"):
+                got, wanted = _kind(s[key]), _kind(getattr(layer, key))
+                if got != wanted:
+                    raise PlanError(f"{who}: {key} of layer {name!r} got {got}, wanted {wanted}")
+        iteration = state.get("iteration")
+        if not isinstance(iteration, int):
+            raise PlanError(f"{who}: iteration got {iteration!r}, wanted a whole number")
+        self.schedule.load_state_dict(state.get("schedule", {}))
+        self.iteration = iteration
         for name, layer in self._layers.items():
             s = saved[name]
             self._follow(layer, self._weight(layer.plan))
@@ -311,6 +317,8 @@ class ADMM:
             raise PlanError(
                 f"ADMM: weight of layer {lp.name!r} got {w.dtype}, wanted one of {', '.join(map(str, _DTYPES))}"
             )
+        if w.device.type not in ("cpu", "cuda"):
+            raise PlanError(f"ADMM: weight of layer {lp.name!r} got device {w.device}, wanted cpu or cuda")
         return w
 
     def _follow(self, layer: _Layer, w: Tensor) -> None:
@@ -338,6 +346,10 @@ def _to_host(values: list[Tensor]) -> list[Any]:
     """One plain value per tensor, waiting for a device once and not once per layer."""
     rows: list[Any] = torch.stack([v.to(values[0].device) for v in values]).tolist()
     return rows
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def _signature(lp: LayerPlan) -> list[list[Any]]:

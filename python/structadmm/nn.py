@@ -354,7 +354,10 @@ class CompactConv2d(_Compact):
         if type(x) is Tensor and not torch.compiler.is_compiling():
             packed = self._kept(x)
             if packed is not None:
-                return _conv2d_packed(x, packed, *self._sizes)
+                try:
+                    return _conv2d_packed(x, packed, *self._sizes)
+                except RuntimeError as e:
+                    raise ops.as_value_error(e) from None
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"conv2d_compact: x {_had(x, 4, 1, 'channels')}, wanted {self.in_channels}")
         run = ops.conv2d_compact if self._by_kernel(x) else reference.conv2d_compact
@@ -467,7 +470,10 @@ class CompactLinear(_Compact):
         if type(x) is Tensor and not torch.compiler.is_compiling():
             packed = self._kept(x)
             if packed is not None:
-                return _linear_packed(x, packed, self.out_features)
+                try:
+                    return _linear_packed(x, packed, self.out_features)
+                except RuntimeError as e:
+                    raise ops.as_value_error(e) from None
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise ValueError(f"linear_compact: x {_had(x, x.dim(), -1, 'features')}, wanted {self.in_features}")
         run = ops.linear_compact if self._by_kernel(x) else reference.linear_compact

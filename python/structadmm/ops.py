@@ -6,7 +6,9 @@ they are tested against: `structadmm.reference`. Bad arguments raise ValueError,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +18,31 @@ from .groups import DEFAULT_BLOCK, n_groups
 
 _ops = torch.ops.structadmm
 _fake = torch.library.register_fake
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def isa() -> str:
     """The instruction set that the CPU kernels use: scalar, avx2 or avx512. STRUCTADMM_ISA forces one."""
     return str(_ops.isa())
+
+
+def as_value_error(e: RuntimeError) -> Exception:
+    """The ValueError that an op meant; any other error as it is.
+
+    Torch 2.11 passes the core's exception on; 2.15 keeps only its text, "op: ...", in a plain RuntimeError.
+    """
+    return ValueError(str(e)) if type(e) is RuntimeError and hasattr(_ops, str(e).partition(":")[0]) else e
+
+
+def _value_errors(op: _F) -> _F:
+    @functools.wraps(op)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return op(*args, **kwargs)
+        except RuntimeError as e:
+            raise as_value_error(e) from None
+
+    return checked  # type: ignore[return-value]
 
 
 def _touched(*tensors: Tensor) -> None:
@@ -29,6 +51,7 @@ def _touched(*tensors: Tensor) -> None:
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
+@_value_errors
 def group_sumsq(
     w: Tensor,
     structure: str,
@@ -60,6 +83,7 @@ def _(
     return w.new_empty(n_groups(structure, w.shape, conv_groups, block), dtype=torch.float32)
 
 
+@_value_errors
 def topk_keep(scores: Tensor, k: int) -> Tensor:
     """Bool [n], exactly k true: the largest of f32 scores [n], ties to the lower index. NaN or infinite: ValueError."""
     result: Tensor = _ops.topk_keep(scores.detach(), k)
@@ -71,6 +95,7 @@ def _(scores: Tensor, k: int) -> Tensor:
     return scores.new_empty(scores.shape[0], dtype=torch.bool)
 
 
+@_value_errors
 def project_update_(
     w: Tensor,
     z: Tensor,
@@ -111,6 +136,7 @@ def _(
     return w.new_empty(n, dtype=torch.bool), w.new_empty(5, dtype=torch.float64)
 
 
+@_value_errors
 def masked_update_(w: Tensor, z: Tensor, u: Tensor, mask: Tensor) -> Tensor:
     """project_update_ for a mask already known (bool of w's shape), as mixtures need it. Returns the sums, f64 [5]."""
     sums: Tensor = _ops.masked_update_(w.detach(), z, u, mask)
@@ -123,6 +149,7 @@ def _(w: Tensor, z: Tensor, u: Tensor, mask: Tensor) -> Tensor:
     return w.new_empty(5, dtype=torch.float64)
 
 
+@_value_errors
 def add_penalty_grad_(
     grads: Sequence[Tensor], ws: Sequence[Tensor], zs: Sequence[Tensor], us: Sequence[Tensor], rhos: Sequence[float]
 ) -> None:
@@ -153,6 +180,7 @@ _conv2d_packed = _ops.conv2d_packed.default
 _linear_packed = _ops.linear_packed.default
 
 
+@_value_errors
 def conv2d_compact(
     x: Tensor,
     weight: Tensor,
@@ -170,13 +198,14 @@ def conv2d_compact(
     """2-d convolution of x, f32 [batch, channels, height, width] of any strides, with a compacted weight: contiguous.
 
     The weight and its tables are stored as structadmm.nn says; they are checked and packed at every call. f32 only, CPU
-    or CUDA, no autograd. Raises RuntimeError where an argument is not what the op wants.
+    or CUDA, no autograd.
     """
     return _ops.conv2d_compact(
         x, weight, bias, taps, block_filters, block_taps, out_channels, kernel_size, stride, padding, dilation, groups
     )
 
 
+@_value_errors
 def linear_compact(
     x: Tensor,
     weight: Tensor,
@@ -190,6 +219,7 @@ def linear_compact(
     return _ops.linear_compact(x, weight, bias, taps, block_filters, block_taps, out_features)
 
 
+@_value_errors
 def conv2d_pack(
     weight: Tensor,
     bias: Tensor | None,
@@ -204,6 +234,7 @@ def conv2d_pack(
     return _ops.conv2d_pack(weight, bias, taps, block_filters, block_taps, in_channels, kernel_size, groups)
 
 
+@_value_errors
 def linear_pack(
     weight: Tensor, bias: Tensor | None, taps: Tensor, block_filters: Tensor, block_taps: Tensor, in_features: int
 ) -> Tensor:
@@ -211,6 +242,7 @@ def linear_pack(
     return _ops.linear_pack(weight, bias, taps, block_filters, block_taps, in_features)
 
 
+@_value_errors
 def conv2d_packed(
     x: Tensor,
     packed: Tensor,
@@ -229,6 +261,7 @@ def conv2d_packed(
     return _conv2d_packed(x, packed, out_channels, *sizes)
 
 
+@_value_errors
 def linear_packed(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     """linear_compact on what linear_pack made."""
     return _linear_packed(x, packed, out_features)

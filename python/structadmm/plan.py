@@ -41,7 +41,8 @@ from .groups import DEFAULT_BLOCK, STRUCTURES, n_groups
 
 __all__ = ["Constraint", "LayerPlan", "Plan", "ResolvedPlan", "Rule", "Spec"]
 
-_PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PRUNABLE = (*_CONVS, nn.Linear)
 # Layers with a weight matrix that someone might expect to be pruned: named with a reason instead of passed over.
 _UNSUPPORTED = (
     nn.modules.conv._ConvTransposeNd,
@@ -241,6 +242,8 @@ class Plan:
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Plan:
         """A plan from the plain values of a [plan] table. Unknown keys are errors that list the known ones."""
+        if not isinstance(table, Mapping):
+            raise PlanError(f"plan: got {type(table).__name__}, wanted a table with rule and steps")
         _only(table, ("steps", "rule"), "plan")
         rules = table.get("rule", [])
         if not isinstance(rules, Sequence) or isinstance(rules, str) or not all(isinstance(r, Mapping) for r in rules):
@@ -306,11 +309,14 @@ class Plan:
         """
         if self.n_steps > 1:
             return self.at_step(-1).resolve(model, example)
+        if not isinstance(model, nn.Module):
+            raise PlanError(f"Plan.resolve: model got {type(model).__name__}, wanted a torch.nn.Module")
         candidates, kinds = _candidates(model)
         names = dict(model.named_modules())
         macs = None if example is None else _count_macs(model, candidates, example)
-        convs = [n for n, m in candidates.items() if not isinstance(m, nn.Linear)]
-        linears = [n for n, m in candidates.items() if isinstance(m, nn.Linear)]
+        # Whether they can be pruned or not: the layer before a tied classifier is none.
+        convs = [n for n, m in names.items() if isinstance(m, _CONVS)]
+        linears = [n for n, m in names.items() if isinstance(m, nn.Linear)]
         default = {**{n: _FIRST for n in convs[:1]}, **{n: _LAST for n in linears[-1:]}}
         layers: list[LayerPlan] = []
         skipped: dict[str, str] = {}
@@ -417,7 +423,8 @@ def _check_rule(rule: Rule) -> None:
             raise PlanError(f"{where}: structure got {c.structure!r}, wanted one of {', '.join(STRUCTURES)}")
         rates = c.rate if isinstance(c.rate, tuple) else (c.rate,)
         if not rates or not all(_is_number(r) and 0 <= r < 1 for r in rates):
-            raise PlanError(f"{where}: rate got {c.rate!r}, wanted a share of groups to remove in [0, 1)")
+            wanted = "a share of groups to remove in [0, 1), or a tuple of them, one per round"
+            raise PlanError(f"{where}: rate got {c.rate!r}, wanted {wanted}")
         if any(b < a for a, b in pairwise(rates)):
             raise PlanError(f"{where}: rate got {c.rate!r}, wanted rates that do not fall from round to round")
         if not isinstance(c.block, int) or isinstance(c.block, bool) or c.block < 1:

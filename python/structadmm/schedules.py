@@ -14,7 +14,7 @@ from typing import Any
 from .errors import PlanError
 
 
-def _positive(what: str, value: float) -> float:
+def _positive(what: str, value: Any) -> float:
     if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
         raise PlanError(f"{what} got {value!r}, wanted a positive number")
     return float(value)
@@ -53,7 +53,15 @@ class Schedule(ABC):
             raise PlanError(
                 f"{type(self).__name__}.load_state_dict: kind got {state.get('kind')!r}, wanted {type(self).__name__!r}"
             )
-        self.rho, self.iteration, self.restart = float(state["rho"]), int(state["iteration"]), False
+        rho, iteration = (
+            _positive(f"{type(self).__name__}.load_state_dict: rho", state.get("rho")),
+            state.get("iteration"),
+        )
+        if not isinstance(iteration, int):
+            raise PlanError(
+                f"{type(self).__name__}.load_state_dict: iteration got {iteration!r}, wanted a whole number"
+            )
+        self.rho, self.iteration, self.restart = rho, iteration, False
 
 
 class Constant(Schedule):
