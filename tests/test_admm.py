@@ -552,6 +552,33 @@ def test_three_structures_and_a_mask():
     assert on.sum() <= density(cs, w.shape) * w.numel() + 1e-9
 
 
+@pytest.mark.parametrize("structure", ["channel", "column", "block_column"])
+@pytest.mark.parametrize("conv_groups", [1, 2, 3])
+@pytest.mark.parametrize("filters", [True, False])
+def test_density_is_the_most_that_a_mask_can_keep(structure, conv_groups, filters):
+    """Against every choice of groups, with the filters that have most weights in them."""
+    shape = (6, 2, 2)
+    n = n_groups(structure, shape, conv_groups, 4)
+    for keep, rows in itertools.product(range(1, n + 1), range(1, 7) if filters else (6,)):
+        cs = (Constraint(structure, 0.5, 4, keep), *([Constraint("filter", 0.5, keep=rows)] if filters else []))
+        most = round(density(cs, shape, conv_groups) * 24)
+        if math.comb(n, keep) <= 70:
+            masks = (
+                expand_keep(
+                    torch.zeros(n, dtype=torch.bool).index_fill(0, torch.tensor(kept), True),
+                    structure,
+                    shape,
+                    conv_groups,
+                    4,
+                )
+                for kept in itertools.combinations(range(n), keep)
+            )
+            found = max(int(m.flatten(1).sum(1).sort(descending=True).values[:rows].sum()) for m in masks)
+            assert found == most, (keep, rows)
+        got = keeps_mask(mixture_keeps(torch.ones(shape), None, cs, conv_groups), cs, shape, conv_groups)
+        assert int(got.sum()) <= most
+
+
 # Progressive rounds.
 
 

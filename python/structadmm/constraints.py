@@ -6,6 +6,7 @@ columns) hold at the same time. Both are sets of masks, so projecting is choosin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .groups import DEFAULT_BLOCK, expand_keep, n_groups, nonempty
+from .groups import DEFAULT_BLOCK, expand_keep, nonempty
 
 # Alternation stops by itself (see mixture_keeps); the cap only guards against rounding of the group norms.
 _MAX_SWEEPS = 50
@@ -133,14 +134,34 @@ def holds(mask: Tensor, constraints: Sequence[Constraint], conv_groups: int = 1)
 
 
 def density(constraints: Sequence[Constraint], shape: Sequence[int], conv_groups: int = 1) -> float:
-    """Share of the weights that a mask of these constraints keeps.
+    """The largest share of the weights that a mask of these constraints can keep.
 
-    Exact for one structure (up to a shorter last block) and for filters with columns or channels in one conv group,
-    where the shares multiply. Structures along the same axis may nest: the smallest of them is what can be promised.
+    What is kept, for one structure of equal groups, and for filters with columns or channels in one conv group, where
+    the shares multiply. Otherwise the bound is met by masks that keep large blocks rather than the short last one, and
+    the columns of those conv groups or blocks in which the filters are kept: where the largest norms tend to be.
     """
-    shares = {c.structure: c.keep / n_groups(c.structure, shape, conv_groups, c.block) for c in constraints}
-    along = min((d for s, d in shares.items() if s not in ("filter", "element")), default=1.0)
-    return min(shares.get("filter", 1.0) * along, shares.get("element", 1.0))
+    filters, columns = shape[0], math.prod(shape[1:])
+    rows = next((c.keep for c in constraints if c.structure == "filter"), filters)
+    most = rows * columns
+    for c in constraints:
+        if c.structure == "element":
+            most = min(most, c.keep)
+        elif c.structure != "filter":
+            most = min(most, _most(c, rows, shape, conv_groups))
+    return most / (filters * columns)
+
+
+def _most(c: Constraint, rows: int, shape: Sequence[int], conv_groups: int) -> int:
+    """Most weights in c.keep groups and `rows` filters: both fill the same blocks of filters, large ones first."""
+    filters, columns = shape[0] // conv_groups, math.prod(shape[1:])
+    size = c.block if c.structure == "block_column" else filters
+    blocks = [min(size, filters - i) for i in range(0, filters, size)] * conv_groups
+    left = c.keep * (columns // shape[1] if c.structure == "channel" else 1)
+    most = 0
+    for block in sorted(blocks, reverse=True):
+        most += min(rows, block) * min(left, columns)
+        rows, left = rows - min(rows, block), left - min(left, columns)
+    return most
 
 
 def fits(w: Tensor, u: Tensor) -> Tensor:

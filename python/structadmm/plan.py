@@ -106,7 +106,7 @@ class LayerPlan:
 
     @property
     def density(self) -> float:
-        """Share of the weights that may stay (see constraints.density)."""
+        """The largest share of the weights that may stay (see constraints.density)."""
         return density(self.constraints, self.shape, self.conv_groups)
 
     def groups(self, constraint: Constraint) -> int:
@@ -139,7 +139,10 @@ class ResolvedPlan:
         raise KeyError(name)
 
     def totals(self) -> dict[str, float | int | None]:
-        """Weights and multiply-adds (per example; None if not counted) before and after, of all convs and linears."""
+        """Weights and multiply-adds (per example; None if not counted) before and after, of all convs and linears.
+
+        What is kept is an upper bound where LayerPlan.density is one.
+        """
         weights = self.other_weights + sum(la.weights for la in self.layers)
         kept = self.other_weights + round(sum(la.weights * la.density for la in self.layers))
         out: dict[str, float | int | None] = {
