@@ -38,6 +38,12 @@ def make():
 def wrong():
     return 3
 
+def other():
+    return nn.Linear(4, 4)
+
+def half():
+    return Net().bfloat16()
+
 def fails():
     raise RuntimeError("no luck\\ntoday")
 """
@@ -138,13 +144,30 @@ def test_errors_are_one_line(folder, tmp_path):
     assert "can be imported" in error("compact", "no.such.module:make", *base)
     assert "can be imported" in error("compact", f"{folder}/other.py:make", *base)
     assert "wanted sizes like" in error("compact", f"{nets}:make", "--example", "1x3xa", "--out", out)
-    assert "--weights" in error("compact", f"{nets}:make", *base, "--weights", folder / "nets.py")
+    text = error("compact", f"{nets}:make", *base, "--weights", folder / "nets.py")
+    assert text.endswith(
+        "nets.py: got a file that is no pickle of tensors alone, wanted a state_dict or a safetensors file"
+    )
+    text = error("compact", f"{nets}:make", "--example", "1x3x8x8", "--out", tmp_path / "none" / "x")
+    assert "--out: got" in text and "a folder that exists" in text
     assert "got no file" in error("compact", f"{nets}:make", *base, "--weights", folder / "none.pt")
     torch.save({"a.weight": torch.zeros(8, 3, 3, 3), "z": torch.zeros(1)}, folder / "other.pt")
     text = error("compact", f"{nets}:make", *base, "--weights", folder / "other.pt")
     assert "no a.bias" in text and "and 4 more" in text
     assert not list(tmp_path.iterdir())
     assert call("bench", folder / "dense.safetensors", "--batch", 0, status=2)
+    assert call("bench", folder / "dense.safetensors", "--threads", 10**6, status=2)
+    dense = ["bench", folder / "dense.safetensors", "--dense", f"{nets}:other"]
+    assert "other got RuntimeError" in error(*dense) and error(*dense).endswith(
+        "wanted a network that takes [1, 3, 8, 8]"
+    )
+    assert "bench: " in error(*dense, "--batch", 10**8) and "wanted at most 2^30" in error(*dense, "--batch", 10**8)
+
+
+def test_a_bfloat16_network(folder, tmp_path):
+    out = tmp_path / "half.safetensors"
+    call("compact", f"{folder}/nets.py:half", "--example", "1x3x8x8", "--out", out)
+    assert json.loads(call("inspect", out, "--json"))["inputs"] == [{"shape": [None, 3, 8, 8], "dtype": "bfloat16"}]
 
 
 def test_wrong_shapes_are_told(folder, tmp_path):
@@ -152,7 +175,8 @@ def test_wrong_shapes_are_told(folder, tmp_path):
     state["a.weight"] = torch.zeros(8, 3, 5, 5)
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "w.pt")
     arguments = ["--weights", tmp_path / "w.pt", "--example", "1x3x8x8", "--out", tmp_path / "o.safetensors"]
-    assert "a.weight" in error("compact", f"{folder}/nets.py:make", *arguments)
+    text = error("compact", f"{folder}/nets.py:make", *arguments)
+    assert "a.weight [8, 3, 5, 5] in place of [8, 3, 3, 3]" in text and not (tmp_path / "o.safetensors").exists()
 
 
 def test_columns_reach_the_kernel(folder, tmp_path):

@@ -29,6 +29,14 @@ def test_an_exception_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="wanted one that exists.*nowhere'$"):
+        atomic_write_text(tmp_path / "nowhere" / "a.txt", "")
+    with pytest.raises(IsADirectoryError, match=f"wanted the name of a file: '{tmp_path}'$"):
+        atomic_write_text(tmp_path, "")
+    assert not os.listdir(tmp_path)
+
+
 def test_a_new_file_has_the_ordinary_mode(tmp_path):
     with open(tmp_path / "plain", "wb"):
         pass

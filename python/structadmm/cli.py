@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import os
+import pickle
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -153,7 +154,14 @@ def _make_model(spec: str, what: str) -> nn.Module:
     return model
 
 
-def _example(shapes: list[str]) -> tuple[Tensor, ...]:
+def _dtype(network: nn.Module) -> torch.dtype:
+    """Of its first floating parameter."""
+    import torch
+
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _example(shapes: list[str], dtype: torch.dtype) -> tuple[Tensor, ...]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +170,7 @@ def _example(shapes: list[str]) -> tuple[Tensor, ...]:
         sizes = text.lower().split("x")
         if not all(s.isdecimal() and int(s) > 0 for s in sizes):
             raise CommandError(f"--example: got {text}, wanted sizes like 1x3x32x32, the batch first")
-        tensors.append(torch.randn([int(s) for s in sizes], generator=generator))
+        tensors.append(torch.randn([int(s) for s in sizes], generator=generator).to(dtype))
     return tuple(tensors)
 
 
@@ -180,7 +188,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except FileNotFoundError:
         raise CommandError(f"--weights: {path}: got no file, wanted a state_dict or a safetensors file") from None
     except Exception as e:
-        why = (str(e).splitlines() or [""])[0]
+        # Torch's own text says how to unpickle the file all the same: no advice for a file that is not trusted.
+        pickled = isinstance(e, pickle.UnpicklingError)
+        why = "a file that is no pickle of tensors alone" if pickled else (str(e).splitlines() or [""])[0]
         raise CommandError(f"--weights: {path}: got {why}, wanted a state_dict or a safetensors file") from e
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -189,14 +199,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise CommandError(f"--weights: {path}: got {type(state).__name__}, wanted a dictionary of tensors")
     if state and all(k.startswith("module.") for k in state):  # saved from DataParallel
         state = {k.removeprefix("module."): v for k, v in state.items()}
-    missing, unexpected = model.load_state_dict(
-        {k: v for k, v in state.items() if v.shape == getattr(model.state_dict().get(k), "shape", v.shape)},
-        strict=False,
-    )
-    wrong = [f"no {k}" for k in missing] + [f"{k}, which the model lacks" for k in unexpected]
+    own = model.state_dict()
+    both = [(k, list(state[k].shape), list(v.shape)) for k, v in own.items() if k in state]
+    wrong = [f"{k} {got} in place of {wanted}" for k, got, wanted in both if got != wanted]
+    wrong += [f"no {k}" for k in own if k not in state] + [f"{k}, which the model lacks" for k in state if k not in own]
     if wrong:
         shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise CommandError(f"--weights: {path}: got {shown}, wanted the tensors and shapes of {type(model).__name__}")
+    model.load_state_dict(state)
 
 
 # Commands.
@@ -218,7 +228,7 @@ def run(
         typer.Option("--out", help="Folder of the run: checkpoint, networks, result, report. [default: runs/...]"),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads; without it, torch's own choice.")
+        int | None, typer.Option("--threads", min=1, max=1024, help="Threads; without it, torch's own choice.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in that folder.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Start over, whatever the folder holds.")] = False,
@@ -310,8 +320,9 @@ def describe(file: Path) -> dict[str, Any]:
 
     network = load(file)
     about = network.meta["structadmm"]
-    original = rebuild(about["original"]) if about["original"] is not None else None
-    example = _inputs(file, network, 1)
+    dtype = _dtype(network)
+    original = rebuild(about["original"]).to(dtype) if about["original"] is not None else None
+    example = _inputs("inspect", file, network, 1)
     rows = layer_table(network, example, original)
     dense_rows = layer_table(original, example) if original is not None else []
     weights, dense = (
@@ -323,7 +334,7 @@ def describe(file: Path) -> dict[str, Any]:
         "file_bytes": file.stat().st_size,
         "producer": about["producer"],
         "name": type(network).__name__,
-        "dtype": str(next((p.dtype for p in network.parameters()), "none")).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "inputs": [{"shape": list(s), "dtype": str(d).removeprefix("torch.")} for s, d in about["inputs"]],
         "layers": [r.to_dict() for r in rows],
         "total": {
@@ -338,21 +349,21 @@ def describe(file: Path) -> dict[str, Any]:
     }
 
 
-def _inputs(file: Path, network: fx.GraphModule, batch: int) -> tuple[Tensor, ...]:
+def _inputs(command: str, file: Path, network: fx.GraphModule, batch: int) -> tuple[Tensor, ...]:
     """Random inputs of the shapes that the artefact notes. Raises ArtefactError."""
     import torch
 
     inputs = network.meta["structadmm"]["inputs"]
     if inputs is None:
         raise ArtefactError(
-            f"inspect: {file}: inputs got none, wanted the input shapes: save(..., example=x) notes them"
+            f"{command}: {file}: inputs got none, wanted the input shapes: save(..., example=x) notes them"
         )
     generator = torch.Generator().manual_seed(0)
     made = []
     for shape, dtype in inputs:
         sizes = [batch, *shape[1:]]
         if (count := functools.reduce(lambda a, b: a * b, sizes, 1)) > 2**30:
-            raise ArtefactError(f"inspect: {file}: input got {count} values, wanted at most 2^30")
+            raise ArtefactError(f"{command}: {file}: input got {count} values, wanted at most 2^30")
         made.append(
             torch.randn(sizes, generator=generator).to(dtype)
             if dtype.is_floating_point
@@ -374,7 +385,7 @@ def compact(
     ],
     example: Annotated[
         list[str],
-        typer.Option("--example", help="Shape of an input, batch first, like 1x3x32x32; once for each input."),
+        typer.Option("--example", help="Shape of a floating input, batch first, like 1x3x32x32; once for each input."),
     ],
     out: Annotated[Path, typer.Option("--out", help="The artefact to write.")],
     weights: Annotated[
@@ -397,8 +408,10 @@ def compact(
     from .compact import compact as compact_network
     from .paths import remove_unused_paths
 
-    inputs = _example(example)
+    if not out.parent.is_dir():
+        raise CommandError(f"--out: got {out}, wanted a file in a folder that exists")
     network = _make_model(model, "MODEL").eval()
+    inputs = _example(example, _dtype(network))
     if weights is not None:
         load_weights(network, weights)
     with _status("Removing unused paths"):
@@ -421,7 +434,7 @@ def bench(
         list[int] | None, typer.Option("--batch", min=1, help="Batch size, once for each.", show_default="1 and 64")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads; without it, torch's own choice.")
+        int | None, typer.Option("--threads", min=1, max=1024, help="Threads; without it, torch's own choice.")
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=2, help="Rounds in which all forms take turns.")] = 15,
     min_time: Annotated[float, typer.Option("--min-time", min=0.0, help="Least seconds of one measurement.")] = 0.05,
@@ -468,7 +481,7 @@ def measure(
         original = rebuild(structure)
     else:
         raise ArtefactError(f"bench: {file}: original got none, wanted the dense structure, or --dense module:function")
-    dtype = next((p.dtype for p in network.parameters()), torch.float32)
+    dtype = _dtype(network)
     original = original.to(dtype)
 
     before = torch.get_num_threads()
@@ -477,7 +490,9 @@ def measure(
     rows = []
     try:
         for batch in batches:
-            x = _inputs(file, network, batch)
+            x = _inputs("bench", file, network, batch)
+            if dense is not None:
+                _check_runs(original, x, dense)
             forms = {
                 (side, form): _form(module, x, layout)
                 for side, module in (("dense", original), ("compacted", network))
@@ -510,6 +525,17 @@ def measure(
         "dtype": str(dtype).removeprefix("torch."),
         "batches": rows,
     }
+
+
+def _check_runs(module: nn.Module, x: tuple[Tensor, ...], spec: str) -> None:
+    import torch
+
+    try:
+        with torch.inference_mode():
+            module(*x)
+    except Exception as e:
+        shapes = ", ".join(str(list(t.shape)) for t in x)
+        raise CommandError(f"--dense: {spec} got {type(e).__name__}: {e}; wanted a network that takes {shapes}") from e
 
 
 def _form(module: nn.Module, x: tuple[Tensor, ...], layout: torch.memory_format) -> Callable[[], object]:

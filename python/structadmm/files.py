@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     SIGKILL can leave a `.NAME.*.tmp` behind.
     """
     target = Path(path)
+    # Here, because the errors of mkstemp and os.replace name a file that nobody knows.
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "got a folder, wanted the name of a file", str(target))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "got no folder to write in, wanted one that exists", str(target.parent))
     fd, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     try:
         with os.fdopen(fd, "wb") as f:

@@ -359,7 +359,8 @@ class CompactConv2d(_Compact):
                 except RuntimeError as e:
                     raise ops.as_value_error(e) from None
         if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"conv2d_compact: x {_had(x, 4, 1, 'channels')}, wanted {self.in_channels}")
+            wanted = self.in_channels if x.dim() == 4 else "4: batch, channels, height, width"
+            raise ValueError(f"conv2d_compact: x {_had(x, 4, 1, 'channels')}, wanted {wanted}")
         run = ops.conv2d_compact if self._by_kernel(x) else reference.conv2d_compact
         return run(
             x,
