@@ -193,13 +193,21 @@ def test_it_is_written_whole(result: dict[str, Any], tmp_path: Path) -> None:
 def test_the_terminal_table(result: dict[str, Any]) -> None:
     other = copy.deepcopy(result)
     other["seed"] = 1
-    other["conv_weights_ratio"] = 25.0
+    other["conv_weights_ratio"], other["accuracy_lost"] = 25.0, -0.0005
     console = Console(width=140, color_system=None)
     with console.capture() as out:
         runs = [result, other]
         console.print(progress.result_table({"runs": runs, "summary": pipeline.summarise(runs)}))
     text = out.get()
-    for part in ("mean of seeds 0, 1", "98.76%", "-0.25 points", "21.2 to 25.0", "latency, batch 64", "0.80x as fast"):
+    for part in (
+        "mean of seeds 0, 1",
+        "98.76%",
+        "-0.10 points",
+        "-0.25 to +0.05",
+        "21.2 to 25.0",
+        "latency, batch 64",
+        "0.80x as fast",
+    ):
         assert part in text, part
 
 

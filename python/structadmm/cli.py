@@ -258,6 +258,7 @@ def run(
     console = _stdout()
     console.print(result_table(result))
     print(f"report: {result['report']}")
+    print(f"result, networks: {Path(result['report']).parent}")
 
 
 @app.command()

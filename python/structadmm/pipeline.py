@@ -510,6 +510,7 @@ def run_recipe(
     for seed in seeds:
         here = base if out is not None and len(seeds) == 1 else base / f"{chosen.name}-seed{seed}"
         run = Run(chosen, here, seed, resume, restart, threads, watcher or Watcher())
+        run.watcher.note(f"{chosen.name}, seed {seed}, in {here}")
         results.append(run.execute())
         page = here / "report.html"
         write_report([results[-1]], page)

@@ -34,7 +34,7 @@ class Bars(Watcher):
         self._name, self._last, self._since = "", "", time.perf_counter()
 
     def start(self, total_epochs: int, done: int) -> None:
-        self._since = time.perf_counter()
+        self._name, self._since = "", time.perf_counter()
         if not self._live:
             return
         self._progress = Progress(
@@ -53,11 +53,10 @@ class Bars(Watcher):
     def stage(self, name: str, epochs: int, done: int) -> None:
         self._close_stage()
         self._name, self._last = name, ""
-        if self._progress:
-            if epochs:
-                self._progress.reset(self._stage, description=name, total=epochs, completed=done, accuracy="")
-            else:
-                self._progress.update(self._stage, visible=False)
+        if name == "finish":
+            self.end()  # the bars' thread would disturb the timing
+        elif self._progress:
+            self._progress.reset(self._stage, description=name, total=epochs, completed=done, accuracy="")
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         self._last = f"{row['val_accuracy']:.2%}"
@@ -70,6 +69,7 @@ class Bars(Watcher):
 
     def end(self) -> None:
         if self._progress:
+            self._progress.remove_task(self._stage)
             self._progress.stop()
             self._progress = None
 
@@ -94,8 +94,8 @@ def result_table(result: Mapping[str, Any]) -> Table:
         return float(sum(r[which][key] for r in runs) / len(runs))
 
     def spread(key: str, form: str, scale: float = 1.0) -> list[str]:
-        s = summary[key]
-        return [f"{s['min'] * scale:{form}} to {s['max'] * scale:{form}}"] if several else []
+        low, high = sorted(summary[key][end] * scale for end in ("min", "max"))
+        return [f"{low:{form}} to {high:{form}}"] if several else []
 
     lost = summary["accuracy_lost"]["mean"] * 100
     table.add_row(
