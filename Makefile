@@ -42,7 +42,8 @@ $(BIN)/.installed: $(BIN)/.torch $(SOURCES)
 setup: $(BIN)/.installed
 
 demo: setup
-	@$(BIN)/structadmm run digits $(DEMO_ARGS)
+	@$(BIN)/structadmm run digits $(DEMO_ARGS) || \
+	  { echo 'an interrupted demo goes on with: make demo DEMO_ARGS="--seed 0 --resume"'; exit 1; }
 
 test: setup
 	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
