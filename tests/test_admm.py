@@ -786,6 +786,9 @@ def test_other_bad_input():
         ADMM(net(torch.float64), three())
     with pytest.raises(PlanError, match="weight of layer '0' got device meta, wanted cpu or cuda"):
         ADMM(net().to("meta"), three())
+    for state_of in (ADMM.rho, ADMM.z, ADMM.u):
+        with pytest.raises(PlanError, match="layer got '1', wanted one of 0, 2, 4"):
+            state_of(ADMM(net(), three()), "1")
     with pytest.raises(PlanError, match="plan got str, wanted a Plan"):
         ADMM(net(), "column")
     model = net()

@@ -257,6 +257,7 @@ def test_layer_table_tells_structures():
 def test_layer_table_counts_calls_and_keeps_the_mode():
     layer = nn.Linear(4, 4, bias=False)
     network = nn.Sequential(layer, nn.ReLU(), layer, nn.Conv1d(5, 6, 2, groups=1)).train()
+    network[1].eval()
     rows = layers.layer_table(network, torch.zeros(3, 5, 4))
-    assert network.training and [r.name for r in rows] == ["0", "3"]
+    assert [m.training for m in network] == [True, False, True, True] and [r.name for r in rows] == ["0", "3"]
     assert rows[0].macs == 2 * 5 * 16 and rows[1].macs == 6 * 5 * 2 * 3 and rows[1].dense_weights == 60

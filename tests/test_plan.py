@@ -232,6 +232,15 @@ def test_a_tied_classifier_is_still_the_classifier():
     assert [la.name for la in got] == ["1", "2"] and "shares its weight with '0'" in got.skipped["3"]
 
 
+def test_an_example_that_the_model_does_not_take_leaves_it_as_it_was():
+    model = Small().train()
+    model.body[0].eval()  # as with frozen statistics
+    with pytest.raises(PlanError, match="example got RuntimeError: .*; wanted one that Small takes"):
+        plan(column()).resolve(model, torch.randn(1, 4, 10, 10))
+    assert model.training and not model.body[0].training
+    assert not any(m._forward_hooks for m in model.modules())
+
+
 def test_what_is_no_model():
     with pytest.raises(PlanError, match="model got str, wanted a torch.nn.Module"):
         plan(column()).resolve("resnet18")

@@ -249,15 +249,20 @@ class ADMM:
 
     def rho(self, name: str) -> float:
         """The present rho of a layer."""
-        return self._layers[name].scale * self.schedule.rho
+        return self._layer(name).scale * self.schedule.rho
 
     def z(self, name: str) -> Tensor:
         """Z of a layer: f32, the live state, to be read only."""
-        return self._layers[name].z
+        return self._layer(name).z
 
     def u(self, name: str) -> Tensor:
         """U of a layer: f32, the live state, to be read only."""
-        return self._layers[name].u
+        return self._layer(name).u
+
+    def _layer(self, name: str) -> _Layer:
+        if name not in self._layers:
+            raise PlanError(f"ADMM: layer got {name!r}, wanted one of {', '.join(self._layers)}")
+        return self._layers[name]
 
     # The named updates, in the paper's order.
 

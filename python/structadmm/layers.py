@@ -55,29 +55,31 @@ def _shape(module: Any) -> tuple[int, ...]:
 
 
 def layer_table(
-    network: nn.Module, example: Tensor | Sequence[Tensor], original: nn.Module | None = None
+    network: nn.Module, example: Tensor | Sequence[Any], original: nn.Module | None = None
 ) -> list[LayerRow]:
     """One row for each convolution and linear layer that runs, in the order of their first call.
 
-    example: a tensor or a tuple of tensors, batch first; it is run once in eval mode to see the layers' output sizes.
+    example: a tensor or a tuple, batch first; it is run once in eval mode to see the layers' output sizes.
     original: the dense network, in which layers have the same names.
     """
     example = (example,) if isinstance(example, Tensor) else tuple(example)
+    batch = max(1, next((a.shape[0] for a in example if isinstance(a, Tensor) and a.dim()), 1))
     positions: dict[nn.Module, int] = {}
 
     def note(module: nn.Module, _: Any, y: Tensor) -> None:
         # Every output value of one filter is a place where each of the layer's weights is used once.
         filters = _shape(module)[0]
-        positions[module] = positions.get(module, 0) + y.numel() // (filters * example[0].shape[0])
+        positions[module] = positions.get(module, 0) + y.numel() // (filters * batch)
 
     names = {module: name for name, module in network.named_modules() if is_weighted(module)}
     handles = [module.register_forward_hook(note) for module in names]
-    training = network.training
+    modes = {module: module.training for module in network.modules()}
     try:
         with torch.no_grad():
             network.eval()(*example)
     finally:
-        network.train(training)
+        for module, mode in modes.items():
+            module.training = mode
         for handle in handles:
             handle.remove()
     dense = {n: _shape(m) for n, m in original.named_modules() if is_weighted(m)} if original is not None else {}

@@ -32,12 +32,12 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .constraints import Constraint, density
 from .errors import PlanError
 from .groups import DEFAULT_BLOCK, STRUCTURES, n_groups
+from .layers import layer_table
 
 __all__ = ["Constraint", "LayerPlan", "Plan", "ResolvedPlan", "Rule", "Spec"]
 
@@ -494,26 +494,11 @@ def _unused(rule: Rule, former: Sequence[Rule], modules: Mapping[str, nn.Module]
 
 def _count_macs(model: nn.Module, layers: Mapping[str, Any], example: Tensor | tuple[Any, ...]) -> dict[str, int]:
     """Dense multiply-adds per example of each layer, over all its calls in one forward pass in eval mode."""
-    args = example if isinstance(example, tuple) else (example,)
-    batch = next((a.shape[0] for a in args if isinstance(a, Tensor) and a.dim()), 1)
-    macs = dict.fromkeys(layers, 0)
-
-    def counter(name: str) -> Any:
-        def hook(module: Any, _: Any, out: Tensor) -> None:
-            # Every output value of a layer with F filters takes one filter's worth of multiply-adds.
-            macs[name] += out.numel() * module.weight[0].numel() // max(batch, 1)
-
-        return hook
-
-    modes = {m: m.training for m in model.modules()}
-    handles = [module.register_forward_hook(counter(name)) for name, module in layers.items()]
     try:
-        model.eval()
-        with torch.no_grad():
-            model(*args)
-    finally:
-        for h in handles:
-            h.remove()
-        for m, mode in modes.items():
-            m.training = mode
-    return macs
+        rows = layer_table(model, example)
+    except Exception as e:
+        raise PlanError(
+            f"Plan.resolve: example got {type(e).__name__}: {e}; wanted one that {type(model).__name__} takes"
+        ) from e
+    counted = {row.name: row.macs for row in rows}
+    return {name: counted.get(name, 0) for name in layers}
