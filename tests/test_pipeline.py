@@ -282,6 +282,20 @@ def test_ones_own_model_and_loaders(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
 
 
+def test_a_run_from_trained_weights(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, before = finished
+    start = {"epochs": 0, "weights": str(folder / "dense.safetensors")}
+    quick = {"epochs": 1}
+    state = torch.get_rng_state()
+    result = Run(tiny(train=start, admm=quick, retrain=quick), tmp_path / "out").execute()
+    assert torch.equal(torch.get_rng_state(), state), "a run leaves torch's generator as it was"
+    for key in ("test_accuracy", "conv_weights"):
+        assert result["dense"][key] == before["dense"][key]
+    with pytest.raises(RecipeError, match="train.weights"):
+        Run(tiny(train={"weights": "absent.pt"}), tmp_path / "other").execute()
+    assert not (tmp_path / "other").exists(), "nothing half-made"
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     recipe = tiny(train={"optimizer": "sgd", "lr": 1e30, "epochs": 2})
     with pytest.raises(Error, match="wanted a finite number: lower train.lr|not finite|NaN"):

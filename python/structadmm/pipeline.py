@@ -392,7 +392,7 @@ class Watcher:
 class Run:
     """One seed of a recipe, with its output folder.
 
-    `execute()` returns the result as plain values (see `_result`), which is also written to folder/result.json beside
+    `execute()` returns the result as plain values (those of `_Job._finish`), which is also written to folder/result.json beside
     model.safetensors (the pruned network), dense.safetensors (the dense weights) and checkpoint.pt. Raises Interrupted
     on Ctrl-C; RecipeError when the folder holds an unfinished run and resume is False, or a run of another recipe and
     resume is True. checkpoint_every: seconds between two checkpoints at epoch ends; stage ends always have one.
@@ -410,7 +410,8 @@ class Run:
     def execute(self) -> dict[str, Any]:
         before = torch.get_num_threads()
         try:
-            return self._execute()
+            with torch.random.fork_rng(devices=[]):
+                return self._execute()
         except KeyboardInterrupt:
             raise Interrupted(
                 f"run: interrupted; {self.folder} holds a checkpoint, go on with --resume"
@@ -434,6 +435,8 @@ class Run:
         if state is not None and state["finished"]:
             return dict(json.loads(self._result_path.read_text(encoding="utf-8")))
         threads = self.threads or (state["threads"] if state else self.recipe.threads) or torch.get_num_threads()
+        if state is not None and threads != state["threads"]:
+            self.watcher.note(f"threads {threads}, formerly {state['threads']}: sums may differ in their last bits")
         torch.set_num_threads(threads)
         r = self.recipe
         torch.manual_seed(self.seed)
@@ -441,14 +444,14 @@ class Run:
         dataset = data_module.load(seed=self.seed, **dataclasses.asdict(d))
         model = models.build(r.model.name, r.model.args)
         plan = r.plan.resolve(model, dataset.example)
+        if state is None and r.train.weights:
+            load_weights(model, r.train.weights)
+            self.watcher.note(f"weights from {r.train.weights}")
         self.folder.mkdir(parents=True, exist_ok=True)
         job = _Job(self, dataset, model, threads)
         job.plan_text = str(plan)
         if state is None:
             self._result_path.unlink(missing_ok=True)
-            if r.train.weights:
-                load_weights(model, r.train.weights)
-                self.watcher.note(f"weights from {r.train.weights}")
             job.checkpoint()
         else:
             job.load(state)
