@@ -392,7 +392,7 @@ class Watcher:
 class Run:
     """One seed of a recipe, with its output folder.
 
-    `execute()` returns the result as plain values (those of `_Job._finish`), which is also written to folder/result.json beside
+    `execute()` returns the result as plain values, which are also written to folder/result.json beside
     model.safetensors (the pruned network), dense.safetensors (the dense weights) and checkpoint.pt. Raises Interrupted
     on Ctrl-C; RecipeError when the folder holds an unfinished run and resume is False, or a run of another recipe and
     resume is True. checkpoint_every: seconds between two checkpoints at epoch ends; stage ends always have one.
