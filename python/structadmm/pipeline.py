@@ -448,6 +448,7 @@ class Run:
             load_weights(model, r.train.weights)
             self.watcher.note(f"weights from {r.train.weights}")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.watcher.note(f"{r.name}, seed {self.seed}, in {self.folder}")
         job = _Job(self, dataset, model, threads)
         job.plan_text = str(plan)
         if state is None:
@@ -513,7 +514,6 @@ def run_recipe(
     for seed in seeds:
         here = base if out is not None and len(seeds) == 1 else base / f"{chosen.name}-seed{seed}"
         run = Run(chosen, here, seed, resume, restart, threads, watcher or Watcher())
-        run.watcher.note(f"{chosen.name}, seed {seed}, in {here}")
         results.append(run.execute())
         page = here / "report.html"
         write_report([results[-1]], page)
