@@ -94,7 +94,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
         return float(sum(r[which][key] for r in runs) / len(runs))
 
     def spread(key: str, form: str, scale: float = 1.0) -> list[str]:
-        low, high = sorted(summary[key][end] * scale for end in ("min", "max"))
+        low, high = sorted(summary[key][end] * scale + 0.0 for end in ("min", "max"))  # + 0.0: no "-0.00"
         return [f"{low:{form}} to {high:{form}}"] if several else []
 
     lost = summary["accuracy_lost"]["mean"] * 100
