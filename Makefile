@@ -55,8 +55,11 @@ lint: setup
 	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc' | xargs $(BIN)/clang-format --dry-run --Werror
 
 bench: setup
-	@for f in bench/project_update.py bench/admm_cost.py bench/conv_compact.py; do \
-	  echo "structadmm: $$f"; $(BIN)/python $$f --json bench/results/$$(basename $$f .py).json || exit 1; done
+	$(BIN)/python bench/main_job.py --seeds 0,1,2 --json bench/results/main_job.json
+	$(BIN)/python bench/project_update.py --json bench/results/project_update.json
+	$(BIN)/python bench/admm_cost.py --json bench/results/admm_cost.json
+	$(BIN)/python bench/conv_compact.py --targets --threads 1 --json bench/results/conv_compact.json
+	$(BIN)/python bench/render.py
 
 gpu:
 	@bench/gpu
