@@ -268,3 +268,9 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         data.load("digits", val=1.5)
     with pytest.raises(DataError, match="size got 5000"):
         data.load("digits", batch=5000)
+
+
+def test_another_split_holds_other_images() -> None:
+    first, same, other = (data.load("digits", split=s).test for s in (1, 1, 2))
+    assert torch.equal(first.x, same.x)
+    assert len(first.x) == len(other.x) and not torch.equal(first.x, other.x)

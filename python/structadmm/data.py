@@ -27,7 +27,7 @@ from torch import Tensor
 from .errors import Error
 
 SPLIT_SEED = 20220811
-"""Seed of every train/validation/test split: fixed, so runs with different seeds are judged on the same images."""
+"""Seed of the splits: fixed unless a recipe says otherwise, so runs with different seeds see the same images."""
 
 
 class DataError(Error, ValueError):
@@ -143,12 +143,14 @@ def load(
     flip: bool = False,
     rotate: float = 0.0,
     zoom: float = 0.0,
+    split: int = SPLIT_SEED,
     seed: int = 0,
     args: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Load a set by name: "digits", "mnist", "fashion-mnist", "cifar10", or "module:function" for one's own.
 
     folder: where the original files lie (not for digits). val: share of the training images held back for choosing.
+    split: seed of the validation split, and of the test split of digits; the other sets bring their test images.
     args: passed to one's own function, which returns a Dataset, or (train, val, test), each a pair of tensors (x uint8
     or float [N, C, H, W], y int64 [N]) or an iterable of batches. Raises DataError naming the file and what was wanted.
     """
@@ -158,8 +160,10 @@ def load(
         raise DataError(
             f"data.args: got {sorted(args)} for the set {name!r}, wanted none: only a module:function takes arguments"
         )
-    if name not in _SETS:
-        raise DataError(f"data.name: got {name!r}, wanted one of {', '.join(_SETS)} or module:function")
+    if name != "digits" and name not in _FROM_FOLDER:
+        raise DataError(
+            f"data.name: got {name!r}, wanted one of {', '.join(['digits', *_FROM_FOLDER])} or module:function"
+        )
     if not 0 < val < 1:
         raise DataError(f"data.val: got {val}, wanted a share between 0 and 1")
     if name != "digits":
@@ -167,8 +171,8 @@ def load(
             raise DataError(f"data.folder: {name} is read from its original files: give their folder (--data FOLDER)")
         if not Path(folder).is_dir():
             raise DataError(f"data.folder: got {str(folder)!r}, wanted an existing folder")
-    x, y, x_test, y_test = _SETS[name](Path(folder or ""))
-    rest, held = _stratified(y, val, SPLIT_SEED)
+    x, y, x_test, y_test = _digits(split) if name == "digits" else _FROM_FOLDER[name](Path(folder or ""))
+    rest, held = _stratified(y, val, split)
     mean = x[rest].float().mean((0, 2, 3))
     std = x[rest].float().std((0, 2, 3)) if x.shape[1] > 1 else x[rest].float().std().view(1)
     augmentation: dict[str, Any] = {"shift": shift, "flip": flip, "rotate": rotate, "zoom": zoom}
@@ -194,7 +198,7 @@ def _stratified(y: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     return rest.nonzero().flatten(), index
 
 
-def _digits(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _digits(split: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """1797 grey images 8x8, values 0..16 (UCI optical digits, test part); 40 % of each class is the test set."""
     try:
         from sklearn.datasets import load_digits
@@ -203,7 +207,7 @@ def _digits(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bunch = load_digits()
     x = torch.from_numpy(bunch.images.astype(np.uint8)).unsqueeze(1)
     y = torch.from_numpy(bunch.target.astype(np.int64))
-    rest, test = _stratified(y, 0.4, SPLIT_SEED)
+    rest, test = _stratified(y, 0.4, split)
     return x[rest], y[rest], x[test], y[test]
 
 
@@ -319,8 +323,7 @@ def _cifar10(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-_SETS: dict[str, Callable[[Path], tuple[Tensor, Tensor, Tensor, Tensor]]] = {
-    "digits": _digits,
+_FROM_FOLDER: dict[str, Callable[[Path], tuple[Tensor, Tensor, Tensor, Tensor]]] = {
     "mnist": _mnist,
     "fashion-mnist": _mnist,
     "cifar10": _cifar10,

@@ -70,6 +70,7 @@ class DataTable:
     flip: bool = False
     rotate: float = 0.0
     zoom: float = 0.0
+    split: int = data_module.SPLIT_SEED
     args: dict[str, Any] = field(default_factory=dict)
 
 
