@@ -56,6 +56,8 @@ lint: setup
 
 bench: setup
 	$(BIN)/python bench/main_job.py --seeds 0,1,2 --json bench/results/main_job.json
+	$(BIN)/python bench/main_job.py --split 1 --seeds 0,1,2 --json bench/results/main_job_split1.json
+	$(BIN)/python bench/main_job.py --split 2 --seeds 0,1,2 --json bench/results/main_job_split2.json
 	$(BIN)/python bench/project_update.py --json bench/results/project_update.json
 	$(BIN)/python bench/admm_cost.py --json bench/results/admm_cost.json
 	$(BIN)/python bench/conv_compact.py --targets --threads 1 --json bench/results/conv_compact.json
