@@ -166,3 +166,10 @@ def test_graph_modules_trace_again() -> None:
     model = fx.symbolic_trace(ResNet("A").eval())
     x = torch.randn(2, 3, 12, 12)
     assert torch.equal(trace(model, x).module(x), model(x))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "compile"])
+def test_a_wrapper_is_named_with_the_way_inside(wrap):
+    inside = nn.Sequential(nn.Conv2d(1, 2, 3))
+    with pytest.raises(TraceError, match="wanted the module inside it: .(_orig_mod|module)$"):
+        trace(wrap(inside), torch.zeros(1, 1, 5, 5))

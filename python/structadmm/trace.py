@@ -394,6 +394,10 @@ def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trac
     Raises TraceError: the example does not fit the model's dtype or device; forward cannot be traced (the message names
     the module and the source line); forward fails on the example.
     """
+    for attribute in ("_orig_mod", "module"):
+        inner = getattr(model, attribute, None)
+        if type(model).__module__.startswith("torch.") and isinstance(inner, nn.Module):
+            raise TraceError(f"{who}: model got a {type(model).__name__}, wanted the module inside it: .{attribute}")
     inputs = as_inputs(model, example, who)
     defaults = _defaults(model, len(inputs), who)
     notes = [f"{name}: its hooks are not part of the traced network" for name in hooked(model)]
