@@ -1,0 +1,57 @@
+// A convolution inside a segment: a specification, packed once for a family of kernels, planned for every shape.
+//
+//   y[n, f, oy, ox] = epilogue(bias[f] + sum over taps (c, ky, kx) of f: w[f, tap] * x[n, c, iy, ix])
+//   iy = oy * stride[0] + ky * dilation[0] - padding[0], ix likewise
+//
+// The weight is canonical, f32, in blocks of filters that share their taps (ops/tap_table.h has the format); a dense weight
+// is one block per conv group with every tap. Families differ in how they run it, never in what they compute:
+//
+//   taps_f32    tap lists per block of filters, f32
+//   taps_bf16   the same in bf16 with f32 accumulation; x and y are bf16 planes
+//   depthwise   one input channel per conv group, f32 or bf16
+//   nonzeros    single weights, for non-structured sparsity, f32
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/isa.h"
+#include "ops/epilogue.h"
+#include "ops/planes.h"
+#include "ops/step.h"
+
+namespace structadmm {
+
+struct ConvSpec {
+  int64_t in_channels = 0, out_channels = 0, groups = 1;
+  int64_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
+  std::vector<float> weight, bias;  // bias: [out_channels], or empty
+  std::vector<int32_t> taps, block_filters, block_taps;
+  Epilogue epilogue;
+
+  int64_t out_size(int axis, int64_t in) const {
+    return (in + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) / stride[axis] + 1;
+  }
+};
+
+// The weight in the order that a family's kernels read, shared by the plans for all shapes.
+class PackedConv {
+ public:
+  virtual ~PackedConv() = default;
+  virtual const char* family() const = 0;
+
+  // x has at least the halo that `padding` (and the right and bottom edge that the kernel reaches) asks for. residual:
+  // planes of y's sizes, null without epilogue.residual; the step's inputs are then {x, residual}. residual and y may be
+  // the same memory if their planes are equal. images: the most that a run has.
+  virtual std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual, int64_t images) const = 0;
+};
+
+// Each throws Error where the specification is not well formed or the family can't run it.
+std::shared_ptr<const PackedConv> pack_conv_taps_f32(const ConvSpec& spec, Isa isa);
+std::shared_ptr<const PackedConv> pack_conv_taps_bf16(const ConvSpec& spec, Isa isa);
+std::shared_ptr<const PackedConv> pack_conv_depthwise(const ConvSpec& spec, Dtype dtype, Isa isa);
+std::shared_ptr<const PackedConv> pack_conv_nonzeros(const ConvSpec& spec, Isa isa);
+
+}  // namespace structadmm
