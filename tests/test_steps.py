@@ -1,4 +1,4 @@
-"""The steps of a segment that are no convolutions, each on planes with halos, against torch in f64 (or its own rule)."""
+"""The steps of a segment that are no convolutions, on planes with halos, against torch in f64 (or its own rule)."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def as_numpy(x: Tensor) -> np.ndarray:
 
 @settings(max_examples=300, deadline=None)
 @given(doors, sizes, st.booleans(), st.sampled_from(list(DTYPES)), st.sampled_from(LAYOUTS))
-def test_import_copies_and_rounds_once(door, size, flat, dtype, layout):
+def test_import_copies_and_rounds_once(door: Any, size: Any, flat: Any, dtype: Any, layout: Any) -> None:
     x = user_tensor(random(size[:2] if flat else size, 1), dtype, layout)
     d = _core.StepDoor(**door)
     got = d.import_tensor(as_numpy(x), (size[1], 1, 1) if flat else size[1:])
@@ -98,7 +98,9 @@ def test_import_copies_and_rounds_once(door, size, flat, dtype, layout):
 
 @settings(max_examples=300, deadline=None)
 @given(doors, sizes, st.booleans(), st.sampled_from(list(DTYPES)), st.sampled_from(LAYOUTS[:-1]))
-def test_export_writes_the_tensor_and_nothing_beside_it(door, size, flat, dtype, layout):
+def test_export_writes_the_tensor_and_nothing_beside_it(
+    door: Any, size: Any, flat: Any, dtype: Any, layout: Any
+) -> None:
     size = (*size[:2], 1, 1) if flat else size
     x = random(size, 2, door["dtype"])
     y = user_tensor(torch.zeros(size[:2] if flat else size), dtype, layout)
@@ -111,7 +113,7 @@ def test_export_writes_the_tensor_and_nothing_beside_it(door, size, flat, dtype,
     assert torch.equal(whole.float().nan_to_num(7), before.float().nan_to_num(7))
 
 
-def test_export_writes_a_flattened_output():
+def test_export_writes_a_flattened_output() -> None:
     x = random((2, 5, 3, 4), 3)
     y = np.zeros((2, 5 * 3 * 4), "f4")
     _core.StepDoor(ISAS[-1]).export_tensor(x.numpy(), y.reshape(2, 5, 3, 4))
@@ -120,7 +122,7 @@ def test_export_writes_a_flattened_output():
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 40), (1, 3, 33, 17), (2, 64, 16, 16), (1, 20, 7, 7)])
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_channels_last_is_transposed_by_vectors(shape, dtype):
+def test_channels_last_is_transposed_by_vectors(shape: Any, dtype: Any) -> None:
     x = user_tensor(random(shape, 4), dtype, "channels_last")
     d = _core.StepDoor(ISAS[-1], x_halo=(1, 1, 1, 1), y_halo=(1, 1, 1, 1))
     assert np.array_equal(d.import_tensor(as_numpy(x), shape[1:]), x.float().numpy())
@@ -137,7 +139,7 @@ def curve_error(want: Tensor) -> Tensor:
 
 @settings(max_examples=300, deadline=None)
 @given(doors, planes, sizes, st.sampled_from(EPILOGUES), st.booleans(), st.booleans())
-def test_copy_adds_and_activates(door, y_dtype, size, epilogue, add, in_place):
+def test_copy_adds_and_activates(door: Any, y_dtype: Any, size: Any, epilogue: Any, add: Any, in_place: Any) -> None:
     x, r = random(size, 5, door["dtype"]), random(size, 6, door["dtype"])
     in_place = add and in_place
     y_dtype = door["dtype"] if in_place else y_dtype
@@ -150,7 +152,7 @@ def test_copy_adds_and_activates(door, y_dtype, size, epilogue, add, in_place):
 
 @settings(max_examples=150, deadline=None)
 @given(doors, planes, sizes, st.booleans(), st.sampled_from(EPILOGUES[:4]))
-def test_scale_shift(door, y_dtype, size, flat, epilogue):
+def test_scale_shift(door: Any, y_dtype: Any, size: Any, flat: Any, epilogue: Any) -> None:
     size = (*size[:2], 1, 1) if flat else size
     x, scale, shift = random(size, 7, door["dtype"]), random(size[1:2], 8), random(size[1:2], 9)
     got = _core.StepDoor(**door, y_dtype=y_dtype).scale_shift(x.numpy(), scale.numpy(), shift.numpy(), epilogue[0])
@@ -162,7 +164,7 @@ def test_scale_shift(door, y_dtype, size, flat, epilogue):
 
 @settings(max_examples=150, deadline=None)
 @given(doors, planes, sizes, st.booleans(), st.sampled_from(EPILOGUES[:3]))
-def test_multiply_by_a_gate_or_a_value(door, y_dtype, size, gate, epilogue):
+def test_multiply_by_a_gate_or_a_value(door: Any, y_dtype: Any, size: Any, gate: Any, epilogue: Any) -> None:
     x = random(size, 10, door["dtype"])
     b = random((*size[:2], 1, 1) if gate else size, 11, door["dtype"])
     got = _core.StepDoor(**door, y_dtype=y_dtype).multiply(x.numpy(), b.numpy(), epilogue[0])
@@ -171,7 +173,7 @@ def test_multiply_by_a_gate_or_a_value(door, y_dtype, size, gate, epilogue):
 
 @settings(max_examples=100, deadline=None)
 @given(doors, sizes)
-def test_flatten(door, size):
+def test_flatten(door: Any, size: Any) -> None:
     x = random(size, 12, door["dtype"])
     door["y_halo"] = (0, 0, 0, 0)
     got = _core.StepDoor(**door).flatten(x.numpy())
@@ -199,7 +201,7 @@ def pools(draw: Any) -> dict[str, Any]:
 
 @settings(max_examples=400, deadline=None)
 @given(doors, st.integers(1, 2), st.integers(1, 5), pools())
-def test_pools(door, images, channels, p):
+def test_pools(door: Any, images: Any, channels: Any, p: Any) -> None:
     p = dict(p)
     extra, special, ceil_mode = p.pop("extra"), p.pop("special"), p.pop("ceil_mode")
     reach = [d * (k - 1) + 1 for k, d in zip(p["kernel_size"], p["dilation"], strict=True)]
@@ -223,7 +225,7 @@ def test_pools(door, images, channels, p):
 
 @settings(max_examples=200, deadline=None)
 @given(doors, sizes, st.booleans(), st.sampled_from([(1, 1), (1, 1), (2, 3), (7, 7), (12, 1)]), st.booleans())
-def test_adaptive_pools(door, size, largest, out, with_nan):
+def test_adaptive_pools(door: Any, size: Any, largest: Any, out: Any, with_nan: Any) -> None:
     x = random(size, 15, door["dtype"])
     if with_nan:
         x.view(-1)[:: 1 + x.numel() // 3] = torch.nan
@@ -240,7 +242,7 @@ def test_adaptive_pools(door, size, largest, out, with_nan):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_results_do_not_depend_on_threads_or_on_other_images(isa):
+def test_results_do_not_depend_on_threads_or_on_other_images(isa: Any) -> None:
     x = random((5, 40, 14, 14), 16)
     runs = []
     for threads, images in ((1, 5), (2, 5), (3, 5), (1, 2)):
@@ -257,7 +259,7 @@ def test_results_do_not_depend_on_threads_or_on_other_images(isa):
         assert all(np.array_equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-def test_what_does_not_fit_is_refused():
+def test_what_does_not_fit_is_refused() -> None:
     d = _core.StepDoor(ISAS[-1])
     x = np.zeros((1, 3, 4, 4), "f4")
     with pytest.raises(ValueError, match=r"import: x got shape \[1, 3, 4, 4\], wanted \[N, 3, 4, 5\]"):

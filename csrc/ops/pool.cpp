@@ -35,10 +35,21 @@ void check_planes(const char* op, const Planes& x, const Planes& y) {
               x.width, " to ", y.height, " x ", y.width, ", wanted sizes of at least one");
 }
 
+// The windows along one axis, and by what a mean over them is divided.
+struct Axis {
+  std::vector<PoolWindow> windows;
+  std::vector<float> divisors;
+
+  void add(int64_t first, int64_t count, int64_t divisor) {
+    windows.push_back({static_cast<int32_t>(first), static_cast<int32_t>(count)});
+    divisors.push_back(static_cast<float>(divisor));
+  }
+};
+
 class WindowStep final : public Step {
  public:
-  WindowStep(const char* name, const Planes& x, const Planes& y, bool max, kernels::PoolArgs args,
-             std::vector<PoolWindow> rows, std::vector<PoolWindow> columns, Isa isa)
+  WindowStep(const char* name, const Planes& x, const Planes& y, bool max, kernels::PoolArgs args, Axis rows,
+             Axis columns, Isa isa)
       : name_(name),
         x_(x),
         y_(y),
@@ -52,8 +63,10 @@ class WindowStep final : public Step {
     args_.width = x.width;
     args_.out_height = y.height;
     args_.out_width = y.width;
-    args_.rows = rows_.data();
-    args_.columns = columns_.data();
+    args_.rows = rows_.windows.data();
+    args_.columns = columns_.windows.data();
+    args_.row_divisors = rows_.divisors.data();
+    args_.column_divisors = columns_.divisors.data();
   }
 
   void run(std::span<const void* const> inputs, void* output, int64_t images, Parallel& parallel) const override {
@@ -75,7 +88,7 @@ class WindowStep final : public Step {
   const char* name_;
   Planes x_, y_;
   kernels::PoolArgs args_;
-  std::vector<PoolWindow> rows_, columns_;
+  Axis rows_, columns_;
   const kernels::PoolKernels& kernels_;
   void (*kernel_)(const kernels::PoolArgs&);
 };
@@ -118,10 +131,10 @@ class PlaneStep final : public Step {
   void (*kernel_)(const kernels::PoolPlanesArgs&);
 };
 
-// The windows along one axis, what is outside left out, and by what a mean is divided: torch counts a window up to the
-// padding behind the input, but not the rest of it that ceil_mode lets stick out.
-std::vector<PoolWindow> windows(const Pool& p, int axis, int64_t in, int64_t out) {
-  std::vector<PoolWindow> all;
+// What is outside left out. For a mean torch counts a window up to the padding behind the input, but not the rest of it
+// that ceil_mode lets stick out.
+Axis windows(const Pool& p, int axis, int64_t in, int64_t out) {
+  Axis all;
   for (int64_t o = 0; o < out; ++o) {
     const int64_t start = o * p.stride[axis] - p.padding[axis], step = p.dilation[axis];
     const int64_t skipped = start < 0 ? (-start + step - 1) / step : 0;
@@ -129,8 +142,10 @@ std::vector<PoolWindow> windows(const Pool& p, int axis, int64_t in, int64_t out
     const int64_t inside = first < in ? (in - first + step - 1) / step : 0;
     const int64_t count = std::clamp<int64_t>(p.kernel[axis] - skipped, 0, inside);
     const int64_t padded = std::min(start + p.kernel[axis], in + p.padding[axis]) - start;
-    const int64_t divisor = p.divisor_override ? 1 : p.count_include_pad ? padded : std::max<int64_t>(count, 1);
-    all.push_back({static_cast<int32_t>(count ? first : 0), static_cast<int32_t>(count), static_cast<float>(divisor)});
+    const int64_t divisor = p.divisor_override    ? (axis ? 1 : p.divisor_override)
+                            : p.count_include_pad ? padded
+                                                  : std::max<int64_t>(count, 1);
+    all.add(count ? first : 0, count, divisor);
   }
   return all;
 }
@@ -149,9 +164,6 @@ std::unique_ptr<Step> pool_step(const Planes& x, const Planes& y, const Pool& po
                 ", wanted at most half of the kernel, ", pool.kernel[i]);
   }
   auto rows = windows(pool, 0, x.height, y.height), columns = windows(pool, 1, x.width, y.width);
-  if (pool.divisor_override) {
-    for (PoolWindow& w : rows) w.divisor = static_cast<float>(pool.divisor_override);
-  }
   kernels::PoolArgs a{};
   a.row_step = pool.dilation[0];
   a.column_stride = pool.stride[1];
@@ -169,11 +181,10 @@ std::unique_ptr<Step> adaptive_pool_step(const Planes& x, const Planes& y, bool 
   if (y.height == x.height && y.width == x.width) return copy_step(x, y, nullptr, {}, images, isa);
   if (y.height == 1 && y.width == 1) return std::make_unique<PlaneStep>(x, y, max, isa);
   const auto parts = [](int64_t in, int64_t out) {
-    std::vector<PoolWindow> all;
+    Axis all;
     for (int64_t o = 0; o < out; ++o) {
       const int64_t first = o * in / out, last = ((o + 1) * in + out - 1) / out;
-      all.push_back(
-          {static_cast<int32_t>(first), static_cast<int32_t>(last - first), static_cast<float>(last - first)});
+      all.add(first, last - first, last - first);
     }
     return all;
   };

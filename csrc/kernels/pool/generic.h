@@ -21,9 +21,8 @@ void pool_columns(const PoolArgs& a, T* y, float row_divisor, const Load& load) 
     const int64_t left = a.out_width - ox;
     const int n = static_cast<int>(left < kW ? left : kW);
     if constexpr (!Max) {
-      float divisors[kW];
-      for (int i = 0; i < kW; ++i) divisors[i] = i < n ? a.columns[ox + i].divisor * row_divisor : 1.0f;
-      v = over(v, Vec::load(divisors));
+      const float* d = a.column_divisors + ox;
+      v = over(v, (n == kW ? Vec::load(d) : Vec::load_n(d, n)) * Vec::set1(row_divisor));
     }
     if (n == kW) {
       v.store(y + ox);
@@ -56,11 +55,11 @@ void pool_windows(const PoolArgs& a) {
       }
     }
     if (a.column_stride == 1) {
-      pool_columns<Max>(a, y, w.divisor, [](const float* p) { return Vec::load(p); });
+      pool_columns<Max>(a, y, a.row_divisors[oy], [](const float* p) { return Vec::load(p); });
     } else if (a.column_stride == 2) {
-      pool_columns<Max>(a, y, w.divisor, [](const float* p) { return load_even(p); });
+      pool_columns<Max>(a, y, a.row_divisors[oy], [](const float* p) { return load_even(p); });
     } else if (a.column_stride > 0) {
-      pool_columns<Max>(a, y, w.divisor, [&](const float* p) { return load_strided(p, a.column_stride); });
+      pool_columns<Max>(a, y, a.row_divisors[oy], [&](const float* p) { return load_strided(p, a.column_stride); });
     } else {
       for (int64_t ox = 0; ox < a.out_width; ++ox) {
         const PoolWindow c = a.columns[ox];
@@ -68,7 +67,7 @@ void pool_windows(const PoolArgs& a) {
         for (int j = 0; j < c.count; ++j) {
           v = Max ? scalar::max_or_nan(v, row[c.first + j]) : v + row[c.first + j];
         }
-        scalar::from_float(Max ? v : v / (w.divisor * c.divisor), y[ox]);
+        scalar::from_float(Max ? v : v / (a.row_divisors[oy] * a.column_divisors[ox]), y[ox]);
       }
     }
   }

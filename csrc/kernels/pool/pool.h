@@ -1,6 +1,7 @@
 // Largest value or mean over windows of one plane, or over whole planes; f32 or bf16, arithmetic in f32.
 //
-//   windows   y[oy][ox] = max over (iy, ix) in the window of x[iy][ix], or sum / (row.divisor * columns[ox].divisor)
+//   windows   y[oy][ox] = max over (iy, ix) in the window of x[iy][ix], or sum / (row_divisors[oy] *
+//   column_divisors[ox])
 //             iy = row.first + i * row_step, i < row.count: those inside the plane
 //             ix = ox * column_stride - column_lead + j * column_step, j < kernel_columns: outside counts -inf or 0
 //             or, where column_stride is 0, columns[ox].first + j, j < columns[ox].count
@@ -19,7 +20,6 @@ namespace structadmm::kernels {
 
 struct PoolWindow {
   int32_t first = 0, count = 0;
-  float divisor = 1;
 };
 
 struct PoolArgs {
@@ -28,6 +28,7 @@ struct PoolArgs {
   int64_t x_pitch, y_pitch, width, out_height, out_width;
   const PoolWindow* rows;     // [out_height]
   const PoolWindow* columns;  // [out_width]
+  const float *row_divisors, *column_divisors;
   int64_t row_step, column_stride, column_lead, column_step, kernel_columns;
   float* buffer;        // [buffer_size]
   int64_t buffer_size;  // at least that of pool_buffer
