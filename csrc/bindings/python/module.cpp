@@ -6,4 +6,5 @@ PYBIND11_MODULE(_core, m) {
   structadmm::bindings::bind_common(m);
   structadmm::bindings::bind_compact(m);
   structadmm::bindings::bind_projection(m);
+  structadmm::bindings::bind_steps(m);
 }
