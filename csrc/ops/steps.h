@@ -64,5 +64,7 @@ class PackedLinear {
 };
 // dtype: of x and y; bf16 weights are rounded to bf16, sums are f32.
 std::shared_ptr<const PackedLinear> pack_linear(const LinearSpec& spec, Dtype dtype, Isa isa);
+// For non-structured sparsity: over single weights, f32.
+std::shared_ptr<const PackedLinear> pack_linear_nonzeros(const LinearSpec& spec, Isa isa);
 
 }  // namespace structadmm
