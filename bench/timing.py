@@ -68,9 +68,10 @@ def arguments(description: str, **defaults: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def finish(result: dict[str, Any], path: Path | None) -> None:
+def finish(result: dict[str, Any], path: Path | None, quiet: bool = False) -> None:
     """Write the result where --json said."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, json.dumps(result, indent=1) + "\n")
-        print(f"wrote {path}")
+        if not quiet:
+            print(f"wrote {path}")
