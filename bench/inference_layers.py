@@ -7,7 +7,7 @@ keep their own layout and dtype on both sides ("native") are measured too and st
 Every row also has what limits it: the time its multiply-adds take at the peak measured in the same run (peak.py), and
 the time that merely filling the output takes.
 
-    python bench/inference_layers.py --json bench/results/inference_layers.json                  # f32 and bf16, everything
+    python bench/inference_layers.py --json bench/results/inference_layers.json              # everything
     python bench/inference_layers.py --only resnet18 --batch 1 --density 0.1 --dtype bf16        # a part
     python bench/inference_layers.py --blocks 2 4 8 16 32 --density 0.1 --json ...               # block-columns as well
 
@@ -16,7 +16,6 @@ Rows already in the JSON are kept and not measured again (--again: measured agai
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +28,7 @@ import peers as peers_of
 from networks import Layer
 from ours import compacted, ours
 from peak import peaks
-from timing import arguments, finish, interleave, machine
+from timing import arguments, interleave, keep, kept, machine
 
 DENSITIES = [0.5, 0.25, 0.1, 1 / 15]
 # A peer this much slower than the fastest in a first, short comparison is left out of the long one.
@@ -54,14 +53,12 @@ def ours_calls(
             conv = networks.prune_(layer.conv(), d, "block" if block else "column", block)
             name = f"{f'block{block}' if block else 'column'} {d:.4g}"
             try:
-                net = ours(compacted(conv, block or conv.out_channels // conv.groups), x, dtype, kernels_only=True)
-                got, want = net(x), conv(x)
+                net = ours(compacted(conv, block or conv.out_channels // conv.groups), x, dtype, measured=False)
+                got = net(x)
             except NotImplementedError as error:
                 absent[name] = str(error)
                 continue
-            error = float((got - want).abs().max() / want.abs().max())
-            if not error <= peers_of.TOLERANCE[dtype]:
-                raise RuntimeError(f"{layer.name}, {name}: output differs by {error:.2g} of its largest value")
+            peers_of.check(f"{layer.name}, {name}", got, conv(x), dtype)
             calls[name] = lambda net=net: net(x)
             density[name] = column_density(conv)
     return calls, density, absent
@@ -132,6 +129,7 @@ def measure(
         work = 2 * macs * density[name] / (peak[dtype] * threads) if peak else 0.0
         row["ours"][name] = {
             "density": density[name],
+            "seconds": seconds,
             "speedup": ratio.to_dict(),
             "score": ratio.median * density[name],
             "score_with_native": times.ratio(best_native, name).median * density[name],
@@ -185,10 +183,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", help="only these peers")
     parser.add_argument("--again", action="store_true", help="measure rows that the JSON has")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    if args.json and args.json.exists():
-        rows = json.loads(args.json.read_text())["rows"]
-
+    rows = kept(args.json)
     wanted = {f"column {d:.4g}" for d in args.density}
     wanted |= {f"block{b} {d:.4g}" for d in args.density for b in args.blocks}
     with torch.no_grad():
@@ -209,8 +204,7 @@ def main() -> None:
                             # Ratios hold within their own run, whose peers and ours took turns.
                             row["ours"] = old["ours"] | row["ours"]
                         rows = [r for r in rows if key(r) != at] + [row]
-                        if args.json:
-                            finish({"question": (__doc__ or "").splitlines()[0], "rows": rows}, args.json, quiet=True)
+                        keep((__doc__ or "").splitlines()[0], rows, args.json)
     for s in summary(rows):
         print(
             f"{s['dtype']} {s['threads']} threads, batch {s['batch'] or 'all'}: score of {s['cases']} cases: "

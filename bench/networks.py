@@ -103,6 +103,11 @@ def trained_like(net: nn.Module, example: Tensor, seed: int = 0) -> nn.Module:
             nn.init.uniform_(m.weight, 0.5, 1.5, generator=generator)
             nn.init.normal_(m.bias, std=0.2, generator=generator)
             m.momentum = None  # a mean over the passes, here one
+    # A trained residual branch adds a fraction of what it is added to.
+    for m in net.modules():
+        last = m.bn3 if isinstance(m, _Bottleneck) else m.bn2 if isinstance(m, _Basic) else None
+        if last is not None:
+            nn.init.uniform_(last.weight, 0.1, 0.4, generator=generator)
     net.train()
     with torch.no_grad():
         net(example)
@@ -251,13 +256,11 @@ def network(name: str, seed: int = 0) -> tuple[nn.Module, tuple[int, ...]]:
     return trained_like(net, torch.randn(4, *shape), seed), shape
 
 
-def prune_(
-    conv: nn.Conv2d, density: float, structure: str = "column", block: int = 8, seed: int = 0
-) -> nn.Conv2d:
+def prune_(conv: nn.Conv2d, density: float, structure: str = "column", block: int = 8, seed: int = 0) -> nn.Conv2d:
     """Leave exactly round(density * n) random units of the convolution, at least one; n counts, in each conv group,
 
     column: (channel, ky, kx) positions, for all filters alike; block: the same for each `block` filters by themselves;
-    filter: filters; element: weights, exact over the whole group. In place; returns the convolution.
+    filter: filters, with their biases; element: weights, exact over the group. In place; returns the convolution.
     """
     generator = torch.Generator().manual_seed(seed)
     columns = conv.weight[0].numel()
@@ -279,6 +282,8 @@ def prune_(
             raise ValueError(f"prune_: structure got {structure!r}, wanted column, block, filter or element")
     with torch.no_grad():
         conv.weight.mul_(mask.view_as(conv.weight))
+        if structure == "filter" and conv.bias is not None:
+            conv.bias.mul_(mask.any(1))
     return conv
 
 
@@ -287,16 +292,14 @@ def convs(net: nn.Module) -> dict[str, nn.Conv2d]:
     return {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d)}
 
 
-def prune_convs_(net: nn.Module, density: float, structure: str = "column", block: int = 8, kernel: int = 0, skip: int = 1) -> nn.Module:
+def prune_convs_(
+    net: nn.Module, density: float, structure: str = "column", block: int = 8, kernel: int = 0, skip: int = 1
+) -> nn.Module:
     """prune_ for every convolution but the first `skip`, or every one with kernels of this size. In place."""
     for i, conv in enumerate(convs(net).values()):
         if i >= skip and (not kernel or conv.kernel_size == (kernel, kernel)):
             prune_(conv, density, structure, block, seed=i)
     return net
-
-
-def bottlenecks(net: nn.Module) -> list[_Bottleneck]:
-    return [m for m in net.modules() if isinstance(m, _Bottleneck)]
 
 
 def halve_inner_filters_(net: nn.Module, columns: float = 1.0, share: float = 0.5) -> nn.Module:
@@ -335,20 +338,18 @@ def ssl_pattern_(net: nn.Module, path: Path) -> nn.Module:
     with torch.no_grad():
         for name, conv in convs(net).items():
             conv.weight.copy_(torch.from_numpy(weights[name]))
+            if conv.bias is not None:
+                conv.bias.mul_(conv.weight.flatten(1).any(1))
     return net
 
 
-def multiply_adds(net: nn.Module, x: Tensor, nonzero: bool = False) -> int:
-    """Of convolutions and linear layers, for this input: of all weights, or of those that structure leaves.
-
-    `nonzero` counts a convolution's nonzero weights; what a removed channel would spare besides is not seen.
-    """
+def multiply_adds(net: nn.Module, x: Tensor) -> int:
+    """Of convolutions and linear layers, for this input."""
     total = 0
 
-    def count(m: nn.Module, _args: object, y: Tensor) -> None:
+    def count(m: nn.Conv2d | nn.Linear, _args: object, y: Tensor) -> None:
         nonlocal total
-        weights = int((m.weight != 0).sum()) if nonzero else m.weight.numel()  # type: ignore[operator, union-attr, arg-type]
-        total += weights * (y[0, 0].numel() if y.dim() == 4 else 1) * y.shape[0]
+        total += m.weight.numel() * (y[0, 0].numel() if y.dim() == 4 else 1) * y.shape[0]
 
     hooks = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     with torch.no_grad():

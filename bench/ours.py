@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,16 +19,25 @@ def compacted(conv: nn.Conv2d, block: int | str = "auto") -> nn.Module:
     return CompactConv2d.from_dense(conv, block=block)
 
 
-def ours(net: nn.Module, x: Tensor, dtype: str = "f32", kernels_only: bool = False) -> Callable[[Tensor], Tensor]:
+def ours(net: nn.Module, x: Tensor, dtype: str = "f32", measured: bool = True) -> Callable[[Tensor], Tensor]:
     """`net` (compacted or dense, eval mode) as structadmm runs it: f32 NCHW in and out, dtype inside.
 
-    kernels_only: no vendor kernel, even where it was measured faster. Raises NotImplementedError where this build can't.
+    measured: as a user has it, with what was measured to be faster left to torch; without, our kernels alone. Raises
+    NotImplementedError where this build can't.
     """
     if not HAS_OPTIMIZE:
         if dtype != "f32":
             raise NotImplementedError("this build runs compacted layers in f32 only")
         return net
-    more: dict[str, Any] = {}
-    if kernels_only and "vendor" in inspect.signature(sa.optimize).parameters:
-        more["vendor"] = False
-    return sa.optimize(net, x, dtype=torch.bfloat16 if dtype == "bf16" else None, **more)
+    net = nn.Sequential(net) if isinstance(net, CompactConv2d | nn.Conv2d) else net
+    inside = torch.bfloat16 if dtype == "bf16" else None
+    return sa.optimize(net, x, dtype=inside, report=False, **({} if measured else {"budget": 0.0}))
+
+
+def decided(net: Any) -> dict[str, Any]:
+    """What optimize decided: the candidate taken and the layers by what runs them. Empty for other networks."""
+    report = getattr(net, "report", None)
+    if not hasattr(report, "choice"):
+        return {}
+    layers = {r.name: " ".join(filter(None, (r.runs_on, r.family))) for r in report.layers}
+    return {"choice": report.choice, "layers": layers, "left_to_torch": dict(report.left)}

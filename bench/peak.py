@@ -30,8 +30,8 @@ def _library() -> ctypes.CDLL | None:
 def peaks() -> dict[str, float]:
     """Operations per second (an addition and a multiplication are two) of one thread; empty without a C compiler.
 
-    f32: fused multiply-adds. bf16_vector: dot products of pairs. bf16_tile: products of tiles; 0 where the CPU has none.
-    bf16: the larger of the two, or of f32 where there is neither.
+    f32: fused multiply-adds; bf16_vector: dot products of pairs; bf16_tile: products of tiles; 0 where the CPU has
+    none. bf16: the largest of the three.
     """
     library = _library()
     if library is None:
