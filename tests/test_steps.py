@@ -402,6 +402,7 @@ def test_a_depthwise_kernel_is_chosen_by_shape() -> None:
         halo = (1, 1, 1, 1)
         assert kernel(28, 3, 1, halo, padding=(1, 1)) == "depthwise_square_f32__avx512"
         assert kernel(28, 3, 2, halo, padding=(1, 1)) == "depthwise_square_f32__avx512"
-        assert kernel(7, 3, 1, halo, padding=(1, 1)) == "depthwise_listed_flat_f32__avx512"
-        assert kernel(28, 4, 1, halo, padding=(1, 1)).startswith("depthwise_listed")
+        assert kernel(7, 3, 1, halo, padding=(1, 1)) == "depthwise_square_f32__avx2"
+        assert kernel(33, 4, 1, halo, padding=(1, 1)) == "depthwise_listed_f32__avx512"
+        assert kernel(8, 4, 1, halo, padding=(1, 1)) == "depthwise_listed_flat_f32__avx512"
         assert kernel(20, 3, 1, None) == "depthwise_exact_f32__avx512"

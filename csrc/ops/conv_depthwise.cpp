@@ -24,6 +24,7 @@ struct Filter {
 struct PackedData {
   ConvSpec spec;  // without weight and taps
   Dtype dtype;
+  Isa isa;
   const kernels::Depthwise& kernels;
   std::vector<float> weights;
   std::vector<int32_t> taps;  // flat kernel positions
@@ -45,7 +46,7 @@ class DepthwiseStep final : public Step {
  public:
   DepthwiseStep(std::shared_ptr<const PackedData> p, const Planes& x, const Planes& y, const Planes* residual,
                 int64_t images)
-      : p_(std::move(p)), x_(x), y_(y) {
+      : p_(std::move(p)), x_(x), y_(y), square_(narrow() ? kernels::depthwise(Isa::kAvx2) : p_->kernels) {
     if (residual) residual_ = *residual;
     const ConvSpec& s = p_->spec;
     for (const int32_t position : p_->taps) {
@@ -64,7 +65,6 @@ class DepthwiseStep final : public Step {
     } else {
       make_rows();
     }
-    prefer_listed_ = flat_ && y.width <= lanes / 2;
   }
 
   void run(std::span<const void* const> inputs, void* output, int64_t images, Parallel& parallel) const override {
@@ -85,12 +85,16 @@ class DepthwiseStep final : public Step {
 
   std::string kernel() const override {
     const char* how = exact_ ? "exact" : uses_square(p_->filters[0]) ? "square" : flat_ ? "listed_flat" : "listed";
-    return std::string("depthwise_") + how + "_" + dtype_name(p_->dtype) + "__" + p_->kernels.isa;
+    return std::string("depthwise_") + how + "_" + dtype_name(p_->dtype) + "__" +
+           (uses_square(p_->filters[0]) ? square_ : p_->kernels).isa;
   }
 
  private:
+  // In narrow rows half of a wide vector is wasted, and its loads cross twice as many cache lines. (Without masks for
+  // two bytes, AVX2 stores a part of a vector of bf16 slowly.)
+  bool narrow() const { return p_->isa >= Isa::kAvx512 && p_->dtype == Dtype::kF32 && y_.width <= 8; }
   int64_t start() const { return p_->spec.padding[0] * x_.pitch + p_->spec.padding[1]; }
-  bool uses_square(const Filter& f) const { return f.square && !exact_ && !prefer_listed_; }
+  bool uses_square(const Filter& f) const { return f.square && !exact_; }
 
   void make_rows() {
     const ConvSpec& s = p_->spec;
@@ -149,7 +153,7 @@ class DepthwiseStep final : public Step {
     };
     const int dtype = p_->dtype == Dtype::kF32 ? 0 : 1;
     if (uses_square(filter)) {
-      p_->kernels.square[dtype][(s.kernel[0] - 3) / 2][s.stride[0] - 1](a);
+      square_.square[dtype][(s.kernel[0] - 3) / 2][s.stride[0] - 1](a);
     } else {
       (exact_ ? p_->kernels.exact : p_->kernels.listed)[dtype](a);
     }
@@ -157,9 +161,10 @@ class DepthwiseStep final : public Step {
 
   std::shared_ptr<const PackedData> p_;
   Planes x_, y_, residual_;
+  const kernels::Depthwise& square_;
   std::vector<int64_t> offsets_;
   Grid grid_;
-  bool exact_ = false, flat_ = false, prefer_listed_ = false;
+  bool exact_ = false, flat_ = false;
 };
 
 class PackedDepthwise final : public PackedConv {
@@ -215,7 +220,8 @@ std::shared_ptr<const PackedConv> pack_conv_depthwise(const ConvSpec& spec, Dtyp
   table.conv_groups = spec.groups;
   check(kOp, table);
 
-  auto p = std::make_shared<PackedData>(PackedData{spec, dtype, kernels::depthwise(isa), spec.weight, spec.taps, {}});
+  auto p =
+      std::make_shared<PackedData>(PackedData{spec, dtype, isa, kernels::depthwise(isa), spec.weight, spec.taps, {}});
   p->spec.weight.clear();
   p->spec.taps.clear();
   const bool known = spec.kernel[0] == spec.kernel[1] && spec.stride[0] == spec.stride[1] && spec.stride[0] <= 2 &&

@@ -25,15 +25,15 @@ inline void square_rows(const DepthwiseArgs& a, int64_t oy) {
   const T* residual = a.residual ? static_cast<const T*>(a.residual) + oy * a.residual_pitch : nullptr;
   for (int64_t ox = 0; ox < a.out_width; ox += kW) {
     Vec sums[Q];
-#pragma GCC unroll 4
+#pragma GCC unroll 7
     for (int q = 0; q < Q; ++q) sums[q] = Vec::set1(a.bias);
 #pragma GCC unroll 7
     for (int kx = 0; kx < K; ++kx) {
       const T* column = x + ox * S + kx;
-#pragma GCC unroll 13
+#pragma GCC unroll 19
       for (int r = 0; r < kRows; ++r) {
         const Vec v = load_step<S>(column + r * a.x_pitch);
-#pragma GCC unroll 4
+#pragma GCC unroll 7
         for (int q = 0; q < Q; ++q) {
           const int ky = r - q * S;
           if (ky >= 0 && ky < K) sums[q] = fma(v, Vec::set1(a.w[ky * K + kx]), sums[q]);
@@ -42,7 +42,7 @@ inline void square_rows(const DepthwiseArgs& a, int64_t oy) {
     }
     const int64_t left = a.out_width - ox;
     const int n = static_cast<int>(left < kW ? left : kW);
-#pragma GCC unroll 4
+#pragma GCC unroll 7
     for (int q = 0; q < Q; ++q) {
       Vec v = sums[q];
       if (residual) v = v + Vec::load_n(residual + q * a.residual_pitch + ox, n);
@@ -59,6 +59,7 @@ inline void square_rows(const DepthwiseArgs& a, int64_t oy) {
 template <class T, int K, int S>
 void square(const DepthwiseArgs& a) {
   int64_t oy = 0;
+  for (; oy + 7 <= a.out_height; oy += 7) square_rows<T, K, S, 7>(a, oy);
   for (; oy + 4 <= a.out_height; oy += 4) square_rows<T, K, S, 4>(a, oy);
   if (oy + 2 <= a.out_height) square_rows<T, K, S, 2>(a, oy), oy += 2;
   if (oy < a.out_height) square_rows<T, K, S, 1>(a, oy);
