@@ -15,8 +15,8 @@ namespace structadmm {
 namespace {
 
 constexpr const char* kOp = "linear";
-// Ten microseconds of work, or of reading weights.
-constexpr int64_t kSerialMacs = 1 << 19;
+// Ten microseconds of work; reading a weight takes as long as using it four times.
+constexpr int64_t kSerialMacs = 1 << 19, kReading = 4;
 
 void check_rows(const char* name, const Planes& p, Dtype dtype, int64_t features) {
   SADMM_CHECK(p.dtype == dtype, kOp, ": ", name, " got ", dtype_name(p.dtype), ", wanted ", dtype_name(dtype));
@@ -49,12 +49,13 @@ class LinearStep : public Step {
 
   void run(std::span<const void* const> inputs, void* output, int64_t images, Parallel& parallel) const override {
     const int64_t tile = tile_rows(), tiles = (images + tile - 1) / tile;
-    split(parallel, jobs() * tiles, weights() * images, kSerialMacs, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) {
-        const int64_t row = u % tiles * tile;
-        run_tile(u / tiles, row, std::min(tile, images - row), inputs, output);
-      }
-    });
+    split(parallel, jobs() * tiles, weights() * std::max(images, kReading), kSerialMacs,
+          [&](int64_t begin, int64_t end) {
+            for (int64_t u = begin; u < end; ++u) {
+              const int64_t row = u % tiles * tile;
+              run_tile(u / tiles, row, std::min(tile, images - row), inputs, output);
+            }
+          });
   }
 
  protected:
