@@ -46,16 +46,17 @@ struct Vec16 {
     _mm_storeu_ps(p + lane[12], _mm512_extractf32x4_ps(r, 3));
   }
   static void store_pieces(float* p, const int64_t* lane, const uint8_t* bits, Reg r) {
-    _mm_mask_storeu_ps(p + lane[0], bits[0], _mm512_castps512_ps128(r));
+    _mm_mask_storeu_ps(p + lane[0], bits[0], piece<0>(r));
     _mm_mask_storeu_ps(p + lane[4], bits[4], piece<1>(r));
     _mm_mask_storeu_ps(p + lane[8], bits[8], piece<2>(r));
     _mm_mask_storeu_ps(p + lane[12], bits[12], piece<3>(r));
   }
-  // Not an extraction: GCC merges that with the store, and a masked VEXTRACTF32X4 faults on what its mask leaves out.
+  // Kept apart from the store: GCC would make one masked VEXTRACTF32X4, which faults on what its mask leaves out.
   template <int k>
   static __m128 piece(Reg r) {
-    const __m512i bits = _mm512_castps_si512(r);
-    return _mm_castsi128_ps(_mm512_castsi512_si128(_mm512_alignr_epi32(bits, bits, 4 * k)));
+    __m128 x = _mm512_extractf32x4_ps(r, k);
+    asm("" : "+v"(x));
+    return x;
   }
   static void transpose(Reg (&r)[4]) {
     const Reg a = _mm512_unpacklo_ps(r[0], r[1]), b = _mm512_unpackhi_ps(r[0], r[1]);
