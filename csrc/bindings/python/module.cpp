@@ -8,6 +8,7 @@ PYBIND11_MODULE(_core, m) {
   structadmm::bindings::bind_nonzeros(m);
   structadmm::bindings::bind_engine(m);
   structadmm::bindings::bind_graph(m);
+  structadmm::bindings::bind_conv_step(m);
   structadmm::bindings::bind_projection(m);
   structadmm::bindings::bind_steps(m);
 }
