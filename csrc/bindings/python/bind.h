@@ -7,6 +7,7 @@ namespace structadmm::bindings {
 
 void bind_common(pybind11::module_& m);
 void bind_compact(pybind11::module_& m);
+void bind_conv_step(pybind11::module_& m);
 void bind_projection(pybind11::module_& m);
 
 }  // namespace structadmm::bindings

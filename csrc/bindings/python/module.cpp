@@ -5,5 +5,6 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The kernels of structadmm over NumPy arrays, without torch.";
   structadmm::bindings::bind_common(m);
   structadmm::bindings::bind_compact(m);
+  structadmm::bindings::bind_conv_step(m);
   structadmm::bindings::bind_projection(m);
 }
