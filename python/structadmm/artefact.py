@@ -254,6 +254,21 @@ def save(
     Raises ArtefactError: an operation, layer or value that the format does not hold, with the node and source line.
     TraceError: the module cannot be traced.
     """
+    _write(Path(path), *_contents(module, example, metadata, original))
+
+
+def to_bytes(module: fx.GraphModule, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """What `save` writes, in memory."""
+    return b"".join(_chunks("bytes", *_contents(module, None, metadata, None)))
+
+
+def _contents(
+    module: nn.Module,
+    example: Tensor | Sequence[Tensor] | None,
+    metadata: Mapping[str, Any] | None,
+    original: nn.Module | None,
+) -> tuple[str, dict[str, Tensor]]:
+    """The manifest and the tensors of `save`."""
     graph = _trace(module, example)
     carried: dict[str, Any] = dict(graph.meta.get("structadmm", {}))
     manifest: Manifest = {"version": VERSION, "producer": f"structadmm {__version__}", **structure(graph)}
@@ -304,7 +319,7 @@ def save(
         text = json.dumps(manifest, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as e:
         raise ArtefactError(f"save: metadata got {e}, wanted JSON values") from None
-    _write(Path(path), text, tensors)
+    return text, tensors
 
 
 def _check_keys(value: Any) -> None:
@@ -318,6 +333,14 @@ def _check_keys(value: Any) -> None:
 
 
 def _write(path: Path, manifest: str, tensors: Mapping[str, Tensor]) -> None:
+    chunks = _chunks(str(path), manifest, tensors)
+    with atomic_write(path) as f:
+        for chunk in chunks:
+            f.write(chunk)
+
+
+def _chunks(what: str, manifest: str, tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+    """The bytes of a file, digest included."""
     # Wide types first, then by name: each tensor is aligned to its own type, and the same network gives the same bytes.
     order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
     header: dict[str, Any] = {"__metadata__": {MANIFEST_KEY: manifest, DIGEST_KEY: _NO_DIGEST}}
@@ -329,15 +352,12 @@ def _write(path: Path, manifest: str, tensors: Mapping[str, Tensor]) -> None:
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-(8 + len(head)) % _ALIGN)
     if len(head) > _MAX_HEADER:
-        raise ArtefactError(f"save: {path} got a header of {len(head)} bytes, wanted at most {_MAX_HEADER}")
+        raise ArtefactError(f"save: {what} got a header of {len(head)} bytes, wanted at most {_MAX_HEADER}")
     head = len(head).to_bytes(8, "little") + head
     values = [_bytes(tensors[name]) for name in order]
     digest = _digest([head, *values])
     marker = f'"{DIGEST_KEY}":"'.encode()
-    with atomic_write(path) as f:
-        f.write(head.replace(marker + _NO_DIGEST.encode(), marker + digest.encode()))
-        for chunk in values:
-            f.write(chunk)
+    return [head.replace(marker + _NO_DIGEST.encode(), marker + digest.encode()), *values]
 
 
 def _bytes(t: Tensor) -> memoryview:
@@ -389,7 +409,11 @@ class Contents:
 def _read(path: Path) -> Contents:
     """Raises Refused, with what is wrong with the file as a container; OSError."""
     _need(not path.is_dir(), "path", "a folder", "a file")
-    data = path.read_bytes()
+    return _parse(path.read_bytes())
+
+
+def _parse(data: bytes) -> Contents:
+    """Raises Refused."""
     _need(len(data) >= 8, "file", f"{len(data)} bytes", "a safetensors file")
     size = int.from_bytes(data[:8], "little")
     if size > min(_MAX_HEADER, len(data) - 8):
@@ -738,6 +762,14 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
     """
     network: fx.GraphModule = _checked("load", path, lambda p: _restore(_read(p)))
     return network.to(device)
+
+
+def from_bytes(data: bytes) -> fx.GraphModule:
+    """The network that `to_bytes` wrote, checked as `load` does. Raises ArtefactError."""
+    try:
+        return _restore(_parse(data))
+    except Refused as e:
+        raise ArtefactError(f"load: bytes: {e}") from None
 
 
 def rebuild(spec: Manifest) -> fx.GraphModule:
