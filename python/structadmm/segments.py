@@ -7,6 +7,7 @@ its subgraph, so nothing is lost on the way: what `inline` returns is the networ
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from . import ops
 from .artefact import from_bytes, to_bytes
 from .channels import given
 from .errors import OptimizeError
+from .forms import COMPILED, FORMS, Form, VendorConv2d, make, use_vendor
 from .nn import ChannelBias, CompactConv2d, CompactLinear
 from .trace import Shape, Traced
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 
 
 class Segment(nn.Module):
@@ -52,8 +55,8 @@ class Segment(nn.Module):
             raise OptimizeError("Segment: mode got training, wanted eval: a network from optimize is for inference")
         return super().train(mode)
 
-    def network(self) -> fx.GraphModule:
-        """The subgraph as torch runs it."""
+    def network(self, path: str = "") -> fx.GraphModule:
+        """The subgraph as torch runs it, its layers under the paths that they came from."""
         return from_bytes(self.program.cpu().numpy().tobytes())
 
     def extra_repr(self) -> str:
@@ -560,41 +563,51 @@ def segments_of(network: nn.Module) -> dict[str, Segment]:
     return {name: m for name, m in network.named_modules() if isinstance(m, Segment)}
 
 
-def inline(fast: fx.GraphModule) -> tuple[fx.GraphModule, list[dict[str, Any]]]:
-    """The network with the operations of its segments in their place, and what `restore` makes the segments from."""
-    graph, copies = fx.Graph(), {}
+def inline(fast: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, Any]]:
+    """The network with the operations of its segments and vendor layers in their place, and what `restore` makes them
+    from again, as JSON values."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, Any] = {}
     root = nn.Module()
-    record = []
+    record: dict[str, Any] = {"form": None, "segments": [], "vendor": {}}
+
+    def copy_node(node: fx.Node, source: nn.Module, known: dict[fx.Node, Any]) -> fx.Node:
+        if node.op in ("call_module", "get_attr"):
+            _attach(root, str(node.target), source)
+        new = graph.node_copy(node, lambda n: known[n])
+        new.meta = {}
+        return new
+
     for node in fast.graph.nodes:
-        m = fast.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(m, Segment):
-            part = m.network()
-            names, results = [], None
-            inner = dict(zip([n for n in part.graph.nodes if n.op == "placeholder"], node.args, strict=True))
-            inner = {k: copies[v] for k, v in inner.items()}
+        m: Any = fast.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(m, (Segment, Form, VendorConv2d)):
+            part: Any = m.network(str(node.target))
+            if isinstance(m, Form):
+                part, within = inline(part)
+                record["vendor"] = within["vendor"]
+                part = copy.deepcopy(part).to(torch.float32) if m.cast else part  # not the tensors shared with m
+            arguments = [copies[a] for a in node.args]
+            inner = dict(zip([n for n in part.graph.nodes if n.op == "placeholder"], arguments, strict=True))
             for n in part.graph.nodes:
-                if n.op == "output":
-                    results = n.args[0]
-                elif n.op != "placeholder":
-                    inner[n] = graph.node_copy(n, lambda x, inner=inner: inner[x])
-                    names.append(inner[n].name)
-                    if n.op in ("call_module", "get_attr"):
-                        _attach(root, str(n.target), part)
-            copies[node] = inner[results] if isinstance(results, fx.Node) else tuple(inner[r] for r in results)
-            record.append(
-                {
-                    "nodes": names,
-                    "shapes": m.shapes,
-                    "dtype": m.dtype,
-                    "families": part.meta["structadmm"]["metadata"].get("families", {}),
-                }
-            )
-        elif node.target is operator.getitem and isinstance(copies.get(node.args[0]), tuple):
+                if n.op not in ("placeholder", "output"):
+                    inner[n] = copy_node(n, part, inner)
+            results = part.graph.output_node().args[0]
+            copies[node] = fx.node.map_arg(results, lambda n, inner=inner: inner[n])
+            if isinstance(m, Segment):
+                names = [inner[n].name for n in part.graph.nodes if n.op not in ("placeholder", "output")]
+                families = part.meta["structadmm"]["metadata"].get("families", {})
+                row = {"nodes": names, "shapes": m.shapes, "dtype": m.dtype, "families": families}
+                record["segments"].append(row)
+            elif isinstance(m, Form):
+                record["form"] = {"name": m.name, "dtype": str(m.dtype).removeprefix("torch.")}
+            else:
+                record["vendor"][str(node.target)] = m.adds
+        elif node.op == "output":
+            graph.output(fx.node.map_aggregate(node.args[0], lambda v: copies[v] if isinstance(v, fx.Node) else v))
+        elif node.target is operator.getitem and isinstance(copies.get(node.args[0]), (tuple, list)):
             copies[node] = copies[node.args[0]][node.args[1]]
         else:
-            copies[node] = graph.node_copy(node, lambda x: copies[x])
-            if node.op in ("call_module", "get_attr"):
-                _attach(root, str(node.target), fast)
+            copies[node] = copy_node(node, fast, copies)
     graph.lint()
     network = fx.GraphModule(root, graph, type(fast).__name__)
     network.meta.update({k: v for k, v in fast.meta.items() if k == "structadmm"})
@@ -602,27 +615,42 @@ def inline(fast: fx.GraphModule) -> tuple[fx.GraphModule, list[dict[str, Any]]]:
 
 
 def restore(network: fx.GraphModule, record: Any) -> fx.GraphModule:
-    """The segments that `inline` noted, back in their place. Raises OptimizeError where the record does not fit."""
-    if not isinstance(record, list):
-        raise OptimizeError(f"optimize: segments got {type(record).__name__}, wanted a list")
+    """The optimised network that `inline` took apart. Raises OptimizeError where the record does not fit."""
+
+    def need(ok: bool, what: str, wanted: str) -> None:
+        if not ok:
+            raise OptimizeError(f"optimize: {what} of the record got other values, wanted {wanted}")
+
+    need(isinstance(record, dict) and set(record) == {"form", "segments", "vendor"}, "fields", "form, segments, vendor")
+    form, rows, vendor = record["form"], record["segments"], record["vendor"]
+    layers = {n.target for n in network.graph.nodes if n.op == "call_module"}
+    fits = isinstance(vendor, dict) and all(v in layers and isinstance(adds, bool) for v, adds in vendor.items())
+    need(fits, "vendor", "layers, and whether they add")
+    if form is not None:
+        fits = isinstance(form, dict) and set(form) == {"name", "dtype"} and form["name"] in (*FORMS, COMPILED)
+        need(fits and form["dtype"] in _BY_NAME, "form", f"one of {', '.join(FORMS)}, and its dtype")
+        return make(network, form["name"], _BY_NAME[form["dtype"]], vendor)
+    need(isinstance(rows, list), "segments", "a list")
     by_name = {n.name: n for n in network.graph.nodes if n.op not in ("placeholder", "output", "get_attr")}
     made, seen = [], set()
-    for row in record:
-        if not isinstance(row, dict) or set(row) != {"nodes", "shapes", "dtype", "families"}:
-            raise OptimizeError("optimize: segment got other fields, wanted nodes, shapes, dtype, families")
+    for row in rows:
+        need(isinstance(row, dict) and set(row) == {"nodes", "shapes", "dtype", "families"}, "segment", "its fields")
         names, shapes, dtype, families = (row[k] for k in ("nodes", "shapes", "dtype", "families"))
         known = isinstance(names, list) and names and all(isinstance(n, str) and n in by_name for n in names)
-        if not known or seen & set(names) or len(set(names)) != len(names):
-            raise OptimizeError("optimize: segment got other nodes, wanted those of the network, each once")
+        need(known and len(set(names) - seen) == len(names), "nodes", "those of the network, each once")
         seen |= set(names)
-        nodes = [n for n in network.graph.nodes if n.name in set(names)]
+        inside = set(names)
+        nodes = [n for n in network.graph.nodes if n.name in inside]
         inputs, outputs = boundary(nodes)
-        if dtype not in DTYPES.values() or not isinstance(shapes, str) or not inputs or not outputs:
-            raise OptimizeError(f"optimize: segment got dtype {dtype!r}, wanted one of {', '.join(DTYPES.values())}")
-        if not isinstance(families, dict) or not all(isinstance(f, str) for f in families.values()):
-            raise OptimizeError("optimize: families got other values, wanted layers and names")
-        if shapes.count(";") != len(outputs) - 1 or len(shapes) > 100_000:
-            raise OptimizeError(f"optimize: shapes got {shapes.count(';') + 1} outputs, wanted {len(outputs)}")
+        need(bool(inputs and outputs), "nodes", "some that read and are read")
+        need(isinstance(dtype, str) and dtype in DTYPES.values(), "dtype", " or ".join(DTYPES.values()))
+        text = isinstance(families, dict) and all(isinstance(f, str) for f in families.values())
+        need(text, "families", "layers and names of families")
+        need(isinstance(shapes, str) and len(shapes) < 100_000 and shapes.count(";") == len(outputs) - 1, "shapes",
+             "one of each output")  # fmt: skip
         program = _program(network, nodes, inputs, outputs, None, families)
         made.append((nodes, Segment(program, dtype, shapes)))
-    return _contract(network, made)
+    fast = _contract(network, made)
+    if vendor:
+        use_vendor(fast, vendor)
+    return fast
