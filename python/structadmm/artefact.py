@@ -25,13 +25,14 @@ from torch import Tensor, fx, nn
 
 from . import __version__
 from .allowed import FUNCTIONS, KINDS, METHODS, Config, Kind, Refused, refuse
-from .errors import ArtefactError
+from .errors import ArtefactError, OptimizeError
 from .files import atomic_write
 
 VERSION = 0
 
 MANIFEST_KEY = "structadmm"
 DIGEST_KEY = "structadmm.sha256"
+OPTIMIZED = "optimize"  # where the metadata hold what `optimize` decided
 _NO_DIGEST = "0" * 64
 # Tensors begin at a multiple of this in the file, so that a memory map of it is aligned for any vector.
 _ALIGN = 64
@@ -247,6 +248,8 @@ def save(
     metadata: JSON values of the user's own (class names, normalisation, accuracy); `load` gives them back. The report
         of `compact`, where the module has one, is added as "report".
     original: the dense network, of which only the structure is noted, for `structadmm bench`.
+    A network from `optimize` is stored as the network that it was made from, with the decisions in the metadata under
+    "optimize"; `load` carries them out again.
     What is not given is taken from `module.meta["structadmm"]` ("inputs", "metadata", "original"), where `compact` and
     `load` leave it.
 
@@ -269,7 +272,11 @@ def _contents(
     original: nn.Module | None,
 ) -> tuple[str, dict[str, Tensor]]:
     """The manifest and the tensors of `save`."""
-    graph = _trace(module, example)
+    graph, record = _trace(module, example), None
+    if is_optimized(graph):
+        from .segments import inline
+
+        graph, record = inline(graph)
     carried: dict[str, Any] = dict(graph.meta.get("structadmm", {}))
     manifest: Manifest = {"version": VERSION, "producer": f"structadmm {__version__}", **structure(graph)}
 
@@ -311,7 +318,10 @@ def _contents(
             manifest["original"] = None
     notes = dict(metadata if metadata is not None else carried.get("metadata", {}))
     report = getattr(module, "report", None)
-    if callable(to_dict := getattr(report, "to_dict", None)):
+    to_dict = getattr(report, "to_dict", None)
+    if record is not None:
+        notes[OPTIMIZED] = record | {"report": to_dict() if callable(to_dict) else None}
+    elif callable(to_dict):
         notes.setdefault("report", to_dict())
     manifest["metadata"] = notes
     try:
@@ -320,6 +330,14 @@ def _contents(
     except (TypeError, ValueError) as e:
         raise ArtefactError(f"save: metadata got {e}, wanted JSON values") from None
     return text, tensors
+
+
+def is_optimized(module: nn.Module) -> bool:
+    """Whether the network came from `optimize`: it has layers that an artefact holds in other terms."""
+    return any(type(m).__module__ in _LOWERED for m in module.modules())
+
+
+_LOWERED = (f"{__package__}.segments", f"{__package__}.forms")
 
 
 def _check_keys(value: Any) -> None:
@@ -751,8 +769,11 @@ def _checked(function: str, path: str | os.PathLike[str], work: Callable[[Path],
         raise ArtefactError(f"{function}: {path}: manifest got values nested too deeply, wanted an artefact") from None
 
 
-def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx.GraphModule:
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", optimized: bool = True) -> fx.GraphModule:
     """The network of an artefact, in eval mode, on `device`; it runs, trains, deep-copies and saves again.
+
+    One that was saved from `optimize` is optimised again, for inference on the CPU, unless `optimized` is False or the
+    device is another.
 
     Its `meta["structadmm"]` holds what the file says of it: "inputs" (a list of (shape, dtype), the batch None),
     "metadata" (the user's), "original" (the structure of the dense network, or None) and "producer".
@@ -761,6 +782,16 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
     NaN and infinite weights are values like others. Raises ArtefactError with what was got and wanted.
     """
     network: fx.GraphModule = _checked("load", path, lambda p: _restore(_read(p)))
+    metadata = dict(network.meta["structadmm"]["metadata"])
+    record = metadata.pop(OPTIMIZED, None)
+    network.meta["structadmm"]["metadata"] = metadata
+    if isinstance(record, dict) and optimized and torch.device(device).type == "cpu":
+        from .segments import restore
+
+        try:
+            return restore(network, {k: v for k, v in record.items() if k != "report"})
+        except OptimizeError as e:
+            raise ArtefactError(f"load: {path}: {str(e).removeprefix('optimize: ')}") from None
     return network.to(device)
 
 

@@ -25,7 +25,7 @@ from .errors import OptimizeError
 FORMS = ("given", "folded", "folded_channels_last", "onednn", "onednn_channels_last")
 COMPILED = "inductor"
 
-_pointwise = torch.ops.mkldnn._convolution_pointwise if torch.backends.mkldnn.is_available() else None
+_pointwise: Any = torch.ops.mkldnn._convolution_pointwise if torch.backends.mkldnn.is_available() else None
 
 
 class Form(nn.Module):
@@ -78,16 +78,17 @@ class VendorConv2d(nn.Conv2d):
 
     relu = False
     adds = False
+    _kept: Any
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> VendorConv2d:
-        new = copy.copy(conv)  # shares the parameters
+        new: Any = copy.copy(conv)  # shares the parameters
         new.__class__ = cls
         new._parameters, new._buffers = dict(conv._parameters), dict(conv._buffers)
-        new._kept: dict[Any, Any] = {}
+        new.relu, new._kept = False, {}
         return new
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         kept = self._reordered(x)
         if kept is None:
             y = super().forward(x)
@@ -101,8 +102,11 @@ class VendorConv2d(nn.Conv2d):
         return _pointwise.binary(x, residual, w, b, *sizes, "add", None, act, [], None)
 
     def _reordered(self, x: Tensor) -> Any:
-        w, b = self._parameters["weight"], self._parameters["bias"]
+        w: Any = self._parameters["weight"]
+        b = self._parameters["bias"]
         if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+            return None
+        if x.dtype not in (torch.float32, torch.bfloat16) or x.dtype is not w.dtype:
             return None
         if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
             return None
@@ -122,7 +126,7 @@ class VendorConv2d(nn.Conv2d):
 
     def network(self, path: str) -> fx.GraphModule:
         """The convolution, the addition and the ReLU as separate operations, the convolution at `path`."""
-        conv = copy.copy(self)
+        conv: Any = copy.copy(self)
         conv.__class__ = nn.Conv2d
         conv.__dict__ = {k: v for k, v in self.__dict__.items() if k not in ("_kept", "relu", "adds")}
         graph = fx.Graph()
@@ -187,11 +191,11 @@ def _is_relu(node: fx.Node, network: fx.GraphModule) -> bool:
     return node.target in (torch.relu, F.relu, "relu", torch.relu_, F.relu_, "relu_") and len(node.args) == 1
 
 
-def use_vendor(network: fx.GraphModule, layers: Mapping[str, bool] | None = None) -> None:
+def use_vendor(network: fx.GraphModule, layers: Mapping[str, bool | None] | None = None) -> None:
     """Convolutions become VendorConv2d, with a residual addition and ReLU behind them, in place.
 
-    layers: which, and whether an addition is fused; without it all, and additions of values whose nodes carry the same
-    meta["shape"].
+    layers: which, and whether an addition is fused (None: if the values' nodes carry the same meta["shape"]); without
+    it all.
     """
     if _pointwise is None:
         return
@@ -199,8 +203,9 @@ def use_vendor(network: fx.GraphModule, layers: Mapping[str, bool] | None = None
     calls = Counter(n.target for n in network.graph.nodes if n.op == "call_module")
 
     def adds(a: fx.Node, b: fx.Node) -> bool:  # one that broadcasts can't be fused
-        if layers is not None:
-            return layers[str(b.target)]
+        told = layers[str(b.target)] if layers is not None else None
+        if told is not None:
+            return told
         return a.meta.get("shape") is not None and a.meta.get("shape") == b.meta.get("shape")
 
     for node in list(network.graph.nodes):
@@ -213,7 +218,7 @@ def use_vendor(network: fx.GraphModule, layers: Mapping[str, bool] | None = None
         last, residual = node, None
         user = _only_user(last)
         if user is not None and user.target in (operator.add, torch.add, operator.iadd, "add", "add_"):
-            others = [a for a in user.args if a is not last]
+            others: Any = [a for a in user.args if a is not last]
             both = len(user.args) == 2 and not user.kwargs and len(others) == 1 and isinstance(others[0], fx.Node)
             if both and order.get(others[0], len(order)) < order[node] and adds(others[0], node):
                 last, residual = user, others[0]

@@ -168,8 +168,8 @@ def why_not(node: fx.Node, root: nn.Module, shapes: _Shapes, batch: int) -> str 
 
     shapes: of the node and its inputs at batch size `batch`.
     """
-    out = shapes.get(node)
-    ins = [shapes.get(n) for n in node.all_input_nodes]
+    out: Any = shapes.get(node)
+    ins: list[Any] = [shapes.get(n) for n in node.all_input_nodes]
     for shape in (out, *ins):
         if not isinstance(shape, Shape) or len(shape) not in (2, 4):
             return "a value got no shape of 2 or 4 dimensions, wanted [N, C, H, W] or [N, features]"
@@ -237,9 +237,9 @@ def _gates(gate: Shape, x: Shape) -> bool:
 def normalise(traced: Traced) -> None:
     """Say the same without in-place operations, dropout, and reshapes that flatten; in place, on a traced copy."""
     root, graph, shapes = traced.module, traced.module.graph, traced.shapes
-    for m in root.modules():
-        if getattr(m, "inplace", False) is True:
-            m.inplace = False
+    for layer in root.modules():
+        if getattr(layer, "inplace", False) is True:
+            layer.inplace = False  # type: ignore[assignment]
     for node in list(graph.nodes):
         _out_of_place(node)
         m = root.get_submodule(node.target) if node.op == "call_module" else None
@@ -255,7 +255,8 @@ def normalise(traced: Traced) -> None:
             if len(shapes[node]) == 2:
                 with graph.inserting_after(keep):
                     flat = graph.call_function(torch.flatten, (keep, 1))
-                keep.replace_all_uses_with(flat, delete_user_cb=lambda user, flat=flat: user is not flat)
+                for user in [u for u in keep.users if u is not flat]:
+                    user.replace_input_with(keep, flat)
                 shapes[flat] = shapes[node]
     graph.eliminate_dead_code()
     graph.lint()
@@ -294,7 +295,7 @@ def _flattens(node: fx.Node, source: fx.Node | None, shapes: _Shapes, batch: int
     """[N, C, H, W] to [N, C*H*W] by any means that says so."""
     if source is None:
         return False
-    before, after = shapes.get(source), shapes.get(node)
+    before, after = shapes.get(source, ()), shapes.get(node, ())
     if _rank(before) != 4 or _rank(after) != 2 or before[0] != batch or after[0] != batch:
         return False
     return _of(node, ("view", "reshape", "flatten", torch.reshape, torch.flatten)) and node.args[1:] != (1,)
@@ -358,6 +359,24 @@ def _returns(group: set[fx.Node], groups: Mapping[fx.Node, set[fx.Node]]) -> boo
     return False
 
 
+def pays(group: Sequence[fx.Node], root: nn.Module) -> bool:
+    """Whether a group does more than torch does in one call: element-wise operations alone don't pay for the way in
+    and out."""
+    modules = [root.get_submodule(str(n.target)) for n in group if n.op == "call_module"]
+    return any(isinstance(m, _LAYERS) for m in modules)
+
+
+def refusals(network: fx.GraphModule, groups: Sequence[Sequence[fx.Node]], shapes: _Shapes) -> dict[fx.Node, str]:
+    """Nodes of the groups that the runtime does not hold after all, with its reasons."""
+    out: dict[fx.Node, str] = {}
+    for nodes in groups:
+        inputs, outputs = boundary(nodes)
+        rows = [((None, *shapes[n][1:]), torch.float32) for n in inputs]
+        reasons = ops.segment_why_not(_program(network, nodes, inputs, outputs, rows, {}))
+        out |= {node: reasons[node.name] for node in nodes if reasons.get(node.name)}
+    return out
+
+
 # Shapes as expressions.
 
 
@@ -373,7 +392,9 @@ class _Expr:
 def _window(size: _Expr, kernel: int, stride: int, padding: int, dilation: int, ceil: bool) -> _Expr:
     reach = dilation * (kernel - 1) + 1
     if size.number is not None:
-        return _Expr(str(ops.evaluate(_window(_Expr("n"), kernel, stride, padding, dilation, ceil).text, n=size.number)))
+        return _Expr(
+            str(ops.evaluate(_window(_Expr("n"), kernel, stride, padding, dilation, ceil).text, n=size.number))
+        )
     if stride == 1:
         change = 2 * padding - reach + 1
         return size if change == 0 else _Expr(f"({size.text}{change:+d})")
@@ -445,8 +466,8 @@ def _padding(m: Any) -> Any:
 def _windows(
     x: list[_Expr], channels: _Expr, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool
 ) -> list[_Expr]:
-    sizes = zip(x[2:], *map(_pair, (kernel, stride, padding, dilation)), strict=True)
-    return [x[0], channels, *(_window(*each, ceil) for each in sizes)]
+    k, s, p, d = (_pair(v) for v in (kernel, stride, padding, dilation))
+    return [x[0], channels, *(_window(x[2 + i], k[i], s[i], p[i], d[i], ceil) for i in (0, 1))]
 
 
 # Into segments and back.
@@ -507,32 +528,35 @@ def _program(
 def _contract(network: fx.GraphModule, made: Sequence[tuple[list[fx.Node], Segment]]) -> fx.GraphModule:
     """The network with a layer in the place of each group; raises OptimizeError where the groups are not convex."""
     order = {node: i for i, node in enumerate(network.graph.nodes)}
-    unit = {node: (node,) for node in network.graph.nodes}
-    layers: dict[Any, Segment] = {}
+    unit: dict[fx.Node, tuple[fx.Node, ...]] = {node: (node,) for node in network.graph.nodes}
+    layers: dict[tuple[fx.Node, ...], Segment] = {}
     for nodes, segment in made:
         unit.update(dict.fromkeys(nodes, tuple(nodes)))
         layers[tuple(nodes)] = segment
-    graph, copies, done = fx.Graph(), {}, set()
-    root = nn.Module()
+    graph, root = fx.Graph(), nn.Module()
+    copies: dict[fx.Node, fx.Node] = {}
+    n_done = 0
+
+    def ready(nodes: Sequence[fx.Node]) -> bool:
+        return all(n in copies or n in nodes for node in nodes for n in node.all_input_nodes)
+
     waiting = sorted(dict.fromkeys(unit.values()), key=lambda u: order[u[-1]])
     while waiting:
-        at = next((i for i, u in enumerate(waiting) if all(n in copies or n in u for m in u for n in m.all_input_nodes)),
-                  None)  # fmt: skip
+        at = next((i for i, u in enumerate(waiting) if ready(u)), None)
         if at is None:
             raise OptimizeError("optimize: segments got groups that wait for one another, wanted convex ones")
-        nodes = waiting.pop(at)
-        if nodes not in layers:
-            (node,) = nodes
+        unit_nodes = waiting.pop(at)
+        if unit_nodes not in layers:
+            (node,) = unit_nodes
             copies[node] = graph.node_copy(node, lambda n: copies[n])
             if node.op in ("call_module", "get_attr"):
                 _attach(root, str(node.target), network)
             continue
-        inputs, outputs = boundary(nodes)
-        name = f"segment_{len(done)}"
+        inputs, outputs = boundary(unit_nodes)
+        name, n_done = f"segment_{n_done}", n_done + 1
         while hasattr(network, name):
             name += "_"
-        done.add(name)
-        root.add_module(name, layers[nodes])
+        root.add_module(name, layers[unit_nodes])
         call = graph.call_module(name, tuple(copies[n] for n in inputs))
         for i, node in enumerate(outputs):
             copies[node] = call if len(outputs) == 1 else graph.call_function(operator.getitem, (call, i))
@@ -592,7 +616,7 @@ def inline(fast: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, Any]]:
                 if n.op not in ("placeholder", "output"):
                     inner[n] = copy_node(n, part, inner)
             results = part.graph.output_node().args[0]
-            copies[node] = fx.node.map_arg(results, lambda n, inner=inner: inner[n])
+            copies[node] = fx.node.map_arg(results, inner.__getitem__)
             if isinstance(m, Segment):
                 names = [inner[n].name for n in part.graph.nodes if n.op not in ("placeholder", "output")]
                 families = part.meta["structadmm"]["metadata"].get("families", {})
@@ -632,12 +656,12 @@ def restore(network: fx.GraphModule, record: Any) -> fx.GraphModule:
         return make(network, form["name"], _BY_NAME[form["dtype"]], vendor)
     need(isinstance(rows, list), "segments", "a list")
     by_name = {n.name: n for n in network.graph.nodes if n.op not in ("placeholder", "output", "get_attr")}
-    made, seen = [], set()
+    made, seen = [], set[str]()
     for row in rows:
         need(isinstance(row, dict) and set(row) == {"nodes", "shapes", "dtype", "families"}, "segment", "its fields")
         names, shapes, dtype, families = (row[k] for k in ("nodes", "shapes", "dtype", "families"))
         known = isinstance(names, list) and names and all(isinstance(n, str) and n in by_name for n in names)
-        need(known and len(set(names) - seen) == len(names), "nodes", "those of the network, each once")
+        need(bool(known) and len(set(names) - seen) == len(names), "nodes", "those of the network, each once")
         seen |= set(names)
         inside = set(names)
         nodes = [n for n in network.graph.nodes if n.name in inside]
