@@ -113,19 +113,22 @@ def test_isa_objects_define_no_weak_symbols():
 
 
 def test_wide_registers_stay_in_isa_objects():
-    wide = {"avx512": re.compile(r"%zmm"), "avx2": re.compile(r"%ymm")}
-    seen = {"avx512": False, "avx2": False}
+    marks = {"avx2": r"%ymm", "avx512": r"%zmm", "avx512_bf16": r"vdpbf16ps|vcvtne2?ps2bf16", "amx_bf16": r"%tmm"}
+    order = list(marks)
+    seen = set()
     for obj in core_objects():
         code = output(tool("objdump"), "-d", "--no-show-raw-insn", obj)
-        isa = re.match(r"x86_(avx512|avx2)", obj.name)
-        for name, pattern in wide.items():
-            found = pattern.search(code) is not None
-            if isa and isa[1] == name:
-                seen[name] = seen[name] or found
-            elif not isa or (isa[1] == "avx2" and name == "avx512"):
-                assert not found, f"{obj.parent.name}/{obj.name} holds {name} code"
+        match = re.match(r"x86_(\w+)", obj.name)
+        isa = match[1] if match else ""
+        assert not isa or isa in order
+        for name, pattern in marks.items():
+            if re.search(pattern, code) is not None:
+                assert isa and order.index(name) <= order.index(isa), f"{obj.parent.name}/{obj.name} holds {name} code"
+                seen.add((isa, name))
+    for isa in {isa for isa, _ in seen}:
+        assert (isa, isa) in seen, f"no object of {isa} holds its own code"
     if any(o.name.startswith("x86_") for o in core_objects()):
-        assert all(seen.values())
+        assert {isa for isa, _ in seen} >= {"avx2", "avx512"}
 
 
 def test_importing_the_package_is_quick_and_lazy():

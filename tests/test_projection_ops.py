@@ -445,5 +445,7 @@ def test_selection_names_what_another_cpu_would_run(family, dtype):
     for isa in ("scalar", "avx2", "avx512"):
         want = f"{family}_{dtype}__{isa if x86 else 'scalar'}"
         assert _core.selected_kernel(family, isa, dtype) == want
+    for isa in ("avx512_bf16", "amx_bf16"):
+        assert _core.selected_kernel(family, isa, dtype) == _core.selected_kernel(family, "avx512", dtype)
     with pytest.raises(ValueError, match="dtype got another dtype, wanted f32, bf16 or f16"):
         _core.selected_kernel(family, "scalar", "f8")

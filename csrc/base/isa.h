@@ -7,14 +7,17 @@
 
 namespace structadmm {
 
-// In order of preference: later is better.
-enum class Isa { kScalar, kAvx2, kAvx512 };
-inline constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512};
+// In order of preference: later is better, and a CPU that has one has those before it. kAvx512Bf16 adds dot products of
+// bf16 pairs to kAvx512, kAmxBf16 adds tiles of them; what has no use for either runs its kernels of kAvx512.
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
+inline constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmxBf16};
 
 const char* isa_name(Isa isa);
 std::optional<Isa> isa_from_name(std::string_view name);
+std::string isa_names();  // all, separated by commas
 
-// Whether this CPU and operating system run it and it was compiled in.
+// Whether this CPU and operating system run it and it was compiled in. The first question after tiles asks Linux for
+// the process's permission to use them.
 bool isa_supported(Isa isa);
 
 // The one in use. Throws Error if STRUCTADMM_ISA names one that does not exist or that this CPU lacks.

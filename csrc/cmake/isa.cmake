@@ -5,6 +5,8 @@
 # Kernels are optimised even in debug builds: intrinsics at -O0 are a hundred times slower and test nothing more.
 set(SADMM_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(SADMM_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
+set(SADMM_FLAGS_avx512_bf16 ${SADMM_FLAGS_avx512} -mavx512bf16)
+set(SADMM_FLAGS_amx_bf16 ${SADMM_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(SADMM_X86 ON)
@@ -22,7 +24,7 @@ function(sadmm_add_rooms target folder)
     foreach(source IN LISTS sources)
       get_filename_component(name ${source} NAME_WE)
       set(flags -O3)
-      if(name MATCHES "^x86_([a-z0-9]+)$")
+      if(name MATCHES "^x86_([a-z0-9_]+)$")
         if(NOT SADMM_X86)
           continue()
         endif()

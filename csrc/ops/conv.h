@@ -3,8 +3,8 @@
 //   y[n, f, oy, ox] = epilogue(bias[f] + sum over taps (c, ky, kx) of f: w[f, tap] * x[n, c, iy, ix])
 //   iy = oy * stride[0] + ky * dilation[0] - padding[0], ix likewise
 //
-// The weight is canonical, f32, in blocks of filters that share their taps (ops/tap_table.h has the format); a dense weight
-// is one block per conv group with every tap. Families differ in how they run it, never in what they compute:
+// The weight is canonical, f32, in blocks of filters that share their taps (ops/tap_table.h has the format); a dense
+// weight is one block per conv group with every tap. Families differ in how they run it, never in what they compute:
 //
 //   taps_f32    tap lists per block of filters, f32
 //   taps_bf16   the same in bf16 with f32 accumulation; x and y are bf16 planes
@@ -43,9 +43,10 @@ class PackedConv {
   virtual const char* family() const = 0;
 
   // x has at least the halo that `padding` (and the right and bottom edge that the kernel reaches) asks for. residual:
-  // planes of y's sizes, null without epilogue.residual; the step's inputs are then {x, residual}. residual and y may be
-  // the same memory if their planes are equal. images: the most that a run has.
-  virtual std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual, int64_t images) const = 0;
+  // planes of y's sizes, null without epilogue.residual; the step's inputs are then {x, residual}. residual and y may
+  // be the same memory if their planes are equal. images: the most that a run has.
+  virtual std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual,
+                                     int64_t images) const = 0;
 };
 
 // Each throws Error where the specification is not well formed or the family can't run it.

@@ -63,11 +63,10 @@ void linear_compact(const LinearShape& s, const float* x, const Packed& packed, 
           .n_taps = panel.n_taps,
           .w = packed.weights + panel.weight,
           .bias = packed.bias + panel.first_filter,
-          .y = y + row * filters + panel.first_filter,
-          .y_stride = 1,
           .filters = last.first_filter + last.filters - panel.first_filter,
           .pixel = pixel,
-          .out = out,
+          .row = out,
+          .out = {.y = y + row * filters + panel.first_filter, .y_stride = 1},
       });
     }
   });

@@ -1,16 +1,18 @@
 // How an activation lies in memory inside a segment: planes of pixels between zeros.
 //
-//   element (n, c, y, x) is at  origin + n * image_stride + c * channel_stride + y * pitch + x     (elements, not bytes)
+//   element (n, c, y, x) is at  origin + n * image_stride + c * channel_stride + y * pitch + x     (elements, not
+//   bytes)
 //
-// Columns are neighbours in memory, always. Around each plane lies a halo of zeros, as wide as its consumers' padding, so
-// that a convolution reads x at -halo.left <= x < width + halo.right without a test for the border. Halos are shared: the
-// zeros that trail a row also lead the next (pitch = width + max(left, right)), and so for images of one channel.
+// Columns are neighbours in memory, always. Around each plane lies a halo of zeros, as wide as its consumers' padding,
+// so that a convolution reads x at -halo.left <= x < width + halo.right without a test for the border. Halos are
+// shared: the zeros that trail a row also lead the next (pitch = width + max(left, right)), and so for images of one
+// channel.
 //
-// Who writes planes writes every element inside, and may write zeros, nothing else, on the halo. The zeros themselves are
-// there before the first run: the planner gives one place in memory only to values of the same planes.
+// Who writes planes writes every element inside, and may write zeros, nothing else, on the halo. The zeros themselves
+// are there before the first run: the planner gives one place in memory only to values of the same planes.
 //
-// A vector of features (the input and output of a linear layer) is planes with height = width = 1 and channel_stride = 1.
-// A contiguous NCHW tensor is planes without halo, with pitch = width.
+// A vector of features (the input and output of a linear layer) is planes with height = width = 1 and channel_stride
+// = 1. A contiguous NCHW tensor is planes without halo, with pitch = width.
 #pragma once
 
 #include <algorithm>
@@ -42,8 +44,8 @@ struct Planes {
 
 inline constexpr int64_t kSlack = 128;
 
-// Planes for `images` images as the arena holds them: per channel all images one below the other, channels an odd number
-// of cache lines apart (a power of two would let planes share few cache sets).
+// Planes for `images` images as the arena holds them: per channel all images one below the other, channels an odd
+// number of cache lines apart (a power of two would let planes share few cache sets).
 inline Planes arena_planes(Dtype dtype, int64_t images, int64_t channels, int64_t height, int64_t width, Halo halo) {
   Planes p{.dtype = dtype, .channels = channels, .height = height, .width = width, .halo = halo};
   if (height == 1 && width == 1 && halo == Halo{}) {

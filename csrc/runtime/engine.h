@@ -1,5 +1,5 @@
-// Runs a graph: plans it for a shape and batch (planner.h), keeps packed weights, plans and arenas, and executes without
-// allocating.
+// Runs a graph: plans it for a shape and batch (planner.h), keeps packed weights, plans and arenas, and executes
+// without allocating.
 #pragma once
 
 #include <cstdint>

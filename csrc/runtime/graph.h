@@ -1,7 +1,7 @@
 // The network, or a segment of one, as the runtime sees it: nodes in order of execution, each with one value per image.
 //
-// Shapes leave the batch out: {C, H, W}, or {features}. Made by runtime/lower.cpp from the manifest of an artefact, in which
-// BatchNorm is folded and activations and residual additions are fused already.
+// Shapes leave the batch out: {C, H, W}, or {features}. Made by runtime/lower.cpp from the manifest of an artefact, in
+// which BatchNorm is folded and activations and residual additions are fused already.
 #pragma once
 
 #include <cstdint>
@@ -34,11 +34,11 @@ struct Node {
   std::shared_ptr<const ConvSpec> conv;
   std::shared_ptr<const LinearSpec> linear;
   Pool pool;
-  bool ceil_mode = false;     // of kPool
-  int64_t size[2] = {1, 1};   // of kAdaptivePool
+  bool ceil_mode = false;    // of kPool
+  int64_t size[2] = {1, 1};  // of kAdaptivePool
   std::vector<float> scale, shift;
-  Epilogue epilogue;          // of kCopy, kMultiply, kScaleShift
-  std::string family;         // of kConv: "" lets the runtime choose; else "taps", "depthwise", "nonzeros"
+  Epilogue epilogue;   // of kCopy, kMultiply, kScaleShift
+  std::string family;  // of kConv: "" lets the runtime choose; else "taps", "depthwise", "nonzeros"
 };
 
 struct Graph {

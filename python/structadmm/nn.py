@@ -36,6 +36,7 @@ _EFFICIENCY = {
     "avx2": {32: 1.0, 16: 1.0, 8: 0.9, 4: 0.9},
     "scalar": {32: 1.0, 16: 1.0, 8: 0.95, 4: 0.95},
 }
+_EFFICIENCY["avx512_bf16"] = _EFFICIENCY["amx_bf16"] = _EFFICIENCY["avx512"]  # these layers are float32
 _BLOCKS = (16, 8, 4)
 
 # Bound once: to look an op up costs as much as a small layer.

@@ -24,7 +24,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def isa() -> str:
-    """The instruction set that the CPU kernels use: scalar, avx2 or avx512. STRUCTADMM_ISA forces one."""
+    """The instruction set that the CPU kernels use: scalar, avx2, avx512, avx512_bf16 or amx_bf16.
+
+    STRUCTADMM_ISA forces one; layers in float32 run the kernels of avx512 on the last two."""
     return str(_ops.isa())
 
 

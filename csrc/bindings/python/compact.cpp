@@ -92,7 +92,7 @@ std::vector<std::string> kernels_for(const std::string& isa, const std::array<in
                                      const Pair& padding, const Pair& dilation, int64_t groups) {
   constexpr auto op = "conv2d_kernels";
   const auto found = isa_from_name(isa);
-  SADMM_CHECK(found, op, ": isa got '", isa, "', wanted scalar, avx2 or avx512");
+  SADMM_CHECK(found, op, ": isa got '", isa, "', wanted one of ", isa_names());
   std::vector<int32_t> all, offsets{0};
   std::vector<float> weight;
   for (const int32_t filters : block_filters) {

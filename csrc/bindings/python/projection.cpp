@@ -91,7 +91,7 @@ void add_penalty_grad_np(const std::vector<Array>& grads, const std::vector<Arra
 // The name of the variant that a CPU with this instruction set would run.
 std::string selected(const std::string& family, const std::string& isa, const std::string& dtype) {
   const auto which = isa_from_name(isa);
-  SADMM_CHECK(which, "selected: isa got '", isa, "', wanted scalar, avx2 or avx512");
+  SADMM_CHECK(which, "selected: isa got '", isa, "', wanted one of ", isa_names());
   Dtype type = Dtype::kOther;
   for (Dtype d : {Dtype::kF32, Dtype::kBf16, Dtype::kF16}) {
     if (dtype == dtype_name(d)) type = d;

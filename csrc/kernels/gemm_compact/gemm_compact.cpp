@@ -1,15 +1,18 @@
 #include "kernels/gemm_compact/gemm_compact.h"
 #include "kernels/gemm_compact/isa_tables.h"
+#include "kernels/select.h"
 
 namespace structadmm::kernels {
 
 const GemmCompact& gemm_compact(Isa isa) {
+  static constexpr IsaRow<const GemmCompact*> kRows[] = {
+      {Isa::kScalar, &gemm_compact_scalar},
 #if SADMM_X86
-  if (isa == Isa::kAvx2) return gemm_compact_avx2;
-  if (isa == Isa::kAvx512) return gemm_compact_avx512;
+      {Isa::kAvx2, &gemm_compact_avx2},
+      {Isa::kAvx512, &gemm_compact_avx512},
 #endif
-  (void)isa;
-  return gemm_compact_scalar;
+  };
+  return *select_row(kRows, isa);
 }
 
 }  // namespace structadmm::kernels

@@ -1,6 +1,6 @@
 // Micro-kernels of the compacted convolution and linear layer (f32).
 //
-//   y[f, p] = bias[f] + sum over taps t of w[t, f] * x[t, p]
+//   y[f, p] = epilogue(bias[f] + sum over taps t of w[t, f] * x[t, p])
 //
 // A *panel* is 16, 8 or 4 consecutive filters that share one list of taps; its weights are stored [tap][panel width],
 // zeros behind the last filter. A tap is a pair (channel, kernel position) and reads x at channel * channel_stride +
@@ -8,16 +8,17 @@
 // multiply-adds over the taps in order, begun with the bias: it depends neither on the tile nor on the thread.
 //
 //   pixels   registers hold MR filters x NR vectors of pixels, weights are broadcast: for narrow panels
-//   filters  registers hold P pixels x NV panels (vectors of filters), pixels are broadcast: needs no halo, no stride
-//   and no
-//            width of the map to fill its vectors, only enough filters that share their taps
+//   filters  registers hold P pixels x NV panels (vectors of filters), pixels are broadcast: needs no stride and no width
+//            of the map to fill its vectors, only enough filters that share their taps
 //
-// Pointers need no alignment. x may be read up to 2 * lanes - 1 floats past a vector's offset, y is written only where
-// outputs are; x and y do not overlap. Kernels check nothing.
+// Pointers need no alignment. pixels reads whole vectors (two for Gather) at every PixelVector::offset, filters only the
+// pixels it is given; y is written only where outputs are, residual read only there. x and y do not overlap; residual
+// and y may be the same memory in the same order. Kernels check nothing.
 #pragma once
 
 #include <cstdint>
 
+#include "base/epilogue.h"
 #include "base/isa.h"
 #include "kernels/gemm_compact/packed.h"
 
@@ -29,19 +30,29 @@ inline constexpr int kMaxPixels = 8;   // P of any instruction set
 inline constexpr int kMaxVectors = 6;  // NR of any instruction set
 inline constexpr int kMaxPanels = 3;   // NV of any instruction set
 
-// Lanes of a vector of pixels that lie in one image: in order, they go to consecutive places of y.
-struct PixelSegment {
-  int64_t y_offset;  // of the first of them
-  uint32_t lanes;    // bit i: lane i belongs here
-  int32_t image;     // segments of images that are not there (image >= PixelsArgs::images) are not written
+// One store of a vector of pixels, for each filter: y[i] = lane from[i] of it, for the bits i of `lanes`.
+struct PixelStore {
+  int64_t y, residual;  // offsets of y[0] and of what is added to it
+  uint32_t lanes;
+  int32_t image;  // stores of images that are not there (image >= Output::images) are left out
+  int8_t from[kMaxLanes];
 };
 
-// A vector of pixels: lane i reads x at offset + lane[i], 0 <= lane[i] < 2 * lanes; kernels without Gather read offset
-// + i.
+// A vector of pixels: lane i reads x at offset + i, with Gather at offset + lane[i], 0 <= lane[i] < 2 * lanes.
 struct PixelVector {
   int64_t offset;
-  int32_t first_segment, segments;
-  alignas(64) int32_t lane[kMaxLanes];
+  int32_t first_store, stores;
+  int8_t lane[kMaxLanes];
+};
+
+struct Output {
+  float* y;
+  int64_t y_stride;  // from filter to filter
+  const float* residual = nullptr;
+  int64_t residual_stride = 0;
+  const PixelStore* stores = nullptr;
+  int images = 1;
+  Epilogue epilogue = {};
 };
 
 struct PixelsArgs {
@@ -53,12 +64,9 @@ struct PixelsArgs {
   const float* w;    // [n_taps][w_stride], the first MR of each row are used
   int64_t w_stride;  // panel width
   const float* bias;
-  float* y;
-  int64_t y_stride;            // from filter to filter
   int filters;                 // 1 to MR: those that exist
   const PixelVector* vectors;  // [NR]
-  const PixelSegment* segments;
-  int images;
+  Output out;                  // its stores are those that the vectors count
 };
 
 struct FiltersArgs {
@@ -69,11 +77,14 @@ struct FiltersArgs {
   int64_t n_taps;
   const float* w;  // [NV][n_taps][panel width]
   const float* bias;
-  float* y;
-  int64_t y_stride;      // from filter to filter
   int filters;           // 1 to NV * width: those that exist
   const int32_t* pixel;  // [P] offsets in x
-  const int32_t* out;    // [P] offsets in y
+  // With `row`, filters are neighbours in y (y_stride = 1), and pixel p goes to y + row[p], plus residual + residual_row[p].
+  // Otherwise the P pixels are the first lanes of a vector and go where `stores` says.
+  const int32_t* row;
+  const int32_t* residual_row = nullptr;
+  int stores = 0;
+  Output out;
 };
 
 using PixelsKernel = void (*)(const PixelsArgs&);
@@ -84,6 +95,7 @@ struct GemmCompact {
   const char* isa;
   int lanes;    // pixels in a vector
   int pixels;   // largest P
+  int across;   // lanes of the vectors that filters stores: at least P
   int mr[3];    // filters in a pixels kernel: a panel takes width / mr of them
   int nr[3];    // largest NR
   int nv[3];    // largest NV

@@ -1,6 +1,50 @@
 // The two micro-kernels over a type V of vectors. Included by the ISA files inside their anonymous namespaces, so that
 // nothing compiled for one instruction set can be called by another.
 
+// One vector of sums per filter to where a PixelStore says.
+template <class V>
+struct Placed {
+  typename V::Index from;
+  typename V::Lanes lanes;
+  typename V::Reg low, high;
+  const float* residual;
+  float* y;
+
+  Placed(const PixelStore& s, const Output& o)
+      : from(V::index(s.from)),
+        lanes(V::lanes(s.lanes)),
+        low(V::broadcast(&o.epilogue.low)),
+        high(V::broadcast(&o.epilogue.high)),
+        residual(o.residual ? o.residual + s.residual : nullptr),
+        y(o.y + s.y) {}
+
+  typename V::Reg sum(typename V::Reg r, const Output& o, int filter) const {
+    r = V::permute(r, from);
+    return residual ? V::add(r, V::load_lanes(residual + filter * o.residual_stride, lanes)) : r;
+  }
+  void put(typename V::Reg r, const Output& o, int filter) const {
+    V::store_lanes(y + filter * o.y_stride, lanes, V::clamp(sum(r, o, filter), low, high));
+  }
+};
+
+// `filters` vectors of sums in memory, `apart` floats from one to the next.
+template <class V>
+__attribute__((noinline)) void put_all(const float* sums, int apart, int filters, const PixelStore* s, int stores,
+                                       const Output& o) {
+  const bool curve = o.epilogue.activation != Activation::kClamp;
+  for (const PixelStore* const end = s + stores; s != end && s->image < o.images; ++s) {
+    const Placed<V> place(*s, o);
+    for (int f = 0; f < filters; ++f) {
+      const auto r = V::load(sums + f * apart);
+      if (curve) {
+        V::store_lanes(place.y + f * o.y_stride, place.lanes, V::curve(place.sum(r, o, f), o.epilogue));
+      } else {
+        place.put(r, o, f);
+      }
+    }
+  }
+}
+
 template <class V, int MR, int NR, bool Gather>
 void pixels(const PixelsArgs& a) {
   typename V::Reg acc[MR][NR];
@@ -14,7 +58,7 @@ void pixels(const PixelsArgs& a) {
 #pragma GCC unroll 8
   for (int v = 0; v < NR; ++v) {
     base[v] = a.x + a.vectors[v].offset;
-    if constexpr (Gather) index[v] = V::load_index(a.vectors[v].lane);
+    if constexpr (Gather) index[v] = V::index(a.vectors[v].lane);
   }
   const float* w = a.w;
   const Tap* const end = a.taps + a.n_taps;
@@ -37,45 +81,59 @@ void pixels(const PixelsArgs& a) {
       for (int v = 0; v < NR; ++v) acc[m][v] = V::fma(wm, px[v], acc[m][v]);
     }
   }
+  const Output& o = a.out;
+  if (o.epilogue.activation != Activation::kClamp) {
+    alignas(64) float sums[NR][MR][V::kLanes];
+#pragma GCC unroll 8
+    for (int v = 0; v < NR; ++v) {
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) V::store(sums[v][m], acc[m][v]);
+    }
+    for (int v = 0; v < NR; ++v) {
+      put_all<V>(sums[v][0], V::kLanes, a.filters, o.stores + a.vectors[v].first_store, a.vectors[v].stores, o);
+    }
+    return;
+  }
 #pragma GCC unroll 8
   for (int v = 0; v < NR; ++v) {
-    const PixelSegment* s = a.segments + a.vectors[v].first_segment;
-    for (int i = 0; i < a.vectors[v].segments && s->image < a.images; ++i, ++s) {
-      float* y = a.y + s->y_offset;
+    const PixelStore* s = o.stores + a.vectors[v].first_store;
+    for (int i = 0; i < a.vectors[v].stores && s->image < o.images; ++i, ++s) {
+      const Placed<V> place(*s, o);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
         if (m >= a.filters) break;
-        if (s->lanes == V::kAllLanes) {
-          V::store(y + m * a.y_stride, acc[m][v]);
-        } else {
-          V::store_lanes(y + m * a.y_stride, s->lanes, acc[m][v]);
-        }
+        place.put(acc[m][v], o, m);
       }
     }
   }
 }
 
-// P vectors of filters [first, first + lanes) to y: as rows where filters are contiguous (linear), else transposed.
+// P vectors of filters, the first of them `first`, as rows: filters are neighbours in y.
 template <class V, int P>
-inline void store_filters(const FiltersArgs& a, int first, const typename V::Reg (&r)[P]) {
+inline void put_rows(const FiltersArgs& a, int first, const typename V::Reg (&r)[P]) {
   const int n = a.filters - first < V::kLanes ? a.filters - first : V::kLanes;
-  if (n == V::kLanes && a.y_stride == 1) {
+  float* const y = a.out.y + first;
+  if (n == V::kLanes && !a.out.residual && a.out.epilogue == Epilogue{}) {
 #pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) V::store(a.y + a.out[p] + first, r[p]);
+    for (int p = 0; p < P; ++p) V::store(y + a.row[p], r[p]);
     return;
   }
-  if constexpr (V::template kTransposes<P>) {
-    if (n == V::kLanes && a.out[P - 1] - a.out[0] == P - 1) {
-      V::store_transposed(a.y + a.out[0] + first * a.y_stride, a.y_stride, r);
-      return;
-    }
-  }
+  using A = typename V::Across;
   alignas(64) float tile[P][V::kLanes];
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p) V::store(tile[p], r[p]);
-  for (int p = 0; p < P; ++p) {
-    float* y = a.y + a.out[p] + first * a.y_stride;
-    for (int f = 0; f < n; ++f) y[f * a.y_stride] = tile[p][f];
+  PixelStore s{};
+  for (int i = 0; i < A::kLanes; ++i) s.from[i] = static_cast<int8_t>(i);
+  for (int f = 0; f < n; f += A::kLanes) {
+    const int some = n - f < A::kLanes ? n - f : A::kLanes;
+    s.lanes = (1u << some) - 1;
+    for (int p = 0; p < P; ++p) {
+      s.y = first + f + a.row[p];
+      if (a.out.residual) s.residual = first + f + a.residual_row[p];
+      alignas(64) float sums[A::kLanes];
+      for (int i = 0; i < some; ++i) sums[i] = tile[p][f + i];
+      put_all<A>(sums, A::kLanes, 1, &s, 1, a.out);
+    }
   }
 }
 
@@ -118,11 +176,34 @@ void filters(const FiltersArgs& a) {
   }
 #pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) {
-    if (v * V::kLanes >= a.filters) break;
+    const int first = v * V::kLanes;
+    if (first >= a.filters) break;
     typename V::Reg column[P];
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) column[p] = acc[p][v];
-    store_filters<V, P>(a, v * V::kLanes, column);
+    if (a.row) {
+      put_rows<V, P>(a, first, column);
+      continue;
+    }
+    using A = typename V::Across;
+    alignas(64) float sums[V::kLanes][A::kLanes];
+    V::transpose(column, sums);
+    Output o = a.out;
+    o.y += first * o.y_stride;
+    if (o.residual) o.residual += first * o.residual_stride;
+    put_all<A>(sums[0], A::kLanes, a.filters - first < V::kLanes ? a.filters - first : V::kLanes, o.stores, a.stores,
+               o);
+  }
+}
+
+// Pixel by pixel.
+template <int P, int kLanes, int kAcross, class V>
+inline void transpose_plainly(const typename V::Reg (&r)[P], float (&out)[kLanes][kAcross]) {
+  alignas(64) float tile[P][kLanes];
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p) V::store(tile[p], r[p]);
+  for (int f = 0; f < kLanes; ++f) {
+    for (int p = 0; p < P; ++p) out[f][p] = tile[p][f];
   }
 }
 

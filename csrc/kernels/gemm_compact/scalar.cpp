@@ -3,6 +3,7 @@
 
 #include "kernels/gemm_compact/gemm_compact.h"
 #include "kernels/gemm_compact/isa_tables.h"
+#include "simd/activate.h"
 
 namespace structadmm::kernels {
 namespace {
@@ -11,11 +12,10 @@ namespace {
 
 struct Vec4 {
   typedef float Reg __attribute__((vector_size(16)));
-  using Index = int;
+  using Index = const int8_t*;
+  using Lanes = uint32_t;
+  using Across = Vec4;
   static constexpr int kLanes = 4;
-  static constexpr uint32_t kAllLanes = 0xF;
-  template <int>
-  static constexpr bool kTransposes = false;
 
   static Reg load(const float* p) {
     Reg r;
@@ -23,10 +23,39 @@ struct Vec4 {
     return r;
   }
   static Reg broadcast(const float* p) { return Reg{*p, *p, *p, *p}; }
+  static Reg add(Reg a, Reg b) { return a + b; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static Reg clamp(Reg r, Reg low, Reg high) {
+    r = low > r ? low : r;
+    return high < r ? high : r;
+  }
   static void store(float* p, Reg r) { __builtin_memcpy(p, &r, sizeof r); }
-  static void store_lanes(float* p, uint32_t lanes, Reg r) {
-    for (; lanes; lanes &= lanes - 1) *p++ = r[__builtin_ctz(lanes)];
+
+  static Index index(const int8_t* lane) { return lane; }
+  static Lanes lanes(uint32_t bits) { return bits; }
+  static Reg permute(Reg r, Index i) { return Reg{r[i[0] & 3], r[i[1] & 3], r[i[2] & 3], r[i[3] & 3]}; }
+  static Reg load_lanes(const float* p, Lanes some) {
+    Reg r{};
+    for (int i = 0; i < kLanes; ++i) {
+      if (some >> i & 1) r[i] = p[i];
+    }
+    return r;
+  }
+  static void store_lanes(float* p, Lanes some, Reg r) {
+    if (some == 0xF) return store(p, r);
+    for (int i = 0; i < kLanes; ++i) {
+      if (some >> i & 1) p[i] = r[i];
+    }
+  }
+  static Reg curve(Reg r, const Epilogue& e) {
+    float lanes[ActiveVec::kWidth] = {};
+    store(lanes, r);
+    activate(ActiveVec::load(lanes), e).store(lanes);
+    return load(lanes);
+  }
+  template <int P>
+  static void transpose(const Reg (&r)[P], float (&out)[4][4]) {
+    transpose_plainly<P, 4, 4, Vec4>(r, out);
   }
 };
 
@@ -34,6 +63,7 @@ constexpr GemmCompact make() {
   GemmCompact g{.isa = "scalar",
                 .lanes = 4,
                 .pixels = 2,
+                .across = 4,
                 .mr = {4, 4, 4},
                 .nr = {2, 2, 2},
                 .nv = {1, 1, 1},

@@ -6,48 +6,68 @@
 
 #include "kernels/gemm_compact/gemm_compact.h"
 #include "kernels/gemm_compact/isa_tables.h"
+#include "simd/activate.h"
 
 namespace structadmm::kernels {
 namespace {
 
 #include "kernels/gemm_compact/generic.h"
 
+__attribute__((noinline)) __m256 activated(__m256 r, const Epilogue& e) {
+  return activate(ActiveVec{r}, e).v;
+}
+
 struct Vec8 {
   using Reg = __m256;
-  using Index = int;
+  using Index = __m256i;
+  using Lanes = __m256i;
+  using Across = Vec8;
   static constexpr int kLanes = 8;
-  static constexpr uint32_t kAllLanes = 0xFF;
-  template <int>
-  static constexpr bool kTransposes = false;
 
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
   static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static Reg clamp(Reg r, Reg low, Reg high) { return _mm256_min_ps(high, _mm256_max_ps(low, r)); }
   static void store(float* p, Reg r) { _mm256_storeu_ps(p, r); }
 
-  // Through the stack: masked stores are microcoded on AMD.
-  static void store_lanes(float* p, uint32_t lanes, Reg r) {
-    alignas(32) float tile[8];
-    _mm256_store_ps(tile, r);
-    for (; lanes; lanes &= lanes - 1) *p++ = tile[__builtin_ctz(lanes)];
+  static Index index(const int8_t* lane) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(lane)));
+  }
+  static Lanes lanes(uint32_t bits) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit), bit);
+  }
+  static Reg permute(Reg r, Index i) { return _mm256_permutevar8x32_ps(r, i); }
+  static Reg load_lanes(const float* p, Lanes some) { return _mm256_maskload_ps(p, some); }
+  // Microcoded on AMD before Zen 4, but no slower there than one store per lane.
+  static void store_lanes(float* p, Lanes some, Reg r) { _mm256_maskstore_ps(p, some, r); }
+  static Reg curve(Reg r, const Epilogue& e) { return activated(r, e); }
+  template <int P>
+  static void transpose(const Reg (&r)[P], float (&out)[8][8]) {
+    transpose_plainly<P, 8, 8, Vec8>(r, out);
   }
 };
 
 struct Vec4 {
   using Reg = __m128;
+  using Across = Vec8;
   static constexpr int kLanes = 4;
-  template <int>
-  static constexpr bool kTransposes = false;
   static Reg load(const float* p) { return _mm_loadu_ps(p); }
   static Reg broadcast(const float* p) { return _mm_broadcast_ss(p); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm_fmadd_ps(a, b, c); }
   static void store(float* p, Reg r) { _mm_storeu_ps(p, r); }
+  template <int P>
+  static void transpose(const Reg (&r)[P], float (&out)[4][8]) {
+    transpose_plainly<P, 4, 8, Vec4>(r, out);
+  }
 };
 
 constexpr GemmCompact make() {
   GemmCompact g{.isa = "avx2",
                 .lanes = 8,
                 .pixels = 6,
+                .across = 8,
                 .mr = {4, 4, 4},
                 .nr = {3, 3, 3},
                 .nv = {1, 1, 1},

@@ -3,43 +3,101 @@
 
 // GCC 12 takes the undefined operands inside its own unmasked intrinsics for variables of ours.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #include <utility>
 
 #include "kernels/gemm_compact/gemm_compact.h"
 #include "kernels/gemm_compact/isa_tables.h"
+#include "simd/activate.h"
 
 namespace structadmm::kernels {
 namespace {
 
 #include "kernels/gemm_compact/generic.h"
 
+__attribute__((noinline)) __m512 activated(__m512 r, const Epilogue& e) {
+  return activate(ActiveVec{r}, e).v;
+}
+
+// Eight pixels of a filters kernel, and narrow panels in it.
+struct Vec8 {
+  using Reg = __m256;
+  using Index = __m256i;
+  using Lanes = __mmask8;
+  using Across = Vec8;
+  static constexpr int kLanes = 8;
+
+  static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+  static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static Reg clamp(Reg r, Reg low, Reg high) { return _mm256_min_ps(high, _mm256_max_ps(low, r)); }
+  static void store(float* p, Reg r) { _mm256_storeu_ps(p, r); }
+
+  static Index index(const int8_t* lane) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(lane)));
+  }
+  static Lanes lanes(uint32_t bits) { return static_cast<Lanes>(bits); }
+  static Reg permute(Reg r, Index i) { return _mm256_permutexvar_ps(i, r); }
+  static Reg load_lanes(const float* p, Lanes some) { return _mm256_maskz_loadu_ps(some, p); }
+  static void store_lanes(float* p, Lanes some, Reg r) { _mm256_mask_storeu_ps(p, some, r); }
+  static Reg curve(Reg r, const Epilogue& e) {
+    return _mm512_castps512_ps256(activated(_mm512_castps256_ps512(r), e));
+  }
+  template <int P>
+  static void transpose(const Reg (&r)[P], float (&out)[8][8]) {
+    transpose_plainly<P, 8, 8, Vec8>(r, out);
+  }
+};
+
+struct Vec4 {
+  using Reg = __m128;
+  using Across = Vec8;
+  static constexpr int kLanes = 4;
+  static Reg load(const float* p) { return _mm_loadu_ps(p); }
+  static Reg broadcast(const float* p) { return _mm_broadcast_ss(p); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm_fmadd_ps(a, b, c); }
+  static void store(float* p, Reg r) { _mm_storeu_ps(p, r); }
+  template <int P>
+  static void transpose(const Reg (&r)[P], float (&out)[4][8]) {
+    transpose_plainly<P, 4, 8, Vec4>(r, out);
+  }
+};
+
 struct Vec16 {
   using Reg = __m512;
   using Index = __m512i;
+  using Lanes = __mmask16;
+  using Across = Vec8;
   static constexpr int kLanes = 16;
-  static constexpr uint32_t kAllLanes = 0xFFFF;
-  template <int P>
-  static constexpr bool kTransposes = P == 8;
 
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
   static Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static Reg clamp(Reg r, Reg low, Reg high) { return _mm512_min_ps(high, _mm512_max_ps(low, r)); }
   static void store(float* p, Reg r) { _mm512_storeu_ps(p, r); }
 
-  // Compressed in a register: the compressing store to memory is microcoded on AMD.
-  static void store_lanes(float* p, uint32_t lanes, Reg r) {
-    const __mmask16 count = static_cast<__mmask16>((1u << __builtin_popcount(lanes)) - 1);
-    _mm512_mask_storeu_ps(p, count, _mm512_maskz_compress_ps(static_cast<__mmask16>(lanes), r));
+  static Index index(const int8_t* lane) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lane)));
   }
+  static Lanes lanes(uint32_t bits) { return static_cast<Lanes>(bits); }
+  static Reg permute(Reg r, Index i) { return _mm512_permutexvar_ps(i, r); }
+  static Reg load_lanes(const float* p, Lanes some) { return _mm512_maskz_loadu_ps(some, p); }
+  static void store_lanes(float* p, Lanes some, Reg r) { _mm512_mask_storeu_ps(p, some, r); }
+  static Reg curve(Reg r, const Epilogue& e) { return activated(r, e); }
 
-  static Index load_index(const int32_t* lane) { return _mm512_load_si512(lane); }
   static Reg gather(const float* p, Index i) {
     return _mm512_permutex2var_ps(_mm512_loadu_ps(p), i, _mm512_loadu_ps(p + 16));
   }
 
-  // r[p] holds 16 filters of pixel p; filter f's 8 pixels go to y + f * stride.
-  static void store_transposed(float* y, int64_t stride, const Reg (&r)[8]) {
+  // r[p] holds 16 filters of pixel p; missing pixels are whatever.
+  template <int P>
+  static void transpose(const Reg (&some)[P], float (&out)[16][8]) {
+    Reg r[8];
+#pragma GCC unroll 8
+    for (int p = 0; p < 8; ++p) r[p] = some[p < P ? p : 0];
     Reg quad[8];  // [half of the pixels][i]: 128-bit lane L holds 4 pixels of filter 4 * L + i
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
@@ -57,41 +115,19 @@ struct Vec16 {
     for (int i = 0; i < 4; ++i) {
       const Reg a = _mm512_permutex2var_ps(quad[i], low, quad[i + 4]);
       const Reg b = _mm512_permutex2var_ps(quad[i], high, quad[i + 4]);
-      _mm256_storeu_ps(y + i * stride, _mm512_castps512_ps256(a));
-      _mm256_storeu_ps(y + (4 + i) * stride, _mm512_extractf32x8_ps(a, 1));
-      _mm256_storeu_ps(y + (8 + i) * stride, _mm512_castps512_ps256(b));
-      _mm256_storeu_ps(y + (12 + i) * stride, _mm512_extractf32x8_ps(b, 1));
+      _mm256_store_ps(out[i], _mm512_castps512_ps256(a));
+      _mm256_store_ps(out[4 + i], _mm512_extractf32x8_ps(a, 1));
+      _mm256_store_ps(out[8 + i], _mm512_castps512_ps256(b));
+      _mm256_store_ps(out[12 + i], _mm512_extractf32x8_ps(b, 1));
     }
   }
-};
-
-// Narrow panels in the filters kernel.
-struct Vec8 {
-  using Reg = __m256;
-  static constexpr int kLanes = 8;
-  template <int>
-  static constexpr bool kTransposes = false;
-  static Reg load(const float* p) { return _mm256_loadu_ps(p); }
-  static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
-  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
-  static void store(float* p, Reg r) { _mm256_storeu_ps(p, r); }
-};
-
-struct Vec4 {
-  using Reg = __m128;
-  static constexpr int kLanes = 4;
-  template <int>
-  static constexpr bool kTransposes = false;
-  static Reg load(const float* p) { return _mm_loadu_ps(p); }
-  static Reg broadcast(const float* p) { return _mm_broadcast_ss(p); }
-  static Reg fma(Reg a, Reg b, Reg c) { return _mm_fmadd_ps(a, b, c); }
-  static void store(float* p, Reg r) { _mm_storeu_ps(p, r); }
 };
 
 constexpr GemmCompact make() {
   GemmCompact g{.isa = "avx512",
                 .lanes = 16,
                 .pixels = 8,
+                .across = 8,
                 .mr = {8, 8, 4},
                 .nr = {3, 3, 6},
                 .nv = {3, 1, 1},

@@ -1,14 +1,17 @@
 #include "kernels/pad_copy/isa_kernels.h"
+#include "kernels/select.h"
 
 namespace structadmm::kernels {
 
 PadCopyKernel pad_copy(Isa isa) {
+  static constexpr IsaRow<PadCopyKernel> kRows[] = {
+      {Isa::kScalar, pad_copy_f32__scalar},
 #if SADMM_X86
-  if (isa == Isa::kAvx2) return pad_copy_f32__avx2;
-  if (isa == Isa::kAvx512) return pad_copy_f32__avx512;
+      {Isa::kAvx2, pad_copy_f32__avx2},
+      {Isa::kAvx512, pad_copy_f32__avx512},
 #endif
-  (void)isa;
-  return pad_copy_f32__scalar;
+  };
+  return select_row(kRows, isa);
 }
 
 }  // namespace structadmm::kernels

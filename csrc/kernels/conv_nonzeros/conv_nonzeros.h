@@ -1,0 +1,86 @@
+// Kernels of the convolution with single weights (non-structured sparsity, f32).
+//
+//   sum[f, p] = bias[f] + sum over nonzeros i of filter f: weight[i] * patch[offset[i] + p]
+//
+// A *lane* is a rectangle of outputs of one image; vector element l belongs to lane l, and neighbours in memory are the
+// same pixel of `lanes` rectangles. So a tap moves a vector's address by whole vectors: every load is aligned, whatever the
+// tap, the stride or the width of the map, and no lane holds a halo.
+//
+//   pack     rows of all lanes from planes into a *patch*: [channel][row][column][lane]
+//   sum      one tile of rows x columns vectors in registers, filter after filter, over the nonzeros of a chunk of channels
+//   unpack   sums of a tile back to planes, through the epilogue
+//
+// Every output is one chain of multiply-adds over its filter's nonzeros in order, begun with the bias. Patches and sums are
+// aligned to vectors; planes need no alignment, and nothing is read or written of them but what the arguments name.
+#pragma once
+
+#include <cstdint>
+
+#include "base/epilogue.h"
+#include "base/isa.h"
+
+namespace structadmm::kernels {
+
+inline constexpr int kMostLanes = 16;
+inline constexpr int kMostTileRows = 4, kMostTileCols = 8;
+
+// Filters side by side in a sum kernel for small tiles: an accumulator's next multiply-add waits for its last, four cycles.
+constexpr int filters_at_once(int vectors) {
+  return vectors <= 2 ? 4 : vectors <= 6 ? 2 : 1;
+}
+
+struct Nonzero {
+  int32_t offset;  // in the patch, floats
+  float weight;
+};
+
+struct NonzerosSumArgs {
+  const float* patch;  // at the tile's first pixel
+  int64_t row_stride;
+  const Nonzero* nonzeros;
+  const int32_t* begin;  // [filters + 1] into nonzeros
+  int64_t filters;
+  const float* bias;  // [filters], or null: `sums` go on
+  float* sums;        // [filters][rows][cols][lanes]
+};
+
+struct NonzerosPackArgs {
+  const float* x;
+  const int64_t* lane;      // [lanes] of the first element of channel 0, from x
+  const int32_t* channels;  // [channel_count]
+  int64_t channel_count, channel_stride, row_stride;
+  int64_t rows, cols;
+  const int32_t *row_place, *col_place;  // [rows], [cols]: where each goes in the patch, negative for nowhere
+  float* patch;
+  int64_t patch_channel_stride, patch_row_stride;
+};
+
+struct NonzerosUnpackArgs {
+  const float* sums;  // [filters][rows][cols][lanes]
+  int64_t filters, rows, cols;
+  float* y;
+  const int64_t* lane;  // [lanes] of the tile's first pixel of the first filter, from y
+  int64_t filter_stride, row_stride;
+  const float* residual;  // null for none
+  const int64_t* residual_lane;
+  int64_t residual_filter_stride, residual_row_stride;
+  // [lanes]: a lane's outputs before this row or column of the tile are another lane's; `whole`: there are none.
+  const int32_t *first_row, *first_col;
+  bool whole;
+  const Epilogue* epilogue;
+};
+
+using NonzerosSum = void (*)(const NonzerosSumArgs&);
+
+struct ConvNonzeros {
+  const char* isa;
+  int lanes;
+  NonzerosSum sum[kMostTileRows][kMostTileCols];  // [rows - 1][cols - 1], null where registers do not hold the tile
+  void (*pack)(const NonzerosPackArgs&);
+  void (*unpack)(const NonzerosUnpackArgs&);
+};
+
+// A pure function of the instruction set, which need not be this CPU's.
+const ConvNonzeros& conv_nonzeros(Isa isa);
+
+}  // namespace structadmm::kernels

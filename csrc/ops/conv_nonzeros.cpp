@@ -1,0 +1,568 @@
+// The family "nonzeros": convolution and linear layer over single weights, through csrc/kernels/conv_nonzeros.
+//
+// Outputs are cut three times. A *region* is the rectangle of one image that one lane computes: the whole map where there
+// are images enough to fill the lanes, else a part of it. A *block* is a part of the regions, the same of every lane,
+// whose sums and patches stay in the level-2 cache. A *tile* of it is what registers hold. Channels come in chunks whose
+// patch of one tile stays in the level-1 cache, for all filters, while the sums go by.
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/check.h"
+#include "kernels/conv_nonzeros/conv_nonzeros.h"
+#include "ops/conv.h"
+#include "ops/steps.h"
+#include "ops/tap_table.h"
+
+namespace structadmm {
+namespace {
+
+using kernels::ConvNonzeros;
+using kernels::kMostLanes;
+using kernels::kMostTileCols;
+using kernels::kMostTileRows;
+using kernels::Nonzero;
+
+constexpr int64_t kTilePatchVectors = 576;  // of a chunk: 36 of 48 KiB in AVX-512; the sums go through the rest
+constexpr int64_t kBlockSumVectors = 10240;  // of all filters: 640 KiB in AVX-512, a third of level 2
+constexpr int64_t kFiltersAtOnce = 8;        // whose last sums are in level 1 when they are unpacked
+constexpr int64_t kSerialMacs = 1 << 20;     // some ten microseconds of work: waking threads would cost as much
+
+int64_t div_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Kept by each thread for its next run. Never shrinks. On huge pages, because each tap reads another channel.
+float* scratch(int64_t floats) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> buffer;
+  thread_local int64_t size = 0;
+  if (floats > size) {
+    buffer.reset();
+    size = 0;
+    constexpr size_t kPage = 2 << 20;
+    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + kPage - 1) / kPage * kPage;
+    buffer.reset(static_cast<float*>(std::aligned_alloc(kPage, bytes)));
+    if (!buffer) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    madvise(buffer.get(), bytes, MADV_HUGEPAGE);
+#endif
+    size = static_cast<int64_t>(bytes / sizeof(float));
+    std::fill_n(buffer.get(), size, 0.0f);
+  }
+  return buffer.get();
+}
+
+// The single weights of all filters, in canonical order.
+struct Weights {
+  struct One {
+    int32_t channel;   // place in `channels` of its conv group
+    int32_t position;  // ky * kernel[1] + kx
+    float weight;
+  };
+  std::vector<One> ones;
+  std::vector<int64_t> begin;                  // [filters + 1]
+  std::vector<std::vector<int32_t>> channels;  // per conv group: those that some filter reads, ascending
+  std::vector<float> bias;                     // [filters]
+};
+
+Weights nonzeros(const char* op, const ConvSpec& s) {
+  TapTable t;
+  t.weight = s.weight;
+  t.bias = s.bias;
+  t.has_bias = !s.bias.empty();
+  t.taps = s.taps;
+  t.block_filters = s.block_filters;
+  t.block_taps = s.block_taps;
+  t.in_channels = s.in_channels;
+  t.kernel_size[0] = s.kernel[0];
+  t.kernel_size[1] = s.kernel[1];
+  t.conv_groups = s.groups;
+  check(op, t);
+  const int64_t positions = s.kernel[0] * s.kernel[1], per_channels = s.in_channels / s.groups;
+  int64_t filters = 0;
+  for (const int32_t n : s.block_filters) filters += n;
+  SADMM_CHECK(filters == s.out_channels, op, ": block_filters got ", filters, " filters in all, wanted out_channels ",
+              s.out_channels);
+  const int64_t per_group = filters / s.groups;
+
+  Weights w;
+  w.begin.push_back(0);
+  w.bias = s.bias;
+  w.bias.resize(filters, 0.0f);
+  const float* row = s.weight.data();
+  for (size_t b = 0; b < s.block_filters.size(); ++b) {
+    const int64_t first = s.block_taps[b], taps = s.block_taps[b + 1] - first;
+    for (int32_t f = 0; f < s.block_filters[b]; ++f, row += taps) {
+      for (int64_t i = 0; i < taps; ++i) {
+        if (row[i] == 0.0f) continue;
+        const int64_t tap = s.taps[first + i];
+        w.ones.push_back({static_cast<int32_t>(tap / positions), static_cast<int32_t>(tap % positions), row[i]});
+      }
+      w.begin.push_back(static_cast<int64_t>(w.ones.size()));
+    }
+  }
+  SADMM_CHECK(w.ones.size() < static_cast<size_t>(std::numeric_limits<int32_t>::max()), op, ": weight got ",
+              w.ones.size(), " nonzeros, wanted fewer than 2^31");
+  for (int64_t g = 0; g < s.groups; ++g) {
+    std::vector<int32_t> place(per_channels, -1), channels;
+    const auto begin = w.ones.begin() + w.begin[g * per_group], end = w.ones.begin() + w.begin[(g + 1) * per_group];
+    for (auto one = begin; one != end; ++one) place[one->channel] = 0;
+    for (int64_t c = 0; c < per_channels; ++c) {
+      if (place[c] < 0) continue;
+      place[c] = static_cast<int32_t>(channels.size());
+      channels.push_back(static_cast<int32_t>(g * per_channels + c));
+    }
+    for (auto one = begin; one != end; ++one) one->channel = place[one->channel];
+    w.channels.push_back(std::move(channels));
+  }
+  return w;
+}
+
+// One axis of a patch that serves `out` outputs: inputs are split by phase (index modulo stride), so that the next output
+// reads the next place whatever the stride; phases that no kernel position reads are left out.
+struct Axis {
+  int64_t in = 0, size = 0;     // inputs that are read; places
+  std::vector<int32_t> place;   // [in], negative where no kernel position reads
+  std::vector<int64_t> offset;  // [kernel]
+};
+
+Axis make_axis(int64_t out, int64_t kernel, int64_t stride, int64_t dilation) {
+  Axis a;
+  a.in = (out - 1) * stride + (kernel - 1) * dilation + 1;
+  const int64_t length = div_up(a.in, stride);
+  std::vector<int64_t> slot(stride, -1);
+  int64_t phases = 0;
+  for (int64_t k = 0; k < kernel; ++k) {
+    int64_t& s = slot[k * dilation % stride];
+    if (s < 0) s = phases++;
+    a.offset.push_back(s * length + k * dilation / stride);
+  }
+  a.size = phases * length;
+  for (int64_t i = 0; i < a.in; ++i) {
+    const int64_t s = slot[i % stride];
+    a.place.push_back(s < 0 ? -1 : static_cast<int32_t>(s * length + i / stride));
+  }
+  return a;
+}
+
+// How outputs and channels are cut: rows and columns of a region, a block, a tile; channels at a time.
+struct Cut {
+  int64_t regions[2], region[2], block[2], tile[2], chunk;  // chunk: channels
+};
+
+struct Sizes {
+  int64_t images, out[2], kernel[2], stride[2], dilation[2];
+  int64_t filters, channels;  // of a conv group
+  double per_filter;          // nonzeros
+};
+
+// In multiply-adds of a vector out of level 1, measured on Granite Rapids: a sum that comes and goes counts 1, a vector
+// packed or unpacked 8, a filter of a tile 10; short chains wait for themselves, 8.
+double cut_cost(const Sizes& s, int lanes, const Cut& c) {
+  const int vectors = static_cast<int>(c.tile[0] * c.tile[1]);
+  double tiles = static_cast<double>(div_up(s.images * c.regions[0] * c.regions[1], lanes));
+  double patch = tiles, outputs = tiles;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t blocks = div_up(c.region[i], c.block[i]);
+    tiles *= static_cast<double>(div_up(c.region[i], c.tile[i]));
+    patch *= static_cast<double>(blocks * (s.kernel[i] - 1) * s.dilation[i] + c.region[i] * s.stride[i]);
+    outputs *= static_cast<double>(c.region[i]);
+  }
+  const double nonzero = std::max(vectors + 1.0, 8.0 / kernels::filters_at_once(vectors));
+  const double filters = static_cast<double>(s.filters), chunks = static_cast<double>(div_up(s.channels, c.chunk));
+  return tiles * filters * (s.per_filter * nonzero + chunks * (vectors + 10.0)) +
+         8.0 * (patch * static_cast<double>(s.channels) + outputs * filters);
+}
+
+Cut best_cut(const Sizes& s, const ConvNonzeros& k) {
+  Cut best{};
+  double least = std::numeric_limits<double>::infinity();
+  const auto consider = [&](Cut c) {
+    int64_t places = 1;
+    for (int i = 0; i < 2; ++i) {
+      places *= make_axis(c.tile[i], s.kernel[i], s.stride[i], s.dilation[i]).size;
+      c.block[i] = std::min(c.region[i], c.tile[i]);
+    }
+    c.chunk = std::clamp<int64_t>(kTilePatchVectors / places, 1, std::max<int64_t>(s.channels, 1));
+    c.chunk = div_up(s.channels, std::max<int64_t>(1, div_up(s.channels, c.chunk)));
+    // The block grows by tiles, on the side where it has fewer, while its sums fit.
+    for (;;) {
+      const int side = c.block[0] < c.region[0] && (c.block[0] <= c.block[1] || c.block[1] == c.region[1]) ? 0 : 1;
+      Cut more = c;
+      more.block[side] = std::min(c.region[side], c.block[side] + c.tile[side]);
+      if (more.block[side] == c.block[side] || more.block[0] * more.block[1] * s.filters > kBlockSumVectors) break;
+      c = more;
+    }
+    if (const double cost = cut_cost(s, k.lanes, c); cost < least) {
+      least = cost;
+      best = c;
+    }
+  };
+  for (int64_t ry = 1; ry <= std::min<int64_t>(s.out[0], k.lanes); ++ry) {
+    for (int64_t rx = 1; rx <= std::min<int64_t>(s.out[1], k.lanes / ry); ++rx) {
+      Cut c{};
+      c.region[0] = div_up(s.out[0], ry);
+      c.region[1] = div_up(s.out[1], rx);
+      for (int i = 0; i < 2; ++i) c.regions[i] = div_up(s.out[i], c.region[i]);
+      if (c.regions[0] != ry || c.regions[1] != rx) continue;
+      for (int64_t r = 1; r <= std::min<int64_t>(c.region[0], kMostTileRows); ++r) {
+        for (int64_t q = 1; q <= std::min<int64_t>(c.region[1], kMostTileCols); ++q) {
+          if (!k.sum[r - 1][q - 1]) continue;
+          c.tile[0] = r;
+          c.tile[1] = q;
+          consider(c);
+        }
+      }
+    }
+  }
+  return best;
+}
+
+// Of one conv group.
+struct Chunk {
+  const int32_t* channels;
+  int64_t channel_count;
+  const int32_t* begin;  // [filters + 1] into the step's nonzeros
+};
+
+class NonzerosStep final : public Step {
+ public:
+  NonzerosStep(std::shared_ptr<const Weights> weights, const ConvSpec& s, const Planes& x, const Planes& y,
+               const Planes* residual, int64_t images, Isa isa)
+      : weights_(std::move(weights)),
+        kernels_(kernels::conv_nonzeros(isa)),
+        epilogue_(s.epilogue),
+        x_(x),
+        y_(y),
+        groups_(s.groups),
+        filters_(s.out_channels / s.groups),
+        padding_{s.padding[0], s.padding[1]},
+        stride_{s.stride[0], s.stride[1]} {
+    if (residual) residual_ = *residual;
+    Sizes sizes{.images = std::max<int64_t>(images, 1),
+                .out = {y.height, y.width},
+                .kernel = {s.kernel[0], s.kernel[1]},
+                .stride = {s.stride[0], s.stride[1]},
+                .dilation = {s.dilation[0], s.dilation[1]},
+                .filters = filters_,
+                .channels = 1,
+                .per_filter = static_cast<double>(weights_->ones.size()) / static_cast<double>(s.out_channels)};
+    for (const auto& channels : weights_->channels) {
+      sizes.channels = std::max(sizes.channels, static_cast<int64_t>(channels.size()));
+    }
+    cut_ = best_cut(sizes, kernels_);
+    for (int i = 0; i < 2; ++i) axis_[i] = make_axis(cut_.block[i], s.kernel[i], s.stride[i], s.dilation[i]);
+    const int64_t lanes = kernels_.lanes;
+    row_stride_ = axis_[1].size * lanes;
+    // An odd number of vectors: a power of two would let channels share few cache sets.
+    channel_stride_ = (axis_[0].size * axis_[1].size | 1) * lanes;
+    patch_floats_ = div_up(cut_.chunk * channel_stride_, kMostLanes) * kMostLanes;
+    sum_floats_ = cut_.block[0] * cut_.block[1] * filters_ * lanes;
+    // Features lie one behind the other: four channels of an image are then read, or four filters written, at a time.
+    x_features_ = axis_[0].size * axis_[1].size == 1 && x.channel_stride == 1;
+    y_features_ = y.height * y.width == 1 && y.channel_stride == 1 && (!residual || residual->channel_stride == 1);
+    add_chunks(s);
+  }
+
+  void run(std::span<const void* const> inputs, void* output, int64_t images, Parallel& parallel) const override {
+    const int64_t per_image = cut_.regions[0] * cut_.regions[1];
+    const int64_t lane_groups = div_up(images * per_image, kernels_.lanes);
+    int64_t blocks = 1;
+    for (int i = 0; i < 2; ++i) blocks *= div_up(cut_.region[i], cut_.block[i]);
+    const int64_t units = lane_groups * blocks * groups_;
+    const int64_t macs = static_cast<int64_t>(weights_->ones.size()) * y_.height * y_.width * images;
+    const bool serial = macs < kSerialMacs || parallel.threads() == 1;
+    // Filters are split where there are too few units to share out evenly; each part packs its patches again.
+    const int64_t parts =
+        serial ? 1 : std::min(filters_, div_up(4 * parallel.threads(), std::max<int64_t>(units, 1)));
+    const auto task = [&](int64_t i) {
+      const int64_t part = i % parts, block = i / parts % blocks, unit = i / parts / blocks;
+      run_block(inputs, static_cast<float*>(output), images, unit / groups_, unit % groups_, block,
+                part * filters_ / parts, (part + 1) * filters_ / parts);
+    };
+    if (serial) {
+      for (int64_t i = 0; i < units * parts; ++i) task(i);
+    } else {
+      parallel.run(units * parts, task);
+    }
+  }
+
+  std::string kernel() const override {
+    return "conv_nonzeros_f32_" + std::to_string(cut_.tile[0]) + "x" + std::to_string(cut_.tile[1]) + "__" +
+           kernels_.isa;
+  }
+
+ private:
+  void add_chunks(const ConvSpec& s) {
+    nonzeros_.reserve(weights_->ones.size());
+    std::vector<size_t> begins;
+    std::vector<int64_t> next(filters_);
+    for (int64_t g = 0; g < groups_; ++g) {
+      const auto& channels = weights_->channels[g];
+      const auto count = static_cast<int64_t>(channels.size());
+      for (int64_t f = 0; f < filters_; ++f) next[f] = weights_->begin[g * filters_ + f];
+      first_chunk_.push_back(chunks_.size());
+      // A group without channels has one chunk too: its outputs are the bias.
+      for (int64_t first = 0; first == 0 || first < count; first += cut_.chunk) {
+        const int64_t last = std::min(count, first + cut_.chunk);
+        begins.push_back(begin_.size());
+        chunks_.push_back({channels.data() + first, last - first, nullptr});
+        for (int64_t f = 0; f < filters_; ++f) {
+          begin_.push_back(static_cast<int32_t>(nonzeros_.size()));
+          int64_t& i = next[f];
+          for (; i < weights_->begin[g * filters_ + f + 1] && weights_->ones[i].channel < last; ++i) {
+            const auto& one = weights_->ones[i];
+            const int64_t base = x_features_ ? channels[one.channel] - channels[first] : one.channel - first;
+            const int64_t offset = base * (x_features_ ? kernels_.lanes : channel_stride_) +
+                                   axis_[0].offset[one.position / s.kernel[1]] * row_stride_ +
+                                   axis_[1].offset[one.position % s.kernel[1]] * kernels_.lanes;
+            nonzeros_.push_back({static_cast<int32_t>(offset), one.weight});
+          }
+        }
+        begin_.push_back(static_cast<int32_t>(nonzeros_.size()));
+        if (x_features_ && last > first) {
+          const auto reach = static_cast<size_t>(channels[last - 1] - channels[first] + 1);
+          if (feature_place_.size() < reach) feature_place_.resize(reach);
+        }
+      }
+    }
+    first_chunk_.push_back(chunks_.size());
+    for (size_t i = 0; i < chunks_.size(); ++i) chunks_[i].begin = begin_.data() + begins[i];
+    for (size_t i = 0; i < feature_place_.size(); ++i) feature_place_[i] = static_cast<int32_t>(i);
+    const auto features = static_cast<int64_t>(feature_place_.size()) * kernels_.lanes;
+    patch_floats_ = std::max(patch_floats_, div_up(features, kMostLanes) * kMostLanes);
+  }
+
+  struct Lanes {
+    int64_t x[kMostLanes], y[kMostLanes], residual[kMostLanes];
+    int32_t first_row[kMostLanes], first_col[kMostLanes];  // in the region
+    bool whole = true;
+  };
+
+  // Regions at the end of a map reach back into their neighbours, which own what both compute.
+  Lanes lanes_of(int64_t group, int64_t images, int64_t row, int64_t col) const {
+    Lanes lanes;
+    const int64_t per_image = cut_.regions[0] * cut_.regions[1];
+    for (int l = 0; l < kernels_.lanes; ++l) {
+      int64_t index = group * kernels_.lanes + l;
+      const bool missing = index >= images * per_image;
+      if (missing) index = group * kernels_.lanes;
+      const int64_t n = index / per_image, region = index % per_image;
+      const int64_t own[2] = {region / cut_.regions[1] * cut_.region[0], region % cut_.regions[1] * cut_.region[1]};
+      const int64_t y = std::min(own[0], y_.height - cut_.region[0]), x = std::min(own[1], y_.width - cut_.region[1]);
+      lanes.first_row[l] = static_cast<int32_t>(missing ? cut_.region[0] : own[0] - y);
+      lanes.first_col[l] = static_cast<int32_t>(own[1] - x);
+      lanes.whole = lanes.whole && lanes.first_row[l] == 0 && lanes.first_col[l] == 0;
+      lanes.x[l] = x_.at(n, 0, (y + row) * stride_[0] - padding_[0], (x + col) * stride_[1] - padding_[1]);
+      lanes.y[l] = y_.at(n, 0, y + row, x + col);
+      lanes.residual[l] = residual_.at(n, 0, y + row, x + col);
+      lanes.first_row[l] -= static_cast<int32_t>(row);
+      lanes.first_col[l] -= static_cast<int32_t>(col);
+    }
+    return lanes;
+  }
+
+  void run_block(std::span<const void* const> inputs, float* output, int64_t images, int64_t lane_group, int64_t group,
+                 int64_t block, int64_t first, int64_t last) const {
+    const int64_t across = div_up(cut_.region[1], cut_.block[1]);
+    const int64_t row = block / across * cut_.block[0], col = block % across * cut_.block[1];
+    const int64_t rows = std::min(cut_.block[0], cut_.region[0] - row);
+    const int64_t cols = std::min(cut_.block[1], cut_.region[1] - col);
+    Lanes lanes = lanes_of(lane_group, images, row, col);
+    float* const patch = scratch(patch_floats_ + sum_floats_);
+    float* const all_sums = patch + patch_floats_;
+
+    kernels::NonzerosPackArgs pack{
+        .x = static_cast<const float*>(inputs[0]),
+        .lane = lanes.x,
+        .channels = nullptr,
+        .channel_count = 0,
+        .channel_stride = x_.channel_stride,
+        .row_stride = x_.pitch,
+        .rows = std::min<int64_t>(axis_[0].in, axis_[0].in - (cut_.block[0] - rows) * stride_[0]),
+        .cols = std::min<int64_t>(axis_[1].in, axis_[1].in - (cut_.block[1] - cols) * stride_[1]),
+        .row_place = axis_[0].place.data(),
+        .col_place = axis_[1].place.data(),
+        .patch = patch,
+        .patch_channel_stride = channel_stride_,
+        .patch_row_stride = row_stride_,
+    };
+    for (size_t i = first_chunk_[group]; i < first_chunk_[group + 1]; ++i) {
+      const Chunk& chunk = chunks_[i];
+      pack.channels = chunk.channels;
+      pack.channel_count = chunk.channel_count;
+      if (x_features_ && chunk.channel_count > 0) {
+        pack.channel_count = 1;
+        pack.cols = chunk.channels[chunk.channel_count - 1] - chunk.channels[0] + 1;
+        pack.col_place = feature_place_.data();
+      }
+      kernels_.pack(pack);
+      const bool starts = i == first_chunk_[group], ends = i + 1 == first_chunk_[group + 1];
+      float* sums = all_sums;
+      for (int64_t r = 0; r < rows; r += cut_.tile[0]) {
+        const int64_t tile_rows = std::min(cut_.tile[0], rows - r);
+        for (int64_t q = 0; q < cols; q += cut_.tile[1]) {
+          const int64_t tile_cols = std::min(cut_.tile[1], cols - q);
+          const int64_t per_filter = tile_rows * tile_cols * kernels_.lanes;
+          const auto sum = kernels_.sum[tile_rows - 1][tile_cols - 1];
+          const int64_t step = ends ? kFiltersAtOnce : last - first;
+          for (int64_t f = first; f < last; f += step) {
+            const int64_t filters = std::min(step, last - f);
+            sum({.patch = patch + r * row_stride_ + q * kernels_.lanes,
+                 .row_stride = row_stride_,
+                 .nonzeros = nonzeros_.data(),
+                 .begin = chunk.begin + f,
+                 .filters = filters,
+                 .bias = starts ? weights_->bias.data() + group * filters_ + f : nullptr,
+                 .sums = sums});
+            if (ends) unpack(inputs, output, lanes, group * filters_ + f, filters, r, q, tile_rows, tile_cols, sums);
+            sums += filters * per_filter;
+          }
+        }
+      }
+    }
+  }
+
+  void unpack(std::span<const void* const> inputs, float* output, const Lanes& lanes, int64_t filter, int64_t filters,
+              int64_t row, int64_t col, int64_t rows, int64_t cols, const float* sums) const {
+    int32_t first_row[kMostLanes], first_col[kMostLanes];
+    for (int l = 0; l < kernels_.lanes; ++l) {
+      first_row[l] = lanes.first_row[l] - static_cast<int32_t>(row);
+      first_col[l] = lanes.first_col[l] - static_cast<int32_t>(col);
+    }
+    kernels::NonzerosUnpackArgs a{
+        .sums = sums,
+        .filters = filters,
+        .rows = rows,
+        .cols = cols,
+        .y = output + filter * y_.channel_stride + row * y_.pitch + col,
+        .lane = lanes.y,
+        .filter_stride = y_.channel_stride,
+        .row_stride = y_.pitch,
+        .residual = nullptr,
+        .residual_lane = lanes.residual,
+        .residual_filter_stride = residual_.channel_stride,
+        .residual_row_stride = residual_.pitch,
+        .first_row = first_row,
+        .first_col = first_col,
+        .whole = lanes.whole,
+        .epilogue = &epilogue_,
+    };
+    if (epilogue_.residual) {
+      a.residual = static_cast<const float*>(inputs[1]) + filter * residual_.channel_stride + row * residual_.pitch + col;
+    }
+    if (y_features_) {
+      a.cols = filters;
+      a.filters = 1;
+    }
+    kernels_.unpack(a);
+  }
+
+  std::shared_ptr<const Weights> weights_;
+  const ConvNonzeros& kernels_;
+  Epilogue epilogue_;
+  Planes x_, y_, residual_;
+  int64_t groups_, filters_, padding_[2], stride_[2];
+  Cut cut_;
+  Axis axis_[2];
+  int64_t row_stride_ = 0, channel_stride_ = 0, patch_floats_ = 0, sum_floats_ = 0;
+  bool x_features_ = false, y_features_ = false;
+  std::vector<Nonzero> nonzeros_;  // chunk after chunk, filter after filter
+  std::vector<int32_t> begin_, feature_place_;
+  std::vector<Chunk> chunks_;
+  std::vector<size_t> first_chunk_;  // [groups + 1]
+};
+
+void check_planes(const char* op, const char* name, const Planes& p, int64_t channels, int64_t height, int64_t width) {
+  SADMM_CHECK(p.dtype == Dtype::kF32, op, ": ", name, " got ", dtype_name(p.dtype), " planes, wanted f32");
+  SADMM_CHECK(p.channels == channels && p.height == height && p.width == width, op, ": ", name, " got planes of ",
+              p.channels, " x ", p.height, " x ", p.width, ", wanted ", channels, " x ", height, " x ", width);
+}
+
+class PackedNonzeros final : public PackedConv {
+ public:
+  PackedNonzeros(const char* op, const ConvSpec& spec, Isa isa)
+      : op_(op), spec_(spec), weights_(std::make_shared<const Weights>(nonzeros(op, spec))), isa_(isa) {
+    // Only `weights_` holds them from now on.
+    for (auto* v : {&spec_.weight, &spec_.bias}) *v = {};
+    for (auto* v : {&spec_.taps, &spec_.block_filters, &spec_.block_taps}) *v = {};
+  }
+
+  const char* family() const override { return "nonzeros"; }
+
+  std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual, int64_t images) const override {
+    const ConvSpec& s = spec_;
+    check_planes(op_, "x", x, s.in_channels, x.height, x.width);
+    const int64_t out[2] = {s.out_size(0, x.height), s.out_size(1, x.width)};
+    SADMM_CHECK(out[0] >= 1 && out[1] >= 1, op_, ": x got planes of ", x.height, " x ", x.width,
+                ", wanted at least what the kernel spans");
+    check_planes(op_, "y", y, s.out_channels, out[0], out[1]);
+    SADMM_CHECK((residual != nullptr) == s.epilogue.residual, op_, ": residual got ", residual ? "planes" : "none",
+                ", wanted what the epilogue says");
+    if (residual) check_planes(op_, "residual", *residual, s.out_channels, out[0], out[1]);
+    const int64_t size[2] = {x.height, x.width}, before[2] = {x.halo.top, x.halo.left},
+                  behind[2] = {x.halo.bottom, x.halo.right};
+    for (int i = 0; i < 2; ++i) {
+      const int64_t reach = (out[i] - 1) * s.stride[i] + (s.kernel[i] - 1) * s.dilation[i] - s.padding[i] - size[i] + 1;
+      SADMM_CHECK(before[i] >= s.padding[i] && behind[i] >= reach, op_, ": x got a halo of ", before[i], " and ",
+                  behind[i], ", wanted ", s.padding[i], " and ", std::max<int64_t>(reach, 0));
+    }
+    return std::make_unique<NonzerosStep>(weights_, s, x, y, residual, images, isa_);
+  }
+
+ private:
+  const char* op_;
+  ConvSpec spec_;
+  std::shared_ptr<const Weights> weights_;
+  Isa isa_;
+};
+
+class PackedLinearNonzeros final : public PackedLinear {
+ public:
+  explicit PackedLinearNonzeros(std::shared_ptr<const PackedConv> conv) : conv_(std::move(conv)) {}
+  std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual, int64_t images) const override {
+    return conv_->plan(x, y, residual, images);
+  }
+
+ private:
+  std::shared_ptr<const PackedConv> conv_;
+};
+
+}  // namespace
+
+std::shared_ptr<const PackedConv> pack_conv_nonzeros(const ConvSpec& spec, Isa isa) {
+  constexpr auto op = "conv_nonzeros";
+  for (int i = 0; i < 2; ++i) {
+    SADMM_CHECK(spec.stride[i] >= 1 && spec.dilation[i] >= 1 && spec.padding[i] >= 0, op, ": got stride ",
+                spec.stride[i], ", dilation ", spec.dilation[i], " and padding ", spec.padding[i],
+                ", wanted at least 1, 1 and 0");
+  }
+  return std::make_shared<PackedNonzeros>(op, spec, isa);
+}
+
+std::shared_ptr<const PackedLinear> pack_linear_nonzeros(const LinearSpec& spec, Isa isa) {
+  ConvSpec conv;
+  conv.in_channels = spec.in_features;
+  conv.out_channels = spec.out_features;
+  conv.weight = spec.weight;
+  conv.bias = spec.bias;
+  conv.taps = spec.taps;
+  conv.block_filters = spec.block_filters;
+  conv.block_taps = spec.block_taps;
+  conv.epilogue = spec.epilogue;
+  return std::make_shared<PackedLinearNonzeros>(std::make_shared<PackedNonzeros>("linear_nonzeros", conv, isa));
+}
+
+}  // namespace structadmm

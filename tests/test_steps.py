@@ -1,0 +1,272 @@
+"""The steps of a segment that are no convolutions, on planes with halos, against torch in f64 (or its own rule)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from structadmm import _core
+
+ISAS = _core.supported_isas()
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+# Half a unit in the last place of what is stored.
+ROUNDING = {"f32": 2.0**-24, "bf16": 2.0**-8, "f16": 2.0**-11}
+
+halos = st.one_of(st.none(), st.tuples(*[st.integers(0, 3)] * 4))
+sizes = st.tuples(st.integers(1, 3), st.integers(1, 37), st.integers(1, 9), st.integers(1, 40))
+planes = st.sampled_from(["f32", "bf16"])
+doors = st.fixed_dictionaries(
+    {
+        "isa": st.sampled_from(ISAS),
+        "dtype": planes,
+        "x_halo": halos,
+        "y_halo": halos,
+        "b_halo": halos,
+        "threads": st.sampled_from([1, 3]),
+        "spare_images": st.integers(0, 1),
+    }
+)
+
+EPILOGUES: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = [
+    ({}, lambda v: v),
+    ({"low": 0.0}, F.relu),
+    ({"low": 0.0, "high": 6.0}, F.relu6),
+    ({"activation": "silu"}, F.silu),
+    ({"activation": "gelu"}, F.gelu),
+    ({"activation": "gelu_tanh"}, lambda v: F.gelu(v, approximate="tanh")),
+    ({"activation": "hardswish"}, F.hardswish),
+    ({"activation": "hardsigmoid"}, F.hardsigmoid),
+    ({"activation": "sigmoid"}, torch.sigmoid),
+    ({"activation": "tanh"}, torch.tanh),
+    ({"activation": "leaky_relu", "slope": 0.1}, lambda v: F.leaky_relu(v, 0.1)),
+]
+
+
+def random(shape: tuple[int, ...], seed: int, dtype: str = "f32") -> Tensor:
+    """Values of that dtype, as f32."""
+    rng = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=rng) * 2).to(DTYPES[dtype]).float()
+
+
+def check(got: np.ndarray, want: Tensor, dtype: str, error: Tensor | float) -> None:
+    """|got - want| <= error + a rounding to dtype (and to its smallest subnormal)."""
+    bound = error + ROUNDING[dtype] * (want.abs() + error) * 1.01 + 1e-37
+    off = (torch.from_numpy(got).double() - want).abs()
+    assert got.shape == tuple(want.shape) and not torch.isnan(off).any()
+    assert bool((off <= bound).all()), f"off by {(off - bound).max()}"
+
+
+def user_tensor(x: Tensor, dtype: str, layout: str) -> Tensor:
+    x = x.to(DTYPES[dtype])
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.t().contiguous().t()
+    if layout == "every_other_column":
+        return torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2]
+    if layout == "transposed":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "cropped":
+        return F.pad(x, (1, 3), value=torch.nan)[..., 1:-3]
+    if layout == "one_image_expanded":
+        return x[:1].expand(x.shape)
+    return x.contiguous()
+
+
+LAYOUTS = ["contiguous", "channels_last", "every_other_column", "transposed", "cropped", "one_image_expanded"]
+
+
+def as_numpy(x: Tensor) -> np.ndarray:
+    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+
+
+@settings(max_examples=300, deadline=None)
+@given(doors, sizes, st.booleans(), st.sampled_from(list(DTYPES)), st.sampled_from(LAYOUTS))
+def test_import_copies_and_rounds_once(door: Any, size: Any, flat: Any, dtype: Any, layout: Any) -> None:
+    x = user_tensor(random(size[:2] if flat else size, 1), dtype, layout)
+    d = _core.StepDoor(**door)
+    got = d.import_tensor(as_numpy(x), (size[1], 1, 1) if flat else size[1:])
+    want = x.to(DTYPES[door["dtype"]]).float()
+    assert np.array_equal(got.reshape(x.shape), want.numpy()), d.kernel
+
+
+@settings(max_examples=300, deadline=None)
+@given(doors, sizes, st.booleans(), st.sampled_from(list(DTYPES)), st.sampled_from(LAYOUTS[:-1]))
+def test_export_writes_the_tensor_and_nothing_beside_it(
+    door: Any, size: Any, flat: Any, dtype: Any, layout: Any
+) -> None:
+    size = (*size[:2], 1, 1) if flat else size
+    x = random(size, 2, door["dtype"])
+    y = user_tensor(torch.zeros(size[:2] if flat else size), dtype, layout)
+    whole = y._base if y._base is not None else y
+    before = whole.clone()
+    d = _core.StepDoor(**door)
+    d.export_tensor(x.numpy(), as_numpy(y))
+    assert torch.equal(y.float(), x.to(y.dtype).float().reshape(y.shape)), d.kernel
+    y.zero_()
+    assert torch.equal(whole.float().nan_to_num(7), before.float().nan_to_num(7))
+
+
+def test_export_writes_a_flattened_output() -> None:
+    x = random((2, 5, 3, 4), 3)
+    y = np.zeros((2, 5 * 3 * 4), "f4")
+    _core.StepDoor(ISAS[-1]).export_tensor(x.numpy(), y.reshape(2, 5, 3, 4))
+    assert np.array_equal(y, x.flatten(1).numpy())
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 40), (1, 3, 33, 17), (2, 64, 16, 16), (1, 20, 7, 7)])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_channels_last_is_transposed_by_vectors(shape: Any, dtype: Any) -> None:
+    x = user_tensor(random(shape, 4), dtype, "channels_last")
+    d = _core.StepDoor(ISAS[-1], x_halo=(1, 1, 1, 1), y_halo=(1, 1, 1, 1))
+    assert np.array_equal(d.import_tensor(as_numpy(x), shape[1:]), x.float().numpy())
+    assert d.kernel.startswith("split_triples" if shape[1] == 3 else "transpose")
+    y = torch.zeros_like(x)
+    d.export_tensor(x.float().numpy(), as_numpy(y))
+    assert torch.equal(x, y) and d.kernel.startswith("transpose")
+
+
+# Curves are within 2 units in the last place (csrc/simd/activate.h); GELU has an absolute error where it ends.
+def curve_error(want: Tensor) -> Tensor:
+    return want.abs() * 2.0**-21 + 1e-6
+
+
+@settings(max_examples=300, deadline=None)
+@given(doors, planes, sizes, st.sampled_from(EPILOGUES), st.booleans(), st.booleans())
+def test_copy_adds_and_activates(door: Any, y_dtype: Any, size: Any, epilogue: Any, add: Any, in_place: Any) -> None:
+    x, r = random(size, 5, door["dtype"]), random(size, 6, door["dtype"])
+    in_place = add and in_place
+    y_dtype = door["dtype"] if in_place else y_dtype
+    d = _core.StepDoor(**door, y_dtype=y_dtype)
+    got = d.copy(x.numpy(), r.numpy() if add else None, epilogue[0], in_place)
+    summed = x + r if add else x  # one rounding to f32, as in the kernel
+    want = epilogue[1](summed.double())
+    check(got, want, y_dtype, curve_error(want) if epilogue[0].get("activation") else 0.0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(doors, planes, sizes, st.booleans(), st.sampled_from(EPILOGUES[:4]))
+def test_scale_shift(door: Any, y_dtype: Any, size: Any, flat: Any, epilogue: Any) -> None:
+    size = (*size[:2], 1, 1) if flat else size
+    x, scale, shift = random(size, 7, door["dtype"]), random(size[1:2], 8), random(size[1:2], 9)
+    got = _core.StepDoor(**door, y_dtype=y_dtype).scale_shift(x.numpy(), scale.numpy(), shift.numpy(), epilogue[0])
+    exact = x.double() * scale.double().view(-1, 1, 1) + shift.double().view(-1, 1, 1)
+    want = epilogue[1](exact)
+    error = exact.abs() * 2.0**-24  # one rounding to f32; no curve is steeper than 1.1
+    check(got, want, y_dtype, 1.1 * error + (curve_error(want) if epilogue[0].get("activation") else 0.0))
+
+
+@settings(max_examples=150, deadline=None)
+@given(doors, planes, sizes, st.booleans(), st.sampled_from(EPILOGUES[:3]))
+def test_multiply_by_a_gate_or_a_value(door: Any, y_dtype: Any, size: Any, gate: Any, epilogue: Any) -> None:
+    x = random(size, 10, door["dtype"])
+    b = random((*size[:2], 1, 1) if gate else size, 11, door["dtype"])
+    got = _core.StepDoor(**door, y_dtype=y_dtype).multiply(x.numpy(), b.numpy(), epilogue[0])
+    check(got, epilogue[1]((x * b).double()), y_dtype, 0.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(doors, sizes)
+def test_flatten(door: Any, size: Any) -> None:
+    x = random(size, 12, door["dtype"])
+    door["y_halo"] = (0, 0, 0, 0)
+    got = _core.StepDoor(**door).flatten(x.numpy())
+    assert np.array_equal(got.reshape(size[0], -1), x.flatten(1).numpy())
+
+
+@st.composite
+def pools(draw: Any) -> dict[str, Any]:
+    kernel = draw(st.sampled_from([(2, 2), (3, 3), (3, 3), (5, 2), (1, 4), (7, 7)]))
+    max_ = draw(st.booleans())
+    dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2))) if max_ else (1, 1)
+    return {
+        "max": max_,
+        "kernel_size": kernel,
+        "stride": (draw(st.integers(1, 4)), draw(st.integers(1, 4))),
+        "padding": tuple(draw(st.integers(0, k // 2)) for k in kernel),
+        "dilation": dilation,
+        "count_include_pad": draw(st.booleans()),
+        "divisor_override": draw(st.sampled_from([0, 0, 3])),
+        "ceil_mode": draw(st.booleans()),
+        "extra": (draw(st.integers(0, 9)), draw(st.integers(0, 60))),
+        "special": draw(st.sampled_from([0.0, np.nan, -np.inf])),
+    }
+
+
+@settings(max_examples=400, deadline=None)
+@given(doors, st.integers(1, 2), st.integers(1, 5), pools())
+def test_pools(door: Any, images: Any, channels: Any, p: Any) -> None:
+    p = dict(p)
+    extra, special, ceil_mode = p.pop("extra"), p.pop("special"), p.pop("ceil_mode")
+    reach = [d * (k - 1) + 1 for k, d in zip(p["kernel_size"], p["dilation"], strict=True)]
+    x = random((images, channels, *(r + e for r, e in zip(reach, extra, strict=True))), 13, door["dtype"])
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(14)) < 0.05] = special if p["max"] else 0.0
+    where = (p["kernel_size"], p["stride"], p["padding"])
+    if p["max"]:
+        want = F.max_pool2d(x.double(), *where, p["dilation"], ceil_mode)
+    else:
+        options = (ceil_mode, p["count_include_pad"], p["divisor_override"] or None)
+        want = F.avg_pool2d(x.double(), *where, *options)
+    d = _core.StepDoor(**door)
+    got = d.pool(x.numpy(), size=tuple(want.shape[2:]), **p)
+    if p["max"]:
+        assert np.array_equal(got, want.float().numpy(), equal_nan=True)
+    else:
+        # n - 1 sums and two divisions, each rounded: (n + 1) 2^-24 of the mean of |x|
+        size = F.avg_pool2d(x.double().abs(), *where, *options)
+        check(got, want, door["dtype"], (np.prod(p["kernel_size"]) + 2) * 2.0**-24 * size)
+
+
+@settings(max_examples=200, deadline=None)
+@given(doors, sizes, st.booleans(), st.sampled_from([(1, 1), (1, 1), (2, 3), (7, 7), (12, 1)]), st.booleans())
+def test_adaptive_pools(door: Any, size: Any, largest: Any, out: Any, with_nan: Any) -> None:
+    x = random(size, 15, door["dtype"])
+    if with_nan:
+        x.view(-1)[:: 1 + x.numel() // 3] = torch.nan
+    d = _core.StepDoor(**door)
+    got = d.adaptive_pool(x.numpy(), largest, out)
+    if largest:
+        want = F.adaptive_max_pool2d(x, out)
+        assert np.array_equal(got, want.numpy(), equal_nan=True)
+    else:
+        want = F.adaptive_avg_pool2d(x.double(), out)
+        error = (size[2] * size[3] + 2) * 2.0**-24 * F.adaptive_avg_pool2d(x.double().abs(), out)
+        assert np.array_equal(np.isnan(got), want.isnan().numpy())
+        check(np.nan_to_num(got), want.nan_to_num(), door["dtype"], error.nan_to_num())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_results_do_not_depend_on_threads_or_on_other_images(isa: Any) -> None:
+    x = random((5, 40, 14, 14), 16)
+    runs = []
+    for threads, images in ((1, 5), (2, 5), (3, 5), (1, 2)):
+        d = _core.StepDoor(isa, x_halo=(1, 1, 1, 1), threads=threads)
+        part = x[:images].numpy()
+        runs.append(
+            [
+                d.adaptive_pool(part, False, (1, 1))[:2],
+                d.pool(part, False, (7, 7), (3, 3), (2, 2), (1, 1))[:2],
+                d.copy(part, None, {"activation": "silu"})[:2],
+            ]
+        )
+    for run in runs[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    d = _core.StepDoor(ISAS[-1])
+    x = np.zeros((1, 3, 4, 4), "f4")
+    with pytest.raises(ValueError, match=r"import: x got shape \[1, 3, 4, 4\], wanted \[N, 3, 4, 5\]"):
+        d.import_tensor(x, (3, 4, 5))
+    with pytest.raises(ValueError, match="import: x got f64, wanted f32, bf16 or f16"):
+        d.import_tensor(x.astype("f8"), (3, 4, 4))
+    with pytest.raises(ValueError, match="multiply: gate got planes of"):
+        d.multiply(x, np.zeros((1, 2, 1, 1), "f4"))
+    with pytest.raises(ValueError, match="max_pool: padding got 2, wanted at most half of the kernel, 3"):
+        d.pool(x, True, (4, 4), (3, 3), (1, 1), (2, 2))
