@@ -144,10 +144,14 @@ _MODULES: dict[type[nn.Module], _Check] = {
     **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.SiLU, nn.GELU, nn.Hardswish), _element_wise),
     **dict.fromkeys((nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.Identity), _element_wise),
     nn.Flatten: _flatten,
+    nn.PReLU: lambda m, ins, out: None if m.num_parameters == 1 else f"num_parameters got {m.num_parameters}, wanted 1",
+    nn.ChannelShuffle: _pool,
+    nn.ZeroPad2d: _pool,
 }
 
 _ADD = (operator.add, torch.add, "add")
 _MUL = (operator.mul, torch.mul, "mul")
+_SCALE = (*_ADD, *_MUL, operator.sub, torch.sub, "sub", operator.truediv, torch.div, "div")
 _CAT = (torch.cat, torch.concat)
 _FLATTEN = (torch.flatten, "flatten")
 _ACTIVATIONS = (
@@ -190,6 +194,10 @@ def why_not(node: fx.Node, root: nn.Module, shapes: _Shapes, batch: int) -> str 
 
 def _function(node: fx.Node, ins: Sequence[Shape], out: Shape) -> str | None:
     args: Any = node.args
+    if _of(node, _SCALE) and len(args) == 2 and not node.kwargs:
+        numbers = [a for a in args if isinstance(a, (int, float)) and not isinstance(a, bool)]
+        if len(numbers) == 1 and isinstance(args[0], fx.Node):
+            return None
     if _of(node, (*_ADD, *_MUL)):
         if len(args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in args):
             return "operands got a number or a factor, wanted two tensors"
@@ -210,10 +218,20 @@ def _function(node: fx.Node, ins: Sequence[Shape], out: Shape) -> str | None:
         return "arguments got several tensors, wanted one"
     if _of(node, _ACTIVATIONS):
         return None
+    if _of(node, (operator.getitem,)):
+        parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+        static = all(isinstance(p, slice) and not any(isinstance(v, fx.Node) for v in (p.start, p.stop, p.step))
+                      for p in parts)  # fmt: skip
+        return None if static and _rank(ins[0]) == 4 == _rank(out) else "index got others, wanted slices by numbers"
+    if _of(node, (F.pad,)):
+        chosen = given(node, "input", "pad", "mode", "value")
+        zeros = chosen.get("mode", "constant") == "constant" and not chosen.get("value")
+        widths = all(isinstance(v, int) and v >= 0 for v in chosen["pad"])
+        return None if zeros and widths and _rank(out) == 4 else "pad got other values, wanted zeros"
     if _of(node, _CLAMP):
         limits = given(node, "input", "min", "max")
-        numbers = all(v is None or isinstance(v, (int, float)) for k, v in limits.items() if k != "input")
-        return None if numbers else "limits got tensors, wanted numbers"
+        fixed = all(v is None or isinstance(v, (int, float)) for k, v in limits.items() if k != "input")
+        return None if fixed else "limits got tensors, wanted numbers"
     if _of(node, _POOLS):
         chosen = given(node, "input", "kernel_size", "stride", "padding")
         static = not any(isinstance(v, fx.Node) for v in chosen.values() if v is not args[0])
@@ -451,10 +469,27 @@ def _infer(node: fx.Node, ins: list[list[_Expr]], root: nn.Module, shapes: _Shap
         return _windows(x, x[1], a["kernel_size"], stride, *rest)
     if _of(node, _ADAPTIVE):
         return [*x[:2], *(_Expr(str(s)) for s in _pair(given(node, "input", "output_size")["output_size"]))]
+    if isinstance(m, nn.ZeroPad2d) or _of(node, (F.pad,)):
+        pad = list(m.padding) if m is not None else list(given(node, "input", "pad")["pad"])
+        pad += [0] * (8 - len(pad))
+        sums = [pad[i] + pad[i + 1] for i in (4, 2, 0)]
+        return [x[0], *(_total([e, _Expr(str(n))], "+") if n else e for e, n in zip(x[1:], sums, strict=True))]
+    if _of(node, (operator.getitem,)):
+        index: Any = node.args[1]
+        parts = index if isinstance(index, tuple) else (index,)
+        return [_slice(e, p, n) for e, p, n in zip(x, (*parts, *[slice(None)] * 3), shapes[node], strict=False)]
     if _of(node, _MUL):
         wide = [i for n, i in zip(node.all_input_nodes, ins, strict=True) if shapes[n] == shapes[node]]
         return wide[0]
     return x
+
+
+def _slice(size: _Expr, part: slice, length: int) -> _Expr:
+    """A dimension that a slice takes part of; `length` is right where it is not the whole at a step."""
+    step = part.step or 1
+    if part.start in (None, 0) and part.stop is None:
+        return _window(size, 1, step, 0, 1, False)
+    return _Expr(str(length))
 
 
 def _padding(m: Any) -> Any:
