@@ -10,7 +10,7 @@ TORCH_VERSIONS ?= 2.11.0 2.13.0 2.15.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-BUILD_TOOLS := "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.24" ninja numpy
+BUILD_TOOLS := "scikit-build-core>=0.11" "pybind11>=2.13" "nlohmann-json>=3.11" "cmake>=3.24" ninja numpy
 SOURCES := $(shell find csrc python -type f -not -name '*.so' -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md
 
 .PHONY: help setup demo test lint bench gpu wheel test-install test-torch clean

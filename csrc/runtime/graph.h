@@ -36,6 +36,7 @@ struct Node {
   Pool pool;
   bool ceil_mode = false;    // of kPool
   int64_t size[2] = {1, 1};  // of kAdaptivePool
+  int64_t features = 0;      // of kFlatten: how many the network expects, 0 where it does not say
   std::vector<float> scale, shift;
   Epilogue epilogue;   // of kCopy, kMultiply, kScaleShift
   std::string family;  // of kConv: "" lets the runtime choose; else "taps", "depthwise", "nonzeros"

@@ -1,0 +1,19 @@
+// Makes fewer steps of a graph: scale and shift into the weights before them, activations and additions into epilogues.
+#pragma once
+
+#include <vector>
+
+#include "runtime/graph.h"
+
+namespace structadmm::runtime {
+
+// y = x * scale[c] + shift[c] in double precision, so that a folded weight is rounded once.
+struct Affine {
+  std::vector<double> scale, shift;
+};
+
+// affine[i]: of node i where it is a kScaleShift (whose own vectors are not read), else empty. Nodes without a consumer
+// are left out, inputs excepted.
+Graph fuse(Graph graph, std::vector<Affine> affine);
+
+}  // namespace structadmm::runtime
