@@ -310,13 +310,6 @@ def run_segment(inputs: Sequence[Tensor], program: Tensor, dtype: str, shapes: s
     return result
 
 
-def segment_why_not(program: Tensor) -> dict[str, str]:
-    """Nodes of a program that the runtime cannot run -> why, `what got ..., wanted ...`."""
-    if not hasattr(_ops, "segment_why_not"):
-        return {}
-    return dict(line.split("\t", 1) for line in _ops.segment_why_not(program).splitlines())
-
-
 def _fake_segment(inputs: Sequence[Tensor], program: Tensor, dtype: str, shapes: str) -> list[Tensor]:
     names = {f"x{i}_{d}": size for i, x in enumerate(inputs) for d, size in enumerate(x.shape)}
     rows = [[evaluate(size, **names) for size in row.split(",")] for row in shapes.split(";")]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import ops
+from . import _core, ops
 from .artefact import from_bytes, to_bytes
 from .channels import given
 from .errors import OptimizeError
@@ -390,7 +390,8 @@ def refusals(network: fx.GraphModule, groups: Sequence[Sequence[fx.Node]], shape
     for nodes in groups:
         inputs, outputs = boundary(nodes)
         rows = [((None, *shapes[n][1:]), torch.float32) for n in inputs]
-        reasons = ops.segment_why_not(_program(network, nodes, inputs, outputs, rows, {}))
+        program = _program(network, nodes, inputs, outputs, rows, {})
+        reasons = _core.why_not(program.numpy())
         out |= {node: reasons[node.name] for node in nodes if reasons.get(node.name)}
     return out
 
