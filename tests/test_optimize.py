@@ -375,3 +375,38 @@ def test_shape_expressions_are_arithmetic_alone() -> None:
     for text in ("__import__('os')", "x0_2.real", "x0_9", "[1]", "1 if 1 else 2", "2**9", "(", "1//0", "1.5", ""):
         with pytest.raises(ValueError, match="run_segment: shapes got"):
             sa.ops.evaluate(text, x0_2=9)
+
+
+def test_records_of_a_file_are_checked(tmp_path) -> None:
+    model, x, file = make("B"), example(), tmp_path / "net.safetensors"
+    network, record = segments.inline(lowered(model, x))
+    row = record["segments"][0]
+    names = row["nodes"]
+
+    def refused(record: object) -> None:
+        sa.save(network, file, example=x, metadata={"optimize": record})
+        with pytest.raises(sa.ArtefactError, match="of the record got other values|wanted convex ones"):
+            sa.load(file)
+        assert_same(sa.load(file, optimized=False), model, x)
+
+    for bad in (
+        {},
+        {**record, "form": {"name": "magic", "dtype": "float32"}},
+        {**record, "form": {"name": "folded", "dtype": "complex64"}},
+        {**record, "vendor": {"nowhere": True}},
+        {**record, "vendor": {"conv1": 1}},
+        {**record, "segments": 3},
+        {**record, "segments": [3]},
+        {**record, "segments": [row, row]},
+        {**record, "segments": [{**row, "nodes": ["nowhere"]}]},
+        {**record, "segments": [{**row, "nodes": [names[0], names[-1]], "shapes": "1;1"}]},
+        {**record, "segments": [{**row, "dtype": "float64"}]},
+        {**record, "segments": [{**row, "shapes": "1;2"}]},
+        {**record, "families": {"conv1": 2}},
+        {**record, "families": {"nowhere": "taps"}},
+    ):
+        refused(bad)
+    sa.save(network, file, example=x, metadata={"optimize": {**record, "report": None}})
+    assert_same(sa.load(file), model, x)
+    sa.save(network, file, example=x, metadata={"optimize": "the user's own word"})
+    assert_same(sa.load(file), model, x)

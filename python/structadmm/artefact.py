@@ -783,7 +783,9 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", optim
     """
     network: fx.GraphModule = _checked("load", path, lambda p: _restore(_read(p)))
     metadata = dict(network.meta["structadmm"]["metadata"])
-    record = metadata.pop(OPTIMIZED, None)
+    record = metadata.get(OPTIMIZED)
+    if isinstance(record, dict):
+        del metadata[OPTIMIZED]
     network.meta["structadmm"]["metadata"] = metadata
     if isinstance(record, dict) and optimized and torch.device(device).type == "cpu":
         from .segments import restore

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import _core, ops
-from .artefact import from_bytes, to_bytes
+from .artefact import OPTIMIZED, from_bytes, to_bytes
 from .channels import given
 from .errors import OptimizeError
 from .forms import COMPILED, FORMS, Form, VendorConv2d, make, use_vendor
@@ -557,7 +557,7 @@ def _program(
     part = fx.GraphModule(network, graph, "Segment")
     part.meta["structadmm"] = {"inputs": rows}
     own = {path: name for path, name in families.items() if any(n.target == path for n in nodes)}
-    data = bytearray(to_bytes(part, {"families": own} if own else {}))
+    data = bytearray(to_bytes(part, {OPTIMIZED: {"families": own}} if own else {}))
     return torch.frombuffer(data, dtype=torch.uint8).clone()
 
 
@@ -629,7 +629,7 @@ def inline(fast: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, Any]]:
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {}
     root = nn.Module()
-    record: dict[str, Any] = {"form": None, "segments": [], "vendor": {}}
+    record: dict[str, Any] = {"form": None, "segments": [], "vendor": {}, "families": {}}
 
     def copy_node(node: fx.Node, source: nn.Module, known: dict[fx.Node, Any]) -> fx.Node:
         if node.op in ("call_module", "get_attr"):
@@ -655,8 +655,9 @@ def inline(fast: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, Any]]:
             copies[node] = fx.node.map_arg(results, inner.__getitem__)
             if isinstance(m, Segment):
                 names = [inner[n].name for n in part.graph.nodes if n.op not in ("placeholder", "output")]
-                families = part.meta["structadmm"]["metadata"].get("families", {})
-                row = {"nodes": names, "shapes": m.shapes, "dtype": m.dtype, "families": families}
+                about = part.meta["structadmm"]["metadata"].get(OPTIMIZED, {})
+                record["families"].update(about.get("families", {}))
+                row = {"nodes": names, "shapes": m.shapes, "dtype": m.dtype}
                 record["segments"].append(row)
             elif isinstance(m, Form):
                 record["form"] = {"name": m.name, "dtype": str(m.dtype).removeprefix("torch.")}
@@ -681,11 +682,14 @@ def restore(network: fx.GraphModule, record: Any) -> fx.GraphModule:
         if not ok:
             raise OptimizeError(f"optimize: {what} of the record got other values, wanted {wanted}")
 
-    need(isinstance(record, dict) and set(record) == {"form", "segments", "vendor"}, "fields", "form, segments, vendor")
-    form, rows, vendor = record["form"], record["segments"], record["vendor"]
+    fields = ("form", "segments", "vendor", "families")
+    need(isinstance(record, dict) and set(record) == set(fields), "fields", ", ".join(fields))
+    form, rows, vendor, families = (record[k] for k in fields)
     layers = {n.target for n in network.graph.nodes if n.op == "call_module"}
     fits = isinstance(vendor, dict) and all(v in layers and isinstance(adds, bool) for v, adds in vendor.items())
     need(fits, "vendor", "layers, and whether they add")
+    fits = isinstance(families, dict) and all(v in layers and isinstance(f, str) for v, f in families.items())
+    need(fits, "families", "layers and names of families")
     if form is not None:
         fits = isinstance(form, dict) and set(form) == {"name", "dtype"} and form["name"] in (*FORMS, COMPILED)
         need(fits and form["dtype"] in _BY_NAME, "form", f"one of {', '.join(FORMS)}, and its dtype")
@@ -694,8 +698,8 @@ def restore(network: fx.GraphModule, record: Any) -> fx.GraphModule:
     by_name = {n.name: n for n in network.graph.nodes if n.op not in ("placeholder", "output", "get_attr")}
     made, seen = [], set[str]()
     for row in rows:
-        need(isinstance(row, dict) and set(row) == {"nodes", "shapes", "dtype", "families"}, "segment", "its fields")
-        names, shapes, dtype, families = (row[k] for k in ("nodes", "shapes", "dtype", "families"))
+        need(isinstance(row, dict) and set(row) == {"nodes", "shapes", "dtype"}, "segment", "its fields")
+        names, shapes, dtype = (row[k] for k in ("nodes", "shapes", "dtype"))
         known = isinstance(names, list) and names and all(isinstance(n, str) and n in by_name for n in names)
         need(bool(known) and len(set(names) - seen) == len(names), "nodes", "those of the network, each once")
         seen |= set(names)
@@ -704,8 +708,6 @@ def restore(network: fx.GraphModule, record: Any) -> fx.GraphModule:
         inputs, outputs = boundary(nodes)
         need(bool(inputs and outputs), "nodes", "some that read and are read")
         need(isinstance(dtype, str) and dtype in DTYPES.values(), "dtype", " or ".join(DTYPES.values()))
-        text = isinstance(families, dict) and all(isinstance(f, str) for f in families.values())
-        need(text, "families", "layers and names of families")
         need(isinstance(shapes, str) and len(shapes) < 100_000 and shapes.count(";") == len(outputs) - 1, "shapes",
              "one of each output")  # fmt: skip
         program = _program(network, nodes, inputs, outputs, None, families)
