@@ -6,17 +6,19 @@ A benchmark whose JSON is absent is left out.
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import inference_layers as layer_scores
 from structadmm.files import atomic_write_text
 
 RESULTS = Path(__file__).parent / "results"
 HEAD = """# Measured results
 
 Rendered by `bench/render.py` from the JSON beside it. Ratios are medians over rounds in which both sides took turns in
-one process, with the quartiles of the pairwise ratios in brackets. f32 throughout.
+one process, with the quartiles of the pairwise ratios in brackets. f32 unless a table says otherwise.
 """
 
 
@@ -135,9 +137,183 @@ def conv_compact(data: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+PEERS_NOTE = (
+    "Peers: torch eager in NCHW and channels-last, oneDNN on reordered weights, torch.compile with freezing, ONNX "
+    "Runtime, OpenVINO; in bf16 the same in bf16 (ONNX Runtime has no bf16 convolution on x86). Everybody takes f32 "
+    "NCHW and leaves f32 NCHW and pays for what that costs; outputs are compared first."
+)
+
+
+def peaks(row: dict[str, Any]) -> str:
+    if not row["peak"]:
+        return "No C compiler was at hand, so no peak was measured."
+    return (
+        f"Peak of one thread, measured in the same run: {row['peak']['f32'] / 1e9:.0f} GFLOP/s f32, "
+        f"{row['peak']['bf16'] / 1e9:.0f} GFLOP/s bf16."
+    )
+
+
+def left_out(rows: list[dict[str, Any]]) -> str:
+    reasons = sorted({f"{name}: {why}" for r in rows for name, why in r["absent"].items()})
+    return " Left out: " + "; ".join(reasons) + "." if reasons else ""
+
+
+def versions(rows: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{k} {v.split('-')[0]}" for k, v in sorted(rows[-1]["versions"].items()))
+
+
+def met(value: float, target: float | None) -> str:
+    return "" if target is None else f"{target:g}: {'yes' if value >= target else 'no'}"
+
+
+def inference_networks(data: dict[str, Any]) -> str:
+    ordered = sorted(data["rows"], key=lambda r: (r["threads"], r["dtype"] != "f32"))
+    rows = [
+        [r["case"], str(r["batch"]), r["dtype"], str(r["threads"]), *time_of(r), r["fastest"], ratio(r["speedup"]),
+         f"{r['ideal']:.2f}x", met(r["speedup"]["median"], r["target"])]
+        for r in ordered if "speedup" in r and not r["case"].startswith("sweep")
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    note = (
+        f"Pruned networks against the dense network on the fastest peer; where only filters went, against OpenVINO and "
+        f"ONNX Runtime on the same smaller network. {PEERS_NOTE} Ideal: multiply-adds, before over after. "
+        f"{machine(ordered[0])}, {versions(ordered)}. {peaks(ordered[0])}{left_out(ordered)}"
+    )
+    head = ["case", "batch", "dtype", "threads", "peer, ms", "ours, ms", "fastest peer", "faster", "ideal", "wanted"]
+    command = "python bench/inference_networks.py --json bench/results/inference_networks.json"
+    return table("Networks", command, note, head, rows) + sweep(ordered, command)
+
+
+def time_of(row: dict[str, Any]) -> list[str]:
+    if "layers" in row:
+        return ["", ""]
+    return [f"{1e3 * row['seconds'][name]['median']:.3f}" for name in (row["fastest"], row["case"])]
+
+
+def sweep(ordered: list[dict[str, Any]], command: str) -> str:
+    found = [r for r in ordered if r["case"].startswith("sweep") and "speedup" in r]
+    kinds = sorted({(r["batch"], r["threads"]) for r in found})
+    if not found:
+        return ""
+    densities = sorted({float(r["case"].split()[-1]) for r in found})
+    at = {(float(r["case"].split()[-1]), r["batch"], r["threads"]): r for r in found}
+    rows = [[f"{d:g}", *(ratio(at[(d, *k)]["speedup"]) if (d, *k) in at else "" for k in kinds)] for d in densities]
+    worst = min(found, key=lambda r: r["speedup"]["median"])
+    note = (
+        f"ResNet-18/CIFAR with this share of columns in all convolutions but the first, over the fastest form of torch "
+        f"of the dense network. Worst: {worst['speedup']['median']:.3f}x, wanted 0.98."
+    )
+    head = ["density", *(f"batch {b}, {t} thread{'s' * (t > 1)}" for b, t in kinds)]
+    return table("No network slower than torch's: density sweep", command, note, head, rows)
+
+
+def inference_layers(data: dict[str, Any]) -> str:
+    found = sorted(data["rows"], key=lambda r: (r["dtype"] != "f32", r["batch"]))
+    wanted = {"f32": (1.0, 0.75), "bf16": (1.2, 0.8)}
+    overall = [
+        [s["dtype"], str(s["threads"]), str(s["batch"] or "all"), str(s["cases"]), f"{s['geometric_mean']:.2f}",
+         met(s["geometric_mean"], wanted[s["dtype"]][0]), f"{s['least']:.2f}", met(s["least"], wanted[s["dtype"]][1]),
+         s["least_at"]]
+        for s in layer_scores.summary(found)
+    ]  # fmt: skip
+    if not overall:
+        return ""
+    command = "python bench/inference_layers.py --json bench/results/inference_layers.json"
+    note = (
+        f"Score: (fastest dense peer's time x density left) / ours, column sparsity at densities 0.5, 0.25, 0.1 and "
+        f"1/15. {PEERS_NOTE} {machine(found[0])}, {versions(found)}. {peaks(found[0])}{left_out(found)}"
+    )
+    head = ["dtype", "threads", "batch", "cases", "geometric mean", "wanted", "least", "wanted", "least at"]
+    text = table("Layers: score against the ideal", command, note, head, overall)
+    for dtype in ("f32", "bf16"):
+        part = [r for r in found if r["dtype"] == dtype and r["threads"] == 1]
+        names = [n for n in (part[0]["ours"] if part else {}) if n.startswith("column")]
+        if not names:
+            continue
+        rows = [
+            [r["layer"], str(r["batch"]), f"{1e6 * r['seconds'][r['fastest']]['median']:.0f}", r["fastest"],
+             f"{r['dense_gflops']:.0f}", *(score(r["ours"].get(n)) for n in names)]
+            for r in part
+        ]  # fmt: skip
+        note = (
+            f"{dtype}, one thread. Of each density: speed-up, score, share of the peak reached by the multiply-adds "
+            f"that are left; in italics the score where the peers' own layout and dtype on both sides are the measure, "
+            f"in which they pay for no change; and *floor* where merely filling the output, or the peak, takes more "
+            f"than 0.6 of our time."
+        )
+        head = ["layer", "batch", "dense, us", "fastest peer", "GFLOP/s", *(n.replace("column ", "") for n in names)]
+        text += table(f"Layers, {dtype}", command, note, head, rows)
+    return text + blocks(found) + scaling(found)
+
+
+def score(v: dict[str, Any] | None) -> str:
+    if v is None:
+        return ""
+    seconds = v["seconds"]
+    floor = " floor" if v["floor_seconds"] > 0.6 * seconds else ""
+    against_native = f"*{v['score_with_native']:.2f}{floor}*"
+    return f"{v['speedup']['median']:.1f}x **{v['score']:.2f}** {v['share_of_peak']:.0%} {against_native}"
+
+
+def blocks(found: list[dict[str, Any]]) -> str:
+    """Block-column's time over column's, by dtype and block size."""
+    slower: dict[tuple[str, int, str, int], list[tuple[float, str]]] = {}
+    for r in found:
+        for name, v in r["ours"].items():
+            kind, density = name.split()
+            column = r["ours"].get(f"column {density}")
+            if kind.startswith("block") and column:
+                at = (r["dtype"], r["threads"], density, int(kind.removeprefix("block")))
+                # Both have the same density, so times compare as scores do.
+                times = v["seconds"] / column["seconds"] * column["density"] / v["density"]
+                slower.setdefault(at, []).append((times, f"{r['layer']}, batch {r['batch']}"))
+    if not slower:
+        return ""
+    rows = []
+    for (dtype, threads, density, block), times in sorted(slower.items(), key=lambda i: (i[0][0] != "f32", *i[0][1:])):
+        mean = math.exp(sum(math.log(t) for t, _ in times) / len(times))
+        rows.append([dtype, str(threads), density, str(block), str(len(times)), f"{mean:.2f}", f"{max(times)[0]:.2f}",
+                     max(times)[1]])  # fmt: skip
+    note = "Time of block-column sparsity over that of column sparsity at the same density: geometric mean and worst."
+    head = ["dtype", "threads", "density", "filters in a block", "cases", "mean", "worst", "worst at"]
+    command = "python bench/inference_layers.py --blocks 2 4 8 16 32 --json bench/results/inference_layers.json"
+    return table("Block-columns against columns", command, note, head, rows)
+
+
+def scaling(found: list[dict[str, Any]]) -> str:
+    """One thread's time over two threads' on the same layer, ours and the fastest peer's."""
+    at = {(r["layer"], r["batch"], r["dtype"], r["threads"]): r for r in found}
+    rows = []
+    for dtype, batch in sorted({(r["dtype"], r["batch"]) for r in found}, key=lambda k: (k[0] != "f32", k[1])):
+        ours, peers = [], []
+        for (layer, b, d, threads), one in at.items():
+            two = at.get((layer, b, d, 2))
+            if (b, d, threads) != (batch, dtype, 1) or two is None:
+                continue
+            peers.append(one["seconds"][one["fastest"]]["median"] / two["seconds"][two["fastest"]]["median"])
+            ours += [v["seconds"] / two["ours"][n]["seconds"] for n, v in one["ours"].items() if n in two["ours"]]
+        if ours:
+            means = [math.exp(sum(map(math.log, t)) / len(t)) for t in (ours, peers)]
+            rows.append([dtype, str(batch), str(len(ours)), f"{means[0]:.2f}", f"{min(ours):.2f}", f"{means[1]:.2f}"])
+    if not rows:
+        return ""
+    head = ["dtype", "batch", "cases", "ours, mean", "ours, least", "fastest peer, mean"]
+    note = "Time with one thread over time with two, in separate runs: geometric means over layers and densities."
+    command = "python bench/inference_layers.py --threads 1 2 --json bench/results/inference_layers.json"
+    return table("Two threads", command, note, head, rows)
+
+
 def main() -> None:
     text = HEAD
-    parts: list[Callable[[dict[str, Any]], str]] = [main_job, project_update, admm_cost, conv_compact]
+    parts: list[Callable[[dict[str, Any]], str]] = [
+        main_job,
+        project_update,
+        admm_cost,
+        conv_compact,
+        inference_networks,
+        inference_layers,
+    ]
     for part in parts:
         path = RESULTS / f"{part.__name__}.json"
         if path.exists():

@@ -20,7 +20,18 @@ from structadmm import ops
 from structadmm.files import atomic_write_text
 from structadmm.timing import Spread, Timings, interleave
 
-__all__ = ["Spread", "Timings", "arguments", "copy_bandwidth", "finish", "interleave", "machine", "sync_of"]
+__all__ = [
+    "Spread",
+    "Timings",
+    "arguments",
+    "copy_bandwidth",
+    "finish",
+    "interleave",
+    "keep",
+    "kept",
+    "machine",
+    "sync_of",
+]
 
 
 def cpu_model() -> str:
@@ -74,3 +85,24 @@ def finish(result: dict[str, Any], path: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, json.dumps(result, indent=1) + "\n")
         print(f"wrote {path}")
+
+
+def keep(question: str, rows: list[dict[str, Any]], path: Path | None) -> None:
+    """Write rows one to a line, floats to five digits, so that a long run leaves what it has at any time."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.5g}")
+        if isinstance(value, dict):
+            return {k: short(v) for k, v in value.items()}
+        return [short(v) for v in value] if isinstance(value, list) else value
+
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join("  " + json.dumps(short(row)) for row in rows)
+        atomic_write_text(path, f'{{\n "question": {json.dumps(question)},\n "rows": [\n{lines}\n ]\n}}\n')
+
+
+def kept(path: Path | None) -> list[dict[str, Any]]:
+    """The rows that `keep` wrote, if any."""
+    return json.loads(path.read_text())["rows"] if path is not None and path.exists() else []

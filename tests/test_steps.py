@@ -270,3 +270,56 @@ def test_what_does_not_fit_is_refused() -> None:
         d.multiply(x, np.zeros((1, 2, 1, 1), "f4"))
     with pytest.raises(ValueError, match="max_pool: padding got 2, wanted at most half of the kernel, 3"):
         d.pool(x, True, (4, 4), (3, 3), (1, 1), (2, 2))
+
+
+@st.composite
+def compacted(draw: Any) -> dict[str, Any]:
+    """A linear weight [out, in] in blocks of filters that share their taps, and the same with zeros."""
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 30)))
+    features = draw(st.sampled_from([1, 2, 7, 33, 64, 200]))
+    density = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+    blocks = draw(st.lists(st.sampled_from([1, 3, 4, 8, 10, 16, 17, 40, 48, 70]), min_size=1, max_size=4))
+    dense = np.zeros((sum(blocks), features), "f4")
+    taps: list[int] = []
+    weight, block_taps, first = [], [0], 0
+    for n in blocks:
+        kept = np.flatnonzero(rng.random(features) < density)
+        dense[first : first + n, kept] = rng.standard_normal((n, len(kept)))
+        weight.append(dense[first : first + n, kept].ravel())
+        taps += kept.tolist()
+        block_taps.append(len(taps))
+        first += n
+    bias = rng.standard_normal(sum(blocks)).astype("f4") if draw(st.booleans()) else None
+    table = {"weight": np.concatenate(weight), "taps": taps, "block_filters": blocks, "block_taps": block_taps}
+    return {"dense": dense, "table": {**table, "bias": bias}}
+
+
+@settings(max_examples=300, deadline=None)
+@given(doors, compacted(), st.integers(1, 19), st.booleans(), st.sampled_from(EPILOGUES))
+def test_linear(door: Any, c: Any, rows: int, add: bool, epilogue: Any) -> None:
+    door |= {"x_halo": (0,) * 4, "y_halo": (0,) * 4, "b_halo": (0,) * 4}
+    filters, features = c["dense"].shape
+    x, r = random((rows, features), 17, door["dtype"]), random((rows, filters), 18, door["dtype"])
+    d = _core.StepDoor(**door)
+    got = d.linear(x.numpy(), **c["table"], residual=r.numpy() if add else None, epilogue=epilogue[0])
+    bias = torch.zeros(filters) if c["table"]["bias"] is None else torch.from_numpy(c["table"]["bias"])
+    w = torch.from_numpy(c["dense"]).to(DTYPES[door["dtype"]]).double()
+    total = F.linear(x.double(), w, bias.double()) + (r.double() if add else 0)
+    # features + 2 terms added one by one (Higham, 3.1); no curve is steeper than 1.13
+    size = F.linear(x.double().abs(), w.abs(), bias.double().abs()) + (r.double().abs() if add else 0)
+    want = epilogue[1](total)
+    error = 1.13 * (features + 2) * 2.0**-23 * size + (curve_error(want) if epilogue[0].get("activation") else 0.0)
+    check(got.reshape(rows, filters), want, door["dtype"], error)
+
+
+def test_rows_of_a_linear_layer_do_not_depend_on_each_other_or_on_threads() -> None:
+    rng = np.random.default_rng(19)
+    x, w = rng.standard_normal((37, 900), "f4"), rng.standard_normal((700, 900), "f4")
+    for dtype in ("f32", "bf16"):
+        for isa in ISAS:
+            runs = []
+            for threads, rows in ((1, 37), (2, 37), (3, 37), (1, 5), (2, 1)):
+                d = _core.StepDoor(isa, dtype, threads=threads)
+                y = d.linear(x[:rows], w.ravel(), None, list(range(900)), [700], [0, 900])
+                runs.append(y[:1])
+            assert all(np.array_equal(y, runs[0]) for y in runs)

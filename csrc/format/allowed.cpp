@@ -373,7 +373,7 @@ std::string shown(const Value& v) {
     case VK::kFloat:
       return text(v.number);
     case VK::kString:
-      return text("'", v.text.substr(0, 60), "'");
+      return text("'", cut(v.text), "'");
     default: {
       if (!v.is(VK::kList) || v.items.size() > 8) return "another value";
       std::string out = "[";
@@ -437,6 +437,12 @@ std::string wrong_tables(const Layer& layer) {
 
 }  // namespace
 
+std::string cut(std::string_view text) {
+  std::string out(text.substr(0, 60));
+  for (char& c : out) c = c >= ' ' && c <= '~' ? c : '?';
+  return text.size() > 60 ? out + "..." : out;
+}
+
 std::span<const LayerKind> layer_kinds() {
   static const std::vector<LayerKind> kinds = make_kinds();
   return kinds;
@@ -471,8 +477,8 @@ std::string wrong_config(const LayerKind& kind, const Config& config) {
   }
   if (!same) {
     std::string got;
-    for (const auto& [name, value] : config) got += (got.empty() ? "" : ", ") + name.substr(0, 60);
-    return text("config got ", got.substr(0, 200), ", wanted the fields ", names.empty() ? "(none)" : names);
+    for (const auto& [name, value] : config) got += (got.empty() ? "" : ", ") + cut(name);
+    return text("config got ", got, ", wanted the fields ", names.empty() ? "(none)" : names);
   }
   for (const Field& f : kind.fields) {
     const Value& v = config.at(std::string(f.name));

@@ -12,6 +12,9 @@
 
 namespace structadmm::format {
 
+// A file's text for an error: short, and printable ASCII.
+std::string cut(std::string_view text);
+
 struct Field {
   enum class Type {
     kCount,    // integer of at least 1

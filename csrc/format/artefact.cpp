@@ -50,8 +50,7 @@ std::string shown(const json& j) {
     }
     return "an object of (" + keys + ")";
   }
-  const std::string text = j.dump(-1, ' ', false, json::error_handler_t::replace);
-  return text.size() > 60 ? text.substr(0, 60) + "..." : text;
+  return cut(j.dump(-1, ' ', true, json::error_handler_t::replace));
 }
 
 json parse(std::string_view text, const char* what) {
@@ -62,14 +61,16 @@ json parse(std::string_view text, const char* what) {
     if (event == json::parse_event_t::object_end) names.pop_back();
     if (event == json::parse_event_t::key) {
       const auto& name = value.get_ref<const std::string&>();
-      need(names.back().insert(name).second, what, " got the name '", name.substr(0, 60), "' twice, wanted it once");
+      need(names.back().insert(name).second, what, " got the name '", cut(name), "' twice, wanted it once");
     }
     return true;
   };
   try {
     return json::parse(text.begin(), text.end(), event);
+  } catch (const json::parse_error& e) {
+    fail(what, " got a mistake at byte ", e.byte, ", wanted JSON");
   } catch (const json::exception& e) {
-    fail(what, " got ", e.what(), ", wanted JSON");
+    fail(what, " got a number or text beyond all bounds (", e.id, "), wanted JSON");
   }
 }
 
@@ -97,7 +98,7 @@ const std::string& identifier(const json& j, const char* what) {
 }
 
 void check_path(std::string_view path) {
-  need(is_path(path), "path got '", path.substr(0, 60), "', wanted names joined by dots");
+  need(is_path(path), "path got '", cut(path), "', wanted names joined by dots");
 }
 
 // Arguments and configurations.
@@ -252,7 +253,7 @@ Layer layer_of(const json& row) {
   need(row["config"].is_object(), "config got ", shown(row["config"]), ", wanted an object");
   Layer layer{.kind = kind.get<std::string>(), .config = {}, .tensors = {}};
   for (const auto& [name, value] : row["config"].items()) {
-    need(!value.is_object(), name.substr(0, 60), " got an object, wanted a scalar or a list");
+    need(!value.is_object(), cut(name), " got an object, wanted a scalar or a list");
     layer.config.emplace(name, field(value));
   }
   const std::string wrong = wrong_config(*known, layer.config);
@@ -267,8 +268,8 @@ bool is_node(const json& args, size_t i) {
 Call call_of(const json& row, const Structure& s, const Known& known) {
   need(row.is_object(), "node got ", shown(row), ", wanted an object");
   for (const auto& [key, value] : row.items()) {
-    need(key == "name" || key == "op" || key == "target" || key == "args" || key == "kwargs", "fields got '",
-         key.substr(0, 60), "', wanted name, op, target, args, kwargs");
+    need(key == "name" || key == "op" || key == "target" || key == "args" || key == "kwargs", "fields got '", cut(key),
+         "', wanted name, op, target, args, kwargs");
   }
   const json null, no_args = json::array(), no_kwargs = json::object();
   const auto get = [&](const char* key, const json& other) -> const json& {
@@ -289,7 +290,7 @@ Call call_of(const json& row, const Structure& s, const Known& known) {
   need(args.is_array(), "args got ", shown(args), ", wanted a list");
   need(kwargs.is_object(), "kwargs got ", shown(kwargs), ", wanted an object");
   for (const auto& [key, value] : kwargs.items()) {
-    need(is_identifier(key), "kwargs got '", key.substr(0, 60), "', wanted identifiers as keys");
+    need(is_identifier(key), "kwargs got '", cut(key), "', wanted identifiers as keys");
   }
   need(call.op == Op::kOutput ? target.is_null() : target.is_string(), "target got ", shown(target), ", wanted ",
        call.op == Op::kOutput ? "none" : "a name");
@@ -322,8 +323,7 @@ Call call_of(const json& row, const Structure& s, const Known& known) {
       need(s.layers.contains(call.target), "target got '", call.target, "', wanted a layer of the file");
       break;
     case Op::kCallFunction:
-      need(allowed_function(call.target), "function got '", call.target.substr(0, 60),
-           "', wanted one in the allow-list");
+      need(allowed_function(call.target), "function got '", cut(call.target), "', wanted one in the allow-list");
       if (call.target == "getattr") {
         need(args.size() == 2 && args[0].is_object() && args[1] == "shape" && kwargs.empty(), "getattr got ",
              shown(args), ", wanted a node and 'shape'");
@@ -333,7 +333,7 @@ Call call_of(const json& row, const Structure& s, const Known& known) {
       }
       break;
     case Op::kCallMethod:
-      need(allowed_method(call.target), "method got '", call.target.substr(0, 60), "', wanted one in the allow-list");
+      need(allowed_method(call.target), "method got '", cut(call.target), "', wanted one in the allow-list");
       need(is_node(args, 0), "args got ", shown(args), ", wanted a node first");
       break;
   }
@@ -363,13 +363,13 @@ void check_owners(const Structure& s) {
   const auto check = [&](const std::string& path) {
     check_path(path);
     for (size_t dot = path.find('.'); dot != std::string::npos; dot = path.find('.', dot + 1)) {
-      need(!used(path.substr(0, dot)), "path got '", path.substr(0, 60), "', wanted one that passes through no layer");
+      need(!used(path.substr(0, dot)), "path got '", cut(path), "', wanted one that passes through no layer");
     }
   };
   for (const auto& [path, layer] : s.layers) check(path);
   for (const auto& [path, row] : s.attributes) {
     check(path);
-    need(!s.layers.contains(path), "path got '", path.substr(0, 60), "', wanted one that is not in use");
+    need(!s.layers.contains(path), "path got '", cut(path), "', wanted one that is not in use");
   }
 }
 
@@ -378,10 +378,10 @@ Structure structure_of(const json& spec) {
   const auto name = spec.find("name");
   identifier(name == spec.end() ? json() : *name, "name");
   for (const auto& [path, row] : member(spec, "modules", json::value_t::object, "an object").items()) {
-    s.layers.emplace(path, within("layer " + path.substr(0, 60), [&] { return layer_of(row); }));
+    s.layers.emplace(path, within("layer " + cut(path), [&] { return layer_of(row); }));
   }
   for (const auto& [path, row] : member(spec, "attributes", json::value_t::object, "an object").items()) {
-    within("attribute " + path.substr(0, 60), [&] {
+    within("attribute " + cut(path), [&] {
       need(has_fields(row, {"shape", "dtype"}), "a tensor got ", shown(row), ", wanted shape and dtype");
       s.attributes.emplace(path, tensor_row(row["shape"], row["dtype"], "a tensor"));
     });
@@ -407,7 +407,7 @@ Structure structure_of(const json& spec) {
   }
   need(!s.graph.empty() && s.graph.back().op == Op::kOutput, "graph got no output, wanted one, at the end");
   for (const auto& [path, layer] : s.layers) {
-    need(called.contains(path), "layers got '", path.substr(0, 60), "', wanted only layers that the graph calls");
+    need(called.contains(path), "layers got '", cut(path), "', wanted only layers that the graph calls");
   }
   return s;
 }
@@ -438,8 +438,8 @@ bool header_size(std::span<const std::byte> bytes, uint64_t& size) {
 void check_digest(std::span<const std::byte> bytes, std::string_view head, const std::string& digest) {
   const std::string mark = marker(digest);
   const size_t at = head.find(mark);
-  need(digest.size() == 64 && at != head.npos && head.find(mark, at + 1) == head.npos, "digest got '",
-       digest.substr(0, 70), "', wanted one SHA-256 in hexadecimal");
+  need(digest.size() == 64 && at != head.npos && head.find(mark, at + 1) == head.npos, "digest got '", cut(digest),
+       "', wanted one SHA-256 in hexadecimal");
   const size_t begin = 8 + at + mark.size() - 65;
   Sha256 sha;
   const std::string zeros(64, '0');
@@ -483,7 +483,7 @@ std::map<std::string, Stored> stored_tensors(const Container& c) {
   std::map<std::string, Stored> tensors;
   std::vector<std::array<uint64_t, 2>> places;
   for (const auto& [name, row] : c.header.items()) {
-    within("tensor " + name.substr(0, 60), [&] {
+    within("tensor " + cut(name), [&] {
       need(has_fields(row, {"dtype", "shape", "data_offsets"}), "header got ", shown(row),
            ", wanted dtype, shape, data_offsets");
       Stored t;
@@ -579,13 +579,13 @@ Artefact restore(const Container& c, const std::string& file) {
   std::map<std::string, Stored> stored = stored_tensors(c), all = stored;
   for (const auto& [name, to] : member(m, "ties", json::value_t::object, "an object").items()) {
     need(to.is_string() && stored.contains(to.get_ref<const std::string&>()) && !stored.contains(name), "tie of ",
-         name.substr(0, 60), " got ", shown(to), ", wanted the name of a stored tensor");
+         cut(name), " got ", shown(to), ", wanted the name of a stored tensor");
     all.emplace(name, stored.at(to.get_ref<const std::string&>()));
   }
   size_t used = 0;
   const auto take = [&](const std::string& name) -> const Stored& {
     const auto it = all.find(name);
-    need(it != all.end(), "tensors got none named ", name.substr(0, 60), ", wanted all that the layers need");
+    need(it != all.end(), "tensors got none named ", cut(name), ", wanted all that the layers need");
     ++used;
     return it->second;
   };

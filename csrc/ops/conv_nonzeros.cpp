@@ -34,7 +34,6 @@ using kernels::Nonzero;
 
 constexpr int64_t kTilePatchVectors = 576;  // of a chunk: 36 of 48 KiB in AVX-512; the sums go through the rest
 constexpr int64_t kBlockSumVectors = 10240;  // of all filters: 640 KiB in AVX-512, a third of level 2
-constexpr int64_t kFiltersAtOnce = 8;        // whose last sums are in level 1 when they are unpacked
 constexpr int64_t kSerialMacs = 1 << 20;     // some ten microseconds of work: waking threads would cost as much
 
 int64_t div_up(int64_t a, int64_t b) {
@@ -197,13 +196,13 @@ Cut best_cut(const Sizes& s, const ConvNonzeros& k) {
     }
     c.chunk = std::clamp<int64_t>(kTilePatchVectors / places, 1, std::max<int64_t>(s.channels, 1));
     c.chunk = div_up(s.channels, std::max<int64_t>(1, div_up(s.channels, c.chunk)));
-    // The block grows by tiles, on the side where it has fewer, while its sums fit.
-    for (;;) {
-      const int side = c.block[0] < c.region[0] && (c.block[0] <= c.block[1] || c.block[1] == c.region[1]) ? 0 : 1;
-      Cut more = c;
-      more.block[side] = std::min(c.region[side], c.block[side] + c.tile[side]);
-      if (more.block[side] == c.block[side] || more.block[0] * more.block[1] * s.filters > kBlockSumVectors) break;
-      c = more;
+    // The block grows by tiles while its sums fit, to the right first: whole rows of planes are read and written at once
+    // (measured: 10 % of a network of 3 x 3 convolutions).
+    for (int side = 1; side >= 0; --side) {
+      const int64_t line = c.block[1 - side] * s.filters;
+      while (c.block[side] < c.region[side] && (c.block[side] + c.tile[side]) * line <= kBlockSumVectors) {
+        c.block[side] = std::min(c.region[side], c.block[side] + c.tile[side]);
+      }
     }
     if (const double cost = cut_cost(s, k.lanes, c); cost < least) {
       least = cost;
@@ -413,41 +412,38 @@ class NonzerosStep final : public Step {
       float* sums = all_sums;
       for (int64_t r = 0; r < rows; r += cut_.tile[0]) {
         const int64_t tile_rows = std::min(cut_.tile[0], rows - r);
+        const float* const row_of_tiles = sums;
         for (int64_t q = 0; q < cols; q += cut_.tile[1]) {
           const int64_t tile_cols = std::min(cut_.tile[1], cols - q);
-          const int64_t per_filter = tile_rows * tile_cols * kernels_.lanes;
-          const auto sum = kernels_.sum[tile_rows - 1][tile_cols - 1];
-          const int64_t step = ends ? kFiltersAtOnce : last - first;
-          for (int64_t f = first; f < last; f += step) {
-            const int64_t filters = std::min(step, last - f);
-            sum({.patch = patch + r * row_stride_ + q * kernels_.lanes,
-                 .row_stride = row_stride_,
-                 .nonzeros = nonzeros_.data(),
-                 .begin = chunk.begin + f,
-                 .filters = filters,
-                 .bias = starts ? weights_->bias.data() + group * filters_ + f : nullptr,
-                 .sums = sums});
-            if (ends) unpack(inputs, output, lanes, group * filters_ + f, filters, r, q, tile_rows, tile_cols, sums);
-            sums += filters * per_filter;
-          }
+          kernels_.sum[tile_rows - 1][tile_cols - 1]({
+              .patch = patch + r * row_stride_ + q * kernels_.lanes,
+              .row_stride = row_stride_,
+              .nonzeros = nonzeros_.data(),
+              .begin = chunk.begin + first,
+              .filters = last - first,
+              .bias = starts ? weights_->bias.data() + group * filters_ + first : nullptr,
+              .sums = sums,
+          });
+          sums += (last - first) * tile_rows * tile_cols * kernels_.lanes;
+        }
+        if (ends) {
+          unpack(inputs, output, lanes, group * filters_ + first, last - first, r, tile_rows, cols, row_of_tiles);
         }
       }
     }
   }
 
   void unpack(std::span<const void* const> inputs, float* output, const Lanes& lanes, int64_t filter, int64_t filters,
-              int64_t row, int64_t col, int64_t rows, int64_t cols, const float* sums) const {
-    int32_t first_row[kMostLanes], first_col[kMostLanes];
-    for (int l = 0; l < kernels_.lanes; ++l) {
-      first_row[l] = lanes.first_row[l] - static_cast<int32_t>(row);
-      first_col[l] = lanes.first_col[l] - static_cast<int32_t>(col);
-    }
+              int64_t row, int64_t rows, int64_t cols, const float* sums) const {
+    int32_t first_row[kMostLanes];
+    for (int l = 0; l < kernels_.lanes; ++l) first_row[l] = lanes.first_row[l] - static_cast<int32_t>(row);
     kernels::NonzerosUnpackArgs a{
         .sums = sums,
         .filters = filters,
         .rows = rows,
         .cols = cols,
-        .y = output + filter * y_.channel_stride + row * y_.pitch + col,
+        .tile_cols = cut_.tile[1],
+        .y = output + filter * y_.channel_stride + row * y_.pitch,
         .lane = lanes.y,
         .filter_stride = y_.channel_stride,
         .row_stride = y_.pitch,
@@ -456,15 +452,15 @@ class NonzerosStep final : public Step {
         .residual_filter_stride = residual_.channel_stride,
         .residual_row_stride = residual_.pitch,
         .first_row = first_row,
-        .first_col = first_col,
+        .first_col = lanes.first_col,
         .whole = lanes.whole,
         .epilogue = &epilogue_,
     };
     if (epilogue_.residual) {
-      a.residual = static_cast<const float*>(inputs[1]) + filter * residual_.channel_stride + row * residual_.pitch + col;
+      a.residual = static_cast<const float*>(inputs[1]) + filter * residual_.channel_stride + row * residual_.pitch;
     }
     if (y_features_) {
-      a.cols = filters;
+      a.cols = a.tile_cols = filters;
       a.filters = 1;
     }
     kernels_.unpack(a);

@@ -42,9 +42,8 @@ class TapsStep final : public Step {
 class TapsConv final : public PackedConv {
  public:
   TapsConv(const ConvSpec& spec, Isa isa)
-      : geometry_{{spec.stride[0], spec.stride[1]},
-                  {spec.padding[0], spec.padding[1]},
-                  {spec.dilation[0], spec.dilation[1]}},
+      : geometry_{
+            {spec.stride[0], spec.stride[1]}, {spec.padding[0], spec.padding[1]}, {spec.dilation[0], spec.dilation[1]}},
         epilogue_(spec.epilogue),
         isa_(isa) {
     TapTable t;
@@ -67,8 +66,8 @@ class TapsConv final : public PackedConv {
   const char* family() const override { return "taps_f32"; }
 
   std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual, int64_t images) const override {
-    SADMM_CHECK((residual != nullptr) == epilogue_.residual, kOp, ": residual got ",
-                residual ? "planes" : "none", ", wanted ", epilogue_.residual ? "planes" : "none");
+    SADMM_CHECK((residual != nullptr) == epilogue_.residual, kOp, ": residual got ", residual ? "planes" : "none",
+                ", wanted ", epilogue_.residual ? "planes" : "none");
     return std::make_unique<TapsStep>(
         bytes_, plan_taps(kOp, unpack(kOp, *bytes_), geometry_, x, y, residual, epilogue_, images, isa_));
   }

@@ -82,9 +82,9 @@ void add_to_stores(const Outputs& o, int lane, int lanes, size_t first, std::vec
   s.from[o.y() - s.y] = static_cast<int8_t>(lane);
 }
 
-// Calls lane(output, lane, offset) for every output, and begins(offset) before the first of each vector: without gather,
-// consecutive places of x, those between outputs included; with it, consecutive outputs within two vectors of places.
-// limit: the last offset from which a vector may be read.
+// Calls lane(output, lane, offset) for every output, and begins(offset) before the first of each vector: without
+// gather, consecutive places of x, those between outputs included; with it, consecutive outputs within two vectors of
+// places. limit: the last offset from which a vector may be read.
 template <class Begins, class Lane>
 void for_vectors(Outputs o, bool gather, int lanes, int64_t limit, const Begins& begins, const Lane& each) {
   const int64_t room = (gather ? 2 : 1) * lanes;
@@ -129,8 +129,8 @@ void check_planes(const char* op, const Packed& packed, const ConvGeometry& g, c
     const int64_t reach = in[axis] + 2 * g.padding[axis] - g.dilation[axis] * (kernel[axis] - 1) - 1;
     SADMM_CHECK(reach >= 0 && out[axis] == reach / g.stride[axis] + 1, op, ": y got ", out[axis],
                 " pixels on an axis, wanted those of the convolution of ", in[axis]);
-    const int64_t over = (out[axis] - 1) * g.stride[axis] + g.dilation[axis] * (kernel[axis] - 1) - g.padding[axis] -
-                         (in[axis] - 1);
+    const int64_t over =
+        (out[axis] - 1) * g.stride[axis] + g.dilation[axis] * (kernel[axis] - 1) - g.padding[axis] - (in[axis] - 1);
     SADMM_CHECK(before[axis] >= g.padding[axis] && behind[axis] >= over, op, ": x got a halo of ", before[axis],
                 " and ", behind[axis], ", wanted ", g.padding[axis], " and ", std::max<int64_t>(over, 0));
   }
@@ -143,9 +143,7 @@ void cut_vectors(TapPlan& plan, const ConvGeometry& g, int64_t limit) {
   auto& t = plan.pixels;
   for_vectors(
       Outputs(plan, g, t.period), t.gather, k.lanes, limit,
-      [&](int64_t offset) {
-        t.vectors.push_back({offset, static_cast<int32_t>(t.stores.size()), 0, {}});
-      },
+      [&](int64_t offset) { t.vectors.push_back({offset, static_cast<int32_t>(t.stores.size()), 0, {}}); },
       [&](const Outputs& o, int lane, int64_t at) {
         PixelVector& v = t.vectors.back();
         v.lane[lane] = static_cast<int8_t>(at);
@@ -297,12 +295,15 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
     }
   }
 
-  // Where two vectors of slack lie behind the last place that is read, vectors may begin anywhere; otherwise those of the
-  // last image must not, and the tables of all images are as that of the last.
-  const int64_t farthest = plan.position.back() + (packed.channels.empty() ? 0 : packed.channels.back() * x.channel_stride);
-  const int64_t last = x.origin + (images - 1) * x.image_stride + ((y.height - 1) * g.stride[0] - g.padding[0]) * x.pitch +
-                       (y.width - 1) * g.stride[1] - g.padding[1];
-  SADMM_CHECK(last + farthest < x.readable, op, ": x got ", x.readable, " readable elements, wanted ", last + farthest + 1);
+  // Where two vectors of slack lie behind the last place that is read, vectors may begin anywhere; otherwise those of
+  // the last image must not, and the tables of all images are as that of the last.
+  const int64_t farthest =
+      plan.position.back() + (packed.channels.empty() ? 0 : packed.channels.back() * x.channel_stride);
+  const int64_t last = x.origin + (images - 1) * x.image_stride +
+                       ((y.height - 1) * g.stride[0] - g.padding[0]) * x.pitch + (y.width - 1) * g.stride[1] -
+                       g.padding[1];
+  SADMM_CHECK(last + farthest < x.readable, op, ": x got ", x.readable, " readable elements, wanted ",
+              last + farthest + 1);
   const bool slack = last + farthest + 2 * k.lanes <= x.readable;
   const auto limit = [&](bool gather) {
     const int64_t room = (gather ? 2 : 1) * k.lanes;
@@ -345,8 +346,8 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
     const int c = kernels::width_class(panel.width);
     const int nv = next_panels(packed, i, k);
     const double by_filters = filters_cost(k, c, nv, fl.period * plan.outputs) / static_cast<double>(fl.period);
-    if (!pixels || by_filters <= pieces * nv * pixels_cost(k, panel.width, vectors, px.gather) /
-                                     static_cast<double>(px.period)) {
+    if (!pixels ||
+        by_filters <= pieces * nv * pixels_cost(k, panel.width, vectors, px.gather) / static_cast<double>(px.period)) {
       plan.jobs.push_back({i, nv, 0});
       any_filters = true;
       i += nv;
@@ -368,7 +369,8 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
   const int64_t tasks = macs < kSerialMacs || parallel.threads() == 1 ? 1 : 4 * parallel.threads();
   // All panels over one strip of pixels before the next strip, so that what they read of x stays in L2.
   const int64_t read = images * plan.x.height * plan.x.width * static_cast<int64_t>(packed.channels.size());
-  const int64_t strips = std::clamp<int64_t>(div_up(read, kStripFloats), 1, std::max<int64_t>(images * plan.outputs, 1));
+  const int64_t strips =
+      std::clamp<int64_t>(div_up(read, kStripFloats), 1, std::max<int64_t>(images * plan.outputs, 1));
   int64_t units = 0;
   for (const Job& job : plan.jobs) units += job_units(plan, packed, job, images);
   parallel.run(tasks, [&](int64_t task) {

@@ -1,8 +1,8 @@
-// How a convolution on a packed compacted weight runs on planes, f32: what ops/conv_taps_f32.cpp (a step of a segment) and
-// ops/conv_compact.cpp (one eager op) have in common.
+// How a convolution on a packed compacted weight runs on planes, f32: what ops/conv_taps_f32.cpp (a step of a segment)
+// and ops/conv_compact.cpp (one eager op) have in common.
 //
-// Outputs are cut into tiles, and each panel of filters is given to one of the two gemm_compact kernels by measured cost.
-// Reads stay in [0, x.readable), and y is written at its elements only.
+// Outputs are cut into tiles, and each panel of filters is given to one of the two gemm_compact kernels by measured
+// cost. Reads stay in [0, x.readable), and y is written at its elements only.
 #pragma once
 
 #include <cstdint>

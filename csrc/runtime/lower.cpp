@@ -72,7 +72,7 @@ std::string shown(const Value& v) {
     case VK::kFloat:
       return std::to_string(v.number);
     case VK::kString:
-      return v.text.substr(0, 60);
+      return format::cut(v.text);
     case VK::kNode:
       return "a tensor";
     default:
@@ -87,8 +87,8 @@ class Arguments {
       : call_(call), names_(names.begin(), names.end()) {
     SADMM_CHECK(call.args.size() <= names_.size(), "args got ", call.args.size(), ", wanted at most ", names_.size());
     for (const auto& [key, value] : call.kwargs) {
-      SADMM_CHECK(std::ranges::find(names_, key) != names_.end(), "argument got ", key.substr(0, 60),
-                  ", wanted one of ", list());
+      SADMM_CHECK(std::ranges::find(names_, key) != names_.end(), "argument got ", format::cut(key), ", wanted one of ",
+                  list());
     }
   }
 
@@ -195,7 +195,7 @@ std::optional<Epilogue> plain_activation(std::string_view name) {
 }
 
 Epilogue gelu(const std::string& approximate) {
-  SADMM_CHECK(approximate == "none" || approximate == "tanh", "approximate got ", approximate.substr(0, 60),
+  SADMM_CHECK(approximate == "none" || approximate == "tanh", "approximate got ", format::cut(approximate),
               ", wanted none or tanh");
   return {.activation = approximate == "tanh" ? Activation::kGeluTanh : Activation::kGelu};
 }

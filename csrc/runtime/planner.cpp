@@ -230,26 +230,31 @@ class Planner {
 
   // The number of images at a time that moves the fewest bytes from beyond L2 for this node.
   int64_t best_images(int i, int64_t most) const {
-    const int64_t activations = node_bytes(i), weights = weight_bytes(g_.nodes[i]), room = l2_bytes() * 3 / 4;
+    const int64_t activations = node_bytes(i), weights = weight_bytes(g_.nodes[i]), room = l2_bytes() * 9 / 20;
     int64_t best = 1;
     double least = std::numeric_limits<double>::infinity();
     for (int64_t n = 1;; n = std::min(2 * n, most)) {
       const double spilled = n > 1 && n * activations > room ? 2.0 * static_cast<double>(activations) : 0.0;
       const double moved = static_cast<double>(weights) / static_cast<double>(n) + spilled;
-      if (moved < least) least = moved, best = n;
+      if (moved <= least) least = moved, best = n;
       if (n == most) return best;
     }
   }
 
+  // A change of stage writes the batch out and reads it again, so nodes follow the least of their neighbours, and a
+  // stage goes on until a node wants four times as many images, or fewer.
   void cut_stages() {
+    constexpr int kReach = 2;
     const int64_t share = std::max<int64_t>(1, div_up(plan_.batch, plan_.threads));
+    std::vector<int64_t> wanted;
+    for (int i = 0; i < count(); ++i) wanted.push_back(best_images(i, share));
     stage_.resize(g_.nodes.size());
     for (int i = 0; i < count(); ++i) {
-      const Kind kind = g_.nodes[i].kind;
-      const bool light = kind == Kind::kFlatten || kind == Kind::kConcat;
-      int64_t n = best_images(i, share);
+      const auto begin = wanted.begin() + std::max(0, i - kReach),
+                 end = wanted.begin() + std::min(count(), i + kReach + 1);
+      int64_t n = *std::min_element(begin, end);
       n = div_up(share, div_up(share, n));  // equal chunks
-      if (plan_.stages.empty() || (n != plan_.stages.back().images && !light)) {
+      if (plan_.stages.empty() || n < plan_.stages.back().images || n >= 4 * plan_.stages.back().images) {
         plan_.stages.emplace_back();
         plan_.stages.back().images = n;
       }

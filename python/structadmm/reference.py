@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,3 +133,29 @@ def linear_compact(
 ) -> Tensor:
     """The linear layer of a compacted weight: F.linear on the dense one."""
     return F.linear(x, scatter_taps(weight, taps, block_filters, block_taps, (out_features, x.shape[-1])), bias)
+
+
+def epilogue(
+    y: Tensor, activation: str = "clamp", low: float = -math.inf, high: float = math.inf, slope: float = 0.0
+) -> Tensor:
+    """What a step applies to its sums: an activation by its name in csrc/base/epilogue.h."""
+    curves = {
+        "clamp": lambda: y.clamp(low, high),
+        "silu": lambda: F.silu(y),
+        "gelu": lambda: F.gelu(y),
+        "gelu_tanh": lambda: F.gelu(y, approximate="tanh"),
+        "hardswish": lambda: F.hardswish(y),
+        "hardsigmoid": lambda: F.hardsigmoid(y),
+        "sigmoid": lambda: y.sigmoid(),
+        "tanh": lambda: y.tanh(),
+        "leaky_relu": lambda: F.leaky_relu(y, slope),
+    }
+    return curves[activation]()
+
+
+def conv_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, sizes: Sequence[Any], **curve: Any
+) -> Tensor:
+    """One step of a convolution: epilogue(F.conv2d on the dense weight + residual); sizes as F.conv2d takes them."""
+    y = F.conv2d(x, weight, bias, *sizes)
+    return epilogue(y if residual is None else y + residual, **curve)

@@ -212,10 +212,32 @@ class Door {
     return go(*adaptive_pool_step(from.planes, y.planes, max, from.images, isa_), {from.data()}, y);
   }
 
+  py::array_t<float> linear(const Floats& x, const Floats& weight, const MaybeFloats& bias, const Ints& taps,
+                            const Ints& block_filters, const Ints& block_taps, const MaybeFloats& residual,
+                            const py::dict& epilogue) {
+    LinearSpec s{.in_features = x.shape(1),
+                 .out_features = 0,
+                 .weight = vector_of(weight),
+                 .bias = {},
+                 .taps = taps,
+                 .block_filters = block_filters,
+                 .block_taps = block_taps,
+                 .epilogue = epilogue_from(epilogue)};
+    for (const int32_t f : block_filters) s.out_features += f;
+    if (bias) s.bias = vector_of(*bias);
+    s.epilogue.residual = residual.has_value();
+    Memory from = input(x, x_halo_, dtype_), y = output(from.images, {s.out_features, 1, 1});
+    const auto packed = pack_linear(s, dtype_, isa_);
+    if (!residual) return go(*packed->plan(from.planes, y.planes, nullptr, from.images), {from.data()}, y);
+    Memory b = input(*residual, b_halo_, dtype_);
+    return go(*packed->plan(from.planes, y.planes, &b.planes, from.images), {from.data(), b.data()}, y);
+  }
+
   std::string kernel;
   int repeats = 0;
 
  private:
+  static std::vector<float> vector_of(const Floats& a) { return {a.data(), a.data() + a.size()}; }
   static std::array<int64_t, 3> sizes_of(const Planes& p) { return {p.channels, p.height, p.width}; }
 
   Memory input(const Floats& x, const Sides& halo, Dtype dtype) const {
@@ -288,6 +310,8 @@ void bind_steps(py::module_& m) {
       .def("pool", &Door::pool, arg("x"), arg("max"), arg("size"), arg("kernel_size"), arg("stride"),
            arg("padding") = Pair{0, 0}, arg("dilation") = Pair{1, 1}, arg("count_include_pad") = true,
            arg("divisor_override") = 0)
+      .def("linear", &Door::linear, arg("x"), arg("weight"), arg("bias"), arg("taps"), arg("block_filters"),
+           arg("block_taps"), arg("residual") = py::none(), arg("epilogue") = py::dict())
       .def("adaptive_pool", &Door::adaptive_pool, arg("x"), arg("max"), arg("size"));
 }
 

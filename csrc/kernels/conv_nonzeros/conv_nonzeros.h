@@ -56,15 +56,16 @@ struct NonzerosPackArgs {
 };
 
 struct NonzerosUnpackArgs {
-  const float* sums;  // [filters][rows][cols][lanes]
-  int64_t filters, rows, cols;
+  // A row of tiles side by side, each [filters][rows][tile_cols][lanes], the last perhaps narrower: [..][cols of it][..]
+  const float* sums;
+  int64_t filters, rows, cols, tile_cols;  // cols: of all tiles
   float* y;
-  const int64_t* lane;  // [lanes] of the tile's first pixel of the first filter, from y
+  const int64_t* lane;  // [lanes] of the first tile's first pixel of the first filter, from y
   int64_t filter_stride, row_stride;
   const float* residual;  // null for none
   const int64_t* residual_lane;
   int64_t residual_filter_stride, residual_row_stride;
-  // [lanes]: a lane's outputs before this row or column of the tile are another lane's; `whole`: there are none.
+  // [lanes]: a lane's outputs before this row or column are another lane's; `whole`: there are none.
   const int32_t *first_row, *first_col;
   bool whole;
   const Epilogue* epilogue;
@@ -76,8 +77,8 @@ struct ConvNonzeros {
   const char* isa;
   int lanes;
   NonzerosSum sum[kMostTileRows][kMostTileCols];  // [rows - 1][cols - 1], null where registers do not hold the tile
-  void (*pack)(const NonzerosPackArgs&);
-  void (*unpack)(const NonzerosUnpackArgs&);
+  void (*pack)(NonzerosPackArgs);
+  void (*unpack)(NonzerosUnpackArgs);
 };
 
 // A pure function of the instruction set, which need not be this CPU's.

@@ -1,7 +1,7 @@
 // The kernels over a type V of vectors, included by the ISA files inside their anonymous namespaces.
 //
-// V's *pieces*: a vector is kLanes / 4 pieces of four elements. load_pieces(p) makes piece k from the four floats at
-// p[4 * k]; transpose(r) turns four vectors, as 4 x 4 in each piece: r[i] with four pixels of lanes i, 4 + i, 8 + i ..
+// V's *pieces*: a vector is kLanes / 4 pieces of four elements. load_pieces(p, lane) makes piece k from the four floats at
+// p + lane[4 * k]; transpose(r) turns four vectors, as 4 x 4 in each piece: r[i] with four pixels of lanes i, 4 + i, 8 + i ..
 // become four vectors of one pixel of every lane in order, and back.
 
 template <class V, int R, int Q>
@@ -75,30 +75,32 @@ void sum(const NonzerosSumArgs& a) {
 }
 
 template <class V>
-void pack(const NonzerosPackArgs& a) {
+void pack(NonzerosPackArgs a) {
+  const int64_t whole = a.cols / 4 * 4, rest = a.cols % 4;
   uint8_t bits[V::kLanes];
-  for (uint8_t& b : bits) b = static_cast<uint8_t>((1 << (a.cols % 4)) - 1);
+  for (uint8_t& b : bits) b = static_cast<uint8_t>((1 << rest) - 1);
   for (int64_t c = 0; c < a.channel_count; ++c) {
     for (int64_t row = 0; row < a.rows; ++row) {
       if (a.row_place[row] < 0) continue;
       const float* const x = a.x + a.channels[c] * a.channel_stride + row * a.row_stride;
       float* const to = a.patch + c * a.patch_channel_stride + a.row_place[row] * a.patch_row_stride;
-      const float* p[V::kLanes];
-      for (int l = 0; l < V::kLanes; ++l) p[l] = x + a.lane[l];
-      for (int64_t col = 0; col < a.cols; col += 4) {
-        typename V::Reg r[4];
-        if (col + 4 <= a.cols) {
+      typename V::Reg r[4];
+      for (int64_t col = 0; col < whole; col += 4) {
 #pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) r[i] = V::load_pieces(p + i, col);
-        } else {
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) r[i] = V::load_pieces(p + i, col, bits + i);
-        }
+        for (int i = 0; i < 4; ++i) r[i] = V::load_pieces(x + col, a.lane + i);
         V::transpose(r);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          if (col + i < a.cols && a.col_place[col + i] >= 0) V::store(to + a.col_place[col + i] * V::kLanes, r[i]);
+          if (a.col_place[col + i] >= 0) V::store(to + a.col_place[col + i] * V::kLanes, r[i]);
         }
+      }
+      if (rest == 0) continue;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) r[i] = V::load_pieces(x + whole, a.lane + i, bits + i);
+      V::transpose(r);
+#pragma GCC unroll 4
+      for (int i = 0; i < 3; ++i) {
+        if (i < rest && a.col_place[whole + i] >= 0) V::store(to + a.col_place[whole + i] * V::kLanes, r[i]);
       }
     }
   }
@@ -110,47 +112,67 @@ __attribute__((noinline)) typename V::Reg curve(typename V::Reg r, const Epilogu
   return V::curve(r, epilogue);
 }
 
-template <class V>
-void unpack(const NonzerosUnpackArgs& a) {
+// Four pixels, or fewer where `bits` says so, of every lane.
+template <class V, bool Whole>
+inline void unpack_pixels(const NonzerosUnpackArgs& a, const float* sums, int64_t count, float* y, const float* residual,
+                          const uint8_t* bits, typename V::Reg low, typename V::Reg high) {
   const bool clamp = a.epilogue->activation == Activation::kClamp;
-  const typename V::Reg low = V::broadcast(a.epilogue->low), high = V::broadcast(a.epilogue->high);
-  const float* sums = a.sums;
-  for (int64_t f = 0; f < a.filters; ++f) {
-    for (int64_t row = 0; row < a.rows; ++row, sums += a.cols * V::kLanes) {
-      float* y[V::kLanes];
-      const float* residual[V::kLanes] = {};
-      for (int l = 0; l < V::kLanes; ++l) y[l] = a.y + f * a.filter_stride + row * a.row_stride + a.lane[l];
-      if (a.residual) {
-        const float* const from = a.residual + f * a.residual_filter_stride + row * a.residual_row_stride;
-        for (int l = 0; l < V::kLanes; ++l) residual[l] = from + a.residual_lane[l];
+  typename V::Reg r[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) r[i] = Whole || i < count ? V::load(sums + i * V::kLanes) : V::zero();
+  V::transpose(r);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    if (a.residual) {
+      typename V::Reg more;
+      if constexpr (Whole) {
+        more = V::load_pieces(residual, a.residual_lane + i);
+      } else {
+        more = V::load_pieces(residual, a.residual_lane + i, bits + i);
       }
-      for (int64_t col = 0; col < a.cols; col += 4) {
-        const bool full = a.whole && col + 4 <= a.cols;
-        uint8_t bits[V::kLanes];
-        if (!full) {
-          const int within = col + 4 <= a.cols ? 15 : (1 << (a.cols - col)) - 1;
-          for (int l = 0; l < V::kLanes; ++l) {
-            const int64_t skip = a.first_row[l] > row ? 4 : a.first_col[l] - col;
-            bits[l] = static_cast<uint8_t>(skip >= 4 ? 0 : skip > 0 ? within & ~((1 << skip) - 1) : within);
+      r[i] = V::add(r[i], more);
+    }
+    r[i] = clamp ? V::clamp(r[i], low, high) : curve<V>(r[i], *a.epilogue);
+    if constexpr (Whole) {
+      V::store_pieces(y, a.lane + i, r[i]);
+    } else {
+      V::store_pieces(y, a.lane + i, bits + i, r[i]);
+    }
+  }
+}
+
+template <class V>
+void unpack(NonzerosUnpackArgs a) {
+  const typename V::Reg low = V::broadcast(a.epilogue->low), high = V::broadcast(a.epilogue->high);
+  uint8_t bits[4][V::kLanes];  // [pixels within the tile % 4]
+  for (int n = 0; n < 4; ++n) {
+    for (uint8_t& b : bits[n]) b = static_cast<uint8_t>(n == 0 ? 15 : (1 << n) - 1);
+  }
+  for (int64_t f = 0; f < a.filters; ++f) {
+    for (int64_t row = 0; row < a.rows; ++row) {
+      float* const y = a.y + f * a.filter_stride + row * a.row_stride;
+      const float* const residual =
+          a.residual ? a.residual + (f * a.residual_filter_stride + row * a.residual_row_stride) : nullptr;
+      for (int64_t tile = 0; tile < a.cols; tile += a.tile_cols) {
+        const int64_t cols = a.cols - tile < a.tile_cols ? a.cols - tile : a.tile_cols;
+        const float* const sums =
+            a.sums + (tile * a.filters * a.rows + (f * a.rows + row) * cols) * V::kLanes;
+        for (int64_t col = 0; col < cols; col += 4) {
+          const int64_t count = cols - col < 4 ? cols - col : 4, at = tile + col;
+          if (a.whole && count == 4) {
+            unpack_pixels<V, true>(a, sums + col * V::kLanes, 4, y + at, residual ? residual + at : nullptr, nullptr, low, high);
+            continue;
           }
-        }
-        typename V::Reg r[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) r[i] = col + i < a.cols ? V::load(sums + (col + i) * V::kLanes) : V::zero();
-        V::transpose(r);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          if (a.residual) {
-            const typename V::Reg more =
-                full ? V::load_pieces(residual + i, col) : V::load_pieces(residual + i, col, bits + i);
-            r[i] = V::add(r[i], more);
+          const uint8_t* b = bits[count % 4];
+          uint8_t owned[V::kLanes];
+          if (!a.whole) {
+            for (int l = 0; l < V::kLanes; ++l) {
+              const int64_t skip = a.first_row[l] > row ? 4 : a.first_col[l] - at;
+              owned[l] = static_cast<uint8_t>(skip >= 4 ? 0 : skip > 0 ? b[l] & ~((1 << skip) - 1) : b[l]);
+            }
+            b = owned;
           }
-          r[i] = clamp ? V::clamp(r[i], low, high) : curve<V>(r[i], *a.epilogue);
-          if (full) {
-            V::store_pieces(y + i, col, r[i]);
-          } else {
-            V::store_pieces(y + i, col, bits + i, r[i]);
-          }
+          unpack_pixels<V, false>(a, sums + col * V::kLanes, count, y + at, residual ? residual + at : nullptr, b, low, high);
         }
       }
     }

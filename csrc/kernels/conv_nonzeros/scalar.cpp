@@ -36,18 +36,18 @@ struct Vec4 {
   }
   static void store(float* p, Reg r) { std::memcpy(p, &r, sizeof r); }
 
-  static Reg load_pieces(const float* const* p, int64_t at) { return load(p[0] + at); }
-  static Reg load_pieces(const float* const* p, int64_t at, const uint8_t* bits) {
+  static Reg load_pieces(const float* p, const int64_t* lane) { return load(p + lane[0]); }
+  static Reg load_pieces(const float* p, const int64_t* lane, const uint8_t* bits) {
     Reg r{};
     for (int i = 0; i < 4; ++i) {
-      if (*bits >> i & 1) r[i] = p[0][at + i];
+      if (*bits >> i & 1) r[i] = p[lane[0] + i];
     }
     return r;
   }
-  static void store_pieces(float* const* p, int64_t at, Reg r) { store(p[0] + at, r); }
-  static void store_pieces(float* const* p, int64_t at, const uint8_t* bits, Reg r) {
+  static void store_pieces(float* p, const int64_t* lane, Reg r) { store(p + lane[0], r); }
+  static void store_pieces(float* p, const int64_t* lane, const uint8_t* bits, Reg r) {
     for (int i = 0; i < 4; ++i) {
-      if (*bits >> i & 1) p[0][at + i] = r[i];
+      if (*bits >> i & 1) p[lane[0] + i] = r[i];
     }
   }
   static void transpose(Reg (&r)[4]) {

@@ -28,20 +28,20 @@ struct Vec8 {
     const __m128i bit = _mm_setr_epi32(1, 2, 4, 8);
     return _mm_cmpeq_epi32(_mm_and_si128(_mm_set1_epi32(bits), bit), bit);
   }
-  static Reg load_pieces(const float* const* p, int64_t at) {
-    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[0] + at)), _mm_loadu_ps(p[4] + at), 1);
+  static Reg load_pieces(const float* p, const int64_t* lane) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + lane[0])), _mm_loadu_ps(p + lane[4]), 1);
   }
-  static Reg load_pieces(const float* const* p, int64_t at, const uint8_t* bits) {
-    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_maskload_ps(p[0] + at, mask(bits[0]))),
-                                _mm_maskload_ps(p[4] + at, mask(bits[4])), 1);
+  static Reg load_pieces(const float* p, const int64_t* lane, const uint8_t* bits) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_maskload_ps(p + lane[0], mask(bits[0]))),
+                                _mm_maskload_ps(p + lane[4], mask(bits[4])), 1);
   }
-  static void store_pieces(float* const* p, int64_t at, Reg r) {
-    _mm_storeu_ps(p[0] + at, _mm256_castps256_ps128(r));
-    _mm_storeu_ps(p[4] + at, _mm256_extractf128_ps(r, 1));
+  static void store_pieces(float* p, const int64_t* lane, Reg r) {
+    _mm_storeu_ps(p + lane[0], _mm256_castps256_ps128(r));
+    _mm_storeu_ps(p + lane[4], _mm256_extractf128_ps(r, 1));
   }
-  static void store_pieces(float* const* p, int64_t at, const uint8_t* bits, Reg r) {
-    _mm_maskstore_ps(p[0] + at, mask(bits[0]), _mm256_castps256_ps128(r));
-    _mm_maskstore_ps(p[4] + at, mask(bits[4]), _mm256_extractf128_ps(r, 1));
+  static void store_pieces(float* p, const int64_t* lane, const uint8_t* bits, Reg r) {
+    _mm_maskstore_ps(p + lane[0], mask(bits[0]), _mm256_castps256_ps128(r));
+    _mm_maskstore_ps(p + lane[4], mask(bits[4]), _mm256_extractf128_ps(r, 1));
   }
   static void transpose(Reg (&r)[4]) {
     const Reg a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);

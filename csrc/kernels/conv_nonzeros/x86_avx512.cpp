@@ -24,32 +24,32 @@ struct Vec16 {
   static Reg curve(Reg x, const Epilogue& epilogue) { return activate(ActiveVec{x}, epilogue).v; }
   static void store(float* p, Reg r) { _mm512_store_ps(p, r); }
 
-  static Reg load_pieces(const float* const* p, int64_t at) {
+  static Reg load_pieces(const float* p, const int64_t* lane) {
     const __m512 low = _mm512_castps256_ps512(_mm256_insertf128_ps(
-        _mm256_castps128_ps256(_mm_loadu_ps(p[0] + at)), _mm_loadu_ps(p[4] + at), 1));
+        _mm256_castps128_ps256(_mm_loadu_ps(p + lane[0])), _mm_loadu_ps(p + lane[4]), 1));
     const __m256 high =
-        _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[8] + at)), _mm_loadu_ps(p[12] + at), 1);
+        _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + lane[8])), _mm_loadu_ps(p + lane[12]), 1);
     return _mm512_insertf32x8(low, high, 1);
   }
-  static Reg load_pieces(const float* const* p, int64_t at, const uint8_t* bits) {
+  static Reg load_pieces(const float* p, const int64_t* lane, const uint8_t* bits) {
     const __m512 low = _mm512_castps256_ps512(
-        _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_maskz_loadu_ps(bits[0], p[0] + at)),
-                             _mm_maskz_loadu_ps(bits[4], p[4] + at), 1));
-    const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_maskz_loadu_ps(bits[8], p[8] + at)),
-                                             _mm_maskz_loadu_ps(bits[12], p[12] + at), 1);
+        _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_maskz_loadu_ps(bits[0], p + lane[0])),
+                             _mm_maskz_loadu_ps(bits[4], p + lane[4]), 1));
+    const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_maskz_loadu_ps(bits[8], p + lane[8])),
+                                             _mm_maskz_loadu_ps(bits[12], p + lane[12]), 1);
     return _mm512_insertf32x8(low, high, 1);
   }
-  static void store_pieces(float* const* p, int64_t at, Reg r) {
-    _mm_storeu_ps(p[0] + at, _mm512_castps512_ps128(r));
-    _mm_storeu_ps(p[4] + at, _mm512_extractf32x4_ps(r, 1));
-    _mm_storeu_ps(p[8] + at, _mm512_extractf32x4_ps(r, 2));
-    _mm_storeu_ps(p[12] + at, _mm512_extractf32x4_ps(r, 3));
+  static void store_pieces(float* p, const int64_t* lane, Reg r) {
+    _mm_storeu_ps(p + lane[0], _mm512_castps512_ps128(r));
+    _mm_storeu_ps(p + lane[4], _mm512_extractf32x4_ps(r, 1));
+    _mm_storeu_ps(p + lane[8], _mm512_extractf32x4_ps(r, 2));
+    _mm_storeu_ps(p + lane[12], _mm512_extractf32x4_ps(r, 3));
   }
-  static void store_pieces(float* const* p, int64_t at, const uint8_t* bits, Reg r) {
-    _mm_mask_storeu_ps(p[0] + at, bits[0], _mm512_castps512_ps128(r));
-    _mm_mask_storeu_ps(p[4] + at, bits[4], _mm512_extractf32x4_ps(r, 1));
-    _mm_mask_storeu_ps(p[8] + at, bits[8], _mm512_extractf32x4_ps(r, 2));
-    _mm_mask_storeu_ps(p[12] + at, bits[12], _mm512_extractf32x4_ps(r, 3));
+  static void store_pieces(float* p, const int64_t* lane, const uint8_t* bits, Reg r) {
+    _mm_mask_storeu_ps(p + lane[0], bits[0], _mm512_castps512_ps128(r));
+    _mm_mask_storeu_ps(p + lane[4], bits[4], _mm512_extractf32x4_ps(r, 1));
+    _mm_mask_storeu_ps(p + lane[8], bits[8], _mm512_extractf32x4_ps(r, 2));
+    _mm_mask_storeu_ps(p + lane[12], bits[12], _mm512_extractf32x4_ps(r, 3));
   }
   static void transpose(Reg (&r)[4]) {
     const Reg a = _mm512_unpacklo_ps(r[0], r[1]), b = _mm512_unpackhi_ps(r[0], r[1]);

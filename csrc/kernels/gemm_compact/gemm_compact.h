@@ -8,12 +8,13 @@
 // multiply-adds over the taps in order, begun with the bias: it depends neither on the tile nor on the thread.
 //
 //   pixels   registers hold MR filters x NR vectors of pixels, weights are broadcast: for narrow panels
-//   filters  registers hold P pixels x NV panels (vectors of filters), pixels are broadcast: needs no stride and no width
+//   filters  registers hold P pixels x NV panels (vectors of filters), pixels are broadcast: needs no stride and no
+//   width
 //            of the map to fill its vectors, only enough filters that share their taps
 //
-// Pointers need no alignment. pixels reads whole vectors (two for Gather) at every PixelVector::offset, filters only the
-// pixels it is given; y is written only where outputs are, residual read only there. x and y do not overlap; residual
-// and y may be the same memory in the same order. Kernels check nothing.
+// Pointers need no alignment. pixels reads whole vectors (two for Gather) at every PixelVector::offset, filters only
+// the pixels it is given; y is written only where outputs are, residual read only there. x and y do not overlap;
+// residual and y may be the same memory in the same order. Kernels check nothing.
 #pragma once
 
 #include <cstdint>
@@ -79,8 +80,8 @@ struct FiltersArgs {
   const float* bias;
   int filters;           // 1 to NV * width: those that exist
   const int32_t* pixel;  // [P] offsets in x
-  // With `row`, filters are neighbours in y (y_stride = 1), and pixel p goes to y + row[p], plus residual + residual_row[p].
-  // Otherwise the P pixels are the first lanes of a vector and go where `stores` says.
+  // With `row`, filters are neighbours in y (y_stride = 1), and pixel p goes to y + row[p], plus residual +
+  // residual_row[p]. Otherwise the P pixels are the first lanes of a vector and go where `stores` says.
   const int32_t* row;
   const int32_t* residual_row = nullptr;
   int stores = 0;

@@ -42,9 +42,7 @@ struct Vec8 {
   static Reg permute(Reg r, Index i) { return _mm256_permutexvar_ps(i, r); }
   static Reg load_lanes(const float* p, Lanes some) { return _mm256_maskz_loadu_ps(some, p); }
   static void store_lanes(float* p, Lanes some, Reg r) { _mm256_mask_storeu_ps(p, some, r); }
-  static Reg curve(Reg r, const Epilogue& e) {
-    return _mm512_castps512_ps256(activated(_mm512_castps256_ps512(r), e));
-  }
+  static Reg curve(Reg r, const Epilogue& e) { return _mm512_castps512_ps256(activated(_mm512_castps256_ps512(r), e)); }
   template <int P>
   static void transpose(const Reg (&r)[P], float (&out)[8][8]) {
     transpose_plainly<P, 8, 8, Vec8>(r, out);

@@ -1,0 +1,115 @@
+// Compacted convolution in bf16 with f32 sums: a matrix product over tap tables, gathered and stored by pixel.
+//
+//   y[f, p] = bf16(activation(bias[f] + residual[f, p] + sum over taps t of the block of f: w[f, t] * x[at(p) +
+//   offset[t]]))
+//
+// Filters stand in *tiles* of 16, two of them a *unit*; output pixels in *vectors* of 16, two of them a *pair*. A task
+// is a range of pairs by a range of units. For a pair and a block the kernel gathers a *panel*, the block's taps at 32
+// pixels, which all units of the block share. How a vector of pixels lies in x is data, so strides, row ends and small
+// maps are no cases of the kernel.
+//
+// Sums are f32, taps in ascending order within each of a fixed number of chains that the instruction set decides; an
+// output depends on nothing but its own taps. Tiles and dot products take subnormal bf16 for zero.
+//
+// x is read in [0, readable) only, as the table of vectors was made; y is written where windows say, nowhere else.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/epilogue.h"
+#include "base/isa.h"
+#include "base/tensor_view.h"
+
+namespace structadmm::kernels {
+
+inline constexpr int kTile = 16;      // filters or pixels
+inline constexpr int kStepTaps = 32;  // of one tile product
+
+// How the 16 inputs of a tap come into a register: the bytes that are loaded at each piece's offset.
+enum class Gather : int32_t {
+  kRow,       // 16 neighbours
+  kWindow,    // from one window of 32 elements
+  kHalves,    // from two of 16
+  kQuarters,  // from four of 8
+  kLanes,     // one by one
+};
+
+struct PanelVector {
+  // [2 i], [2 i + 1]: where pixel i stands in 32 loaded elements of one tap, and, 32 higher, of the next. Lanes without
+  // a pixel repeat the first.
+  alignas(64) int16_t index[32];
+  int32_t lane[kTile];  // offsets of the pixels in x
+  int32_t piece[4];     // offsets of what is loaded
+  Gather gather;
+};
+
+// Pixels of one image that lie in 32 consecutive elements of a plane.
+struct PlaneWindow {
+  alignas(64) int16_t to[32];  // element j gets pixel to[j] of the pair
+  int16_t from[32];            // pixel i is element from[i]
+  uint32_t elements, pixels;   // bits of those that are there
+  int64_t offset;              // of element 0
+  int32_t image;               // windows of images that are not there are left out
+};
+
+struct PanelPair {
+  int32_t first_vector, vectors;  // 1 or 2
+  int32_t first_window, windows;  // of y
+  int32_t first_residual, residuals;
+};
+
+struct GemmBf16Block {
+  int64_t first_filter;
+  int32_t filters, taps, steps;  // steps: of kStepTaps
+  int32_t first_unit;            // counted over all blocks
+  const int32_t* offset;         // [steps * kStepTaps], the last tap's repeated behind it
+  const void* w;                 // as WeightLayout has it
+  const float* bias;             // [filters, rounded up to units]
+};
+
+enum class WeightLayout {
+  kTiles,  // bf16 [unit][step][tile of the unit][16 filters][32 taps]; a last unit of one tile has one tile
+  kRows,   // f32 [tile][steps * 32 taps][16 filters]
+};
+
+struct GemmBf16Args {
+  const Bf16* x;
+  Bf16* y;
+  const Bf16* residual;  // null: none
+  int64_t y_channel_stride, residual_channel_stride;
+  // The tables describe `period` images; image n * period + i lies n strides behind image i.
+  int64_t x_period_stride, y_period_stride, residual_period_stride;
+  int64_t pairs_per_period;
+  int32_t period, images;
+  const PanelPair* pairs;
+  const PanelVector* vectors;
+  const PlaneWindow *windows, *residual_windows;
+  const GemmBf16Block* blocks;
+  int64_t n_blocks;
+  int64_t first_pair, last_pair;  // counted over all periods
+  int32_t first_unit, last_unit;
+  int32_t strip;  // pairs that every block is done for before the next strip
+  Epilogue epilogue;
+  std::byte* scratch;  // [gemm_bf16_scratch(most steps of a block)], aligned to 64
+};
+
+constexpr int64_t gemm_bf16_scratch(int64_t steps) {
+  return 16384 + steps * 4096;
+}
+
+struct GemmBf16 {
+  const char* name;
+  WeightLayout layout;
+  void (*run)(const GemmBf16Args& a);
+};
+
+// A pure function of the instruction set, which need not be this CPU's.
+const GemmBf16& gemm_bf16(Isa isa);
+
+extern const GemmBf16 gemm_bf16_scalar;
+#if SADMM_X86
+extern const GemmBf16 gemm_bf16_avx2, gemm_bf16_avx512, gemm_bf16_avx512_bf16, gemm_bf16_amx_bf16;
+#endif
+
+}  // namespace structadmm::kernels

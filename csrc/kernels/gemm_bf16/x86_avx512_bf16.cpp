@@ -1,0 +1,78 @@
+// AVX512-BF16: 8 filters x 2 vectors of 16 pixels accumulate, a weight pair is broadcast from its tile.
+#include <immintrin.h>
+
+// GCC 12 takes the undefined operands inside its own unmasked intrinsics for variables of ours.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+#include "kernels/gemm_bf16/gemm_bf16.h"
+#include "simd/activate.h"
+
+namespace structadmm::kernels {
+namespace {
+
+#include "kernels/gemm_bf16/panel_bf16.h"
+#include "kernels/gemm_bf16/walk.h"
+
+constexpr int kFilters = 8;
+
+// w: the tile that holds the filters, at the first of them; stride: to the tile of the next step.
+template <int V>
+void multiply(const Bf16* w, int64_t stride, const Bf16* panel, int steps, float* c) {
+  __m512 sum[kFilters][V];
+#pragma GCC unroll 8
+  for (int f = 0; f < kFilters; ++f) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) sum[f][v] = _mm512_setzero_ps();
+  }
+  for (int s = 0; s < steps; ++s, w += stride, panel += V * kPanelTile) {
+    for (int r = 0; r < kTile; ++r) {
+      __m512bh x[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        x[v] = reinterpret_cast<__m512bh>(_mm512_load_si512(panel + v * kPanelTile + r * 32));
+      }
+#pragma GCC unroll 8
+      for (int f = 0; f < kFilters; ++f) {
+        int32_t taps;
+        __builtin_memcpy(&taps, w + f * kStepTaps + 2 * r, sizeof taps);
+        const __m512bh both = reinterpret_cast<__m512bh>(_mm512_set1_epi32(taps));
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sum[f][v] = _mm512_dpbf16_ps(sum[f][v], both, x[v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int f = 0; f < kFilters; ++f) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) _mm512_store_ps(c + f * 2 * kTile + v * kTile, sum[f][v]);
+  }
+}
+
+void run(const GemmBf16Args& a) {
+  const Act act = act_of(a.epilogue);
+  auto* const sums = reinterpret_cast<float*>(a.scratch);
+  auto* const panel = reinterpret_cast<Bf16*>(a.scratch + 16384);
+  walk(a, [&](const GemmBf16Block& b, Units u, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const Place at = place(a, i);
+      gather_panel(a, b, at, panel);
+      for (int unit = u.first; unit < u.last; ++unit) {
+        const int left = b.filters - unit * 2 * kTile, filters = left < 2 * kTile ? left : 2 * kTile;
+        const int tiles = filters > kTile ? 2 : 1;
+        const Bf16* w = static_cast<const Bf16*>(b.w) + static_cast<int64_t>(unit) * b.steps * 2 * kPanelTile;
+        for (int f = 0; f < filters; f += kFilters) {
+          const Bf16* first_w = w + f / kTile * kPanelTile + f % kTile * kStepTaps;
+          const auto product = at.pair->vectors == 2 ? multiply<2> : multiply<1>;
+          product(first_w, tiles * kPanelTile, panel, b.steps, sums + f * 2 * kTile);
+        }
+        store_sums(a, act, {sums, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile, filters, at});
+      }
+    }
+  });
+}
+
+}  // namespace
+
+extern constinit const GemmBf16 gemm_bf16_avx512_bf16 = {"gemm_bf16_8x32__avx512_bf16", WeightLayout::kTiles, run};
+
+}  // namespace structadmm::kernels

@@ -1,0 +1,231 @@
+"""Convolution steps on planes: every family and instruction set against F.conv2d in f64, shapes and layouts at random.
+
+The door (`_core.conv_step`) fails where a step writes on y's halo, and faults where it reads or writes outside of what
+the planes say.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from structadmm import _core, reference
+
+ISAS = _core.supported_isas()
+CURVES = ("silu", "gelu", "gelu_tanh", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu")
+
+
+def make_spec(c: dict[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+    """A random compacted weight as the door takes it, the dense weight, the bias; some blocks may have no taps."""
+    rng = torch.Generator().manual_seed(c["seed"])
+    shape = (c["channels"] // c["groups"], *c["kernel"])
+    filters, per_group, columns = c["filters"], c["filters"] // c["groups"], math.prod(shape)
+    dense = torch.zeros(filters, columns)
+    taps: list[Tensor] = []
+    sizes, offsets = [], [0]
+    for group in range(0, filters, per_group):
+        for first in range(group, group + per_group, c["block"]):
+            n = min(c["block"], group + per_group - first)
+            kept = (torch.rand(columns, generator=rng) < c["density"]).nonzero().flatten()
+            dense[first : first + n, kept] = torch.randn(n, len(kept), generator=rng)
+            taps.append(kept)
+            sizes.append(n)
+            offsets.append(offsets[-1] + len(kept))
+    first, weight = 0, []
+    for n, kept in zip(sizes, taps, strict=True):
+        weight.append(dense[first : first + n, kept].flatten())
+        first += n
+    bias = torch.randn(filters, generator=rng) if c["bias"] else None
+    spec = {
+        "in_channels": c["channels"],
+        "out_channels": filters,
+        "weight": torch.cat(weight).tolist(),
+        "bias": None if bias is None else bias.tolist(),
+        "taps": torch.cat(taps).tolist(),
+        "block_filters": sizes,
+        "block_taps": offsets,
+        **{k: c[k] for k in ("groups", "kernel", "stride", "padding", "dilation")},
+        **c["curve"],
+    }
+    return spec, dense.view(filters, *shape), bias
+
+
+@st.composite
+def curves(draw: Any) -> dict[str, Any]:
+    curve = draw(st.sampled_from(["none", "relu", "relu6", *CURVES]))
+    if curve == "leaky_relu":
+        return {"activation": curve, "slope": draw(st.sampled_from([0.01, 0.2, -0.5]))}
+    if curve in ("none", "relu", "relu6"):
+        return {} if curve == "none" else {"low": 0.0, **({"high": 6.0} if curve == "relu6" else {})}
+    return {"activation": curve}
+
+
+@st.composite
+def steps(draw: Any) -> dict[str, Any]:
+    integer = lambda low, high: draw(st.integers(low, high))  # noqa: E731
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    pointwise = draw(st.sampled_from([True, False, False]))
+    kernel = (1, 1) if pointwise else (integer(1, 5), integer(1, 5))
+    dilation = (integer(1, 3), integer(1, 2))
+    padding = (0, 0) if pointwise else (integer(0, 4), integer(0, 4))
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(kernel, padding, dilation, strict=True)]
+    no_halo = padding == (0, 0)
+    y_layout = draw(st.sampled_from(["arena", "arena", "tensor"]))
+    halo = st.tuples(*[st.integers(0, 3)] * 4)
+    return {
+        "groups": groups,
+        "kernel": kernel,
+        "dilation": dilation,
+        "padding": padding,
+        "stride": (integer(1, 4), integer(1, 4)),
+        "size": (least[0] + integer(0, 18), least[1] + draw(st.sampled_from([0, 2, 4, 7, 13, 14, 28, 40]))),
+        "batch": integer(1, 9),
+        "channels": groups * integer(1, 9),
+        "filters": groups * draw(st.sampled_from([1, 3, 4, 5, 8, 13, 16, 20, 31, 32, 48, 64, 70])),
+        "block": draw(st.sampled_from([1, 3, 4, 8, 16, 1000])),
+        "density": draw(st.sampled_from([0.0, 0.05, 0.3, 1.0])),
+        "bias": draw(st.booleans()),
+        "curve": draw(curves()),
+        "residual": draw(st.sampled_from(["none", "none", "arena", "tensor", "y"])),
+        "x_layout": draw(st.sampled_from(["tensor", "arena"])) if no_halo else "arena",
+        "y_layout": y_layout,
+        "x_halo": draw(halo),
+        "y_halo": draw(halo) if y_layout == "arena" else (0, 0, 0, 0),
+        "spare_images": draw(st.sampled_from([0, 0, 3])),
+        "guard": draw(st.sampled_from(["start", "end"])),
+        "threads": draw(st.sampled_from([1, 1, 3])),
+        "seed": integer(0, 1 << 30),
+    }
+
+
+def inputs(c: dict[str, Any], spec: dict[str, Any], dense: Tensor) -> tuple[Tensor, Tensor | None]:
+    torch.manual_seed(c["seed"])
+    x = torch.randn(c["batch"], c["channels"], *c["size"])
+    out = torch.nn.functional.conv2d(x, dense, None, c["stride"], c["padding"], c["dilation"], c["groups"]).shape
+    return x, None if c["residual"] == "none" else torch.randn(out)
+
+
+def run(family: str, isa: str, c: dict[str, Any], spec: dict[str, Any], x: Tensor, residual: Tensor | None) -> Tensor:
+    names = ("x_layout", "y_layout", "y_halo", "spare_images", "threads", "guard")
+    halo = c["x_halo"] if c["x_layout"] == "arena" else (0, 0, 0, 0)
+    where = {} if residual is None else {"residual_layout": c["residual"]}
+    added = None if residual is None else residual.numpy()
+    y, kernel = _core.conv_step(family, isa, spec, x.numpy(), added, x_halo=halo, **where, **{n: c[n] for n in names})
+    assert isa in kernel
+    return torch.from_numpy(y)
+
+
+def check_close(got: Tensor, c: dict[str, Any], x: Tensor, dense: Tensor, bias: Tensor | None, residual: Any) -> None:
+    """|error of the sum| <= (T + 3) 2^-23 (|w| . |x| + |b| + |r|), T rounded products and sums in a row, fused or not.
+
+    No curve is steeper than 1.5, and each is good to 4 units in the last place; GELU, which ends as e^(-v^2 / 2), to
+    v^2 of them.
+    """
+    sizes = (c["stride"], c["padding"], c["dilation"], c["groups"])
+    wide = [None if t is None else t.double() for t in (bias, residual)]
+    size = reference.conv_step(
+        x.double().abs(), dense.double().abs(), *(None if t is None else t.abs() for t in wide), sizes
+    )
+    before = reference.conv_step(x.double(), dense.double(), *wide, sizes)
+    want = reference.epilogue(before, **c["curve"])
+    terms = int((dense.flatten(1) != 0).sum(1).max())
+    bound = (terms + 3) * 2.0**-23 * size
+    if "activation" in c["curve"]:
+        bound = 1.5 * bound + (4 + before.square()) * 2.0**-23 * want.abs() + 1e-37
+    assert got.shape == want.shape
+    worst = ((got.double() - want).abs() - bound).max()
+    assert bool(worst <= 0), worst
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60, deadline=None)
+@given(c=steps())
+def test_taps_f32(isa: str, c: dict[str, Any]) -> None:
+    spec, dense, bias = make_spec(c)
+    x, residual = inputs(c, spec, dense)
+    got = run("taps_f32", isa, c, spec, x, residual)
+    check_close(got, c, x, dense, bias, residual)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=20, deadline=None)
+@given(c=steps())
+def test_threads_batch_and_layouts_give_the_same_bits(isa: str, c: dict[str, Any]) -> None:
+    c = {**c, "channels": 16 * c["channels"]}  # work enough to be split
+    spec, dense, _ = make_spec(c)
+    x, residual = inputs(c, spec, dense)
+    got = run("taps_f32", isa, c, spec, x, residual)
+    for threads in (2, 5):
+        other = {**c, "threads": threads, "y_halo": (0, 0, 0, 0), "y_layout": "tensor"}
+        other |= {"residual": "y"} if c["residual"] == "y" else {}
+        assert torch.equal(got, run("taps_f32", isa, other, spec, x, residual))
+    one = {**c, "spare_images": 0}
+    for n in range(len(x)):
+        alone = run("taps_f32", isa, one, spec, x[n : n + 1], None if residual is None else residual[n : n + 1])
+        assert torch.equal(got[n : n + 1], alone)
+
+
+CASE: dict[str, Any] = {
+    "groups": 1, "kernel": (3, 3), "dilation": (1, 1), "padding": (1, 1), "stride": (1, 1), "size": (9, 9), "batch": 2,
+    "channels": 3, "filters": 40, "block": 8, "density": 1.0, "bias": True, "curve": {}, "residual": "none",
+    "x_layout": "arena", "y_layout": "arena", "x_halo": (0, 0, 0, 0), "y_halo": (1, 1, 1, 1), "spare_images": 0,
+    "guard": "end", "threads": 1, "seed": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("block", [4, 8, 1000])
+@pytest.mark.parametrize("curve", ["relu", *CURVES])
+def test_nan_and_infinity(isa: str, block: int, curve: str) -> None:
+    c = {**CASE, "block": block, "curve": {"low": 0.0} if curve == "relu" else {"activation": curve, "slope": 0.1}}
+    spec, dense, bias = make_spec(c)
+    x, _ = inputs(c, spec, dense)
+    x[0, 1, 4, 4] = torch.nan
+    x[1, 2, 0, 0] = torch.inf
+    got = run("taps_f32", isa, c, spec, x, None)
+    assert bias is not None
+    before = reference.conv_step(x.double(), dense.double(), bias.double(), None, ((1, 1), (1, 1), (1, 1), 1))
+    want = reference.epilogue(before, **c["curve"])
+    defined = before != -torch.inf  # some curves are inf * 0 there, or their limit, as torch's own are
+    assert torch.equal(got.isnan() & defined, want.isnan() & defined) and bool(want.isnan().any())
+    assert torch.equal(got.isinf() & defined, want.isinf() & defined)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_filters_without_taps_emit_the_epilogue_of_their_bias(isa: str) -> None:
+    c = {**CASE, "density": 0.0, "curve": {"activation": "silu"}, "residual": "arena"}
+    spec, dense, bias = make_spec(c)
+    x, residual = inputs(c, spec, dense)
+    got = run("taps_f32", isa, c, spec, x * torch.nan, residual)
+    assert bias is not None and residual is not None
+    torch.testing.assert_close(got, torch.nn.functional.silu(bias.view(1, -1, 1, 1) + residual))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_subnormal_numbers_are_not_lost(isa: str) -> None:
+    c = {**CASE, "channels": 1, "kernel": (1, 1), "padding": (0, 0), "bias": False}
+    spec, dense, _ = make_spec(c)
+    spec["weight"] = [1.0] * len(spec["weight"])
+    x = torch.full((2, 1, 9, 9), 1e-41)
+    got = run("taps_f32", isa, c, spec, x, None)
+    assert torch.equal(got, x.expand(2, 40, 9, 9))
+
+
+def test_bad_arguments_are_errors() -> None:
+    spec, dense, _ = make_spec(CASE)
+    x = np.zeros((2, 3, 9, 9), np.float32)
+    with pytest.raises(ValueError, match="halo"):
+        _core.conv_step("taps_f32", "scalar", spec, x, x_halo=(-1, 0, 0, 0))
+    with pytest.raises(ValueError, match="x has 4 channels, wanted 3"):
+        _core.conv_step("taps_f32", "scalar", spec, np.zeros((2, 4, 9, 9), np.float32))
+    with pytest.raises(ValueError, match="out_channels"):
+        _core.conv_step("taps_f32", "scalar", {**spec, "out_channels": 41}, x)
+    with pytest.raises(ValueError, match="family"):
+        _core.conv_step("taps", "scalar", spec, x)
