@@ -28,6 +28,7 @@ _PARTS = {
     "optimize": "optimize",
     "save": "artefact",
     "load": "artefact",
+    "Engine": "engine",
     "CompactConv2d": "nn",
     "CompactLinear": "nn",
     "Error": "errors",
