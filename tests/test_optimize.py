@@ -9,7 +9,6 @@ import pickle
 import warnings
 
 import pytest
-import standin
 import torch
 import torch.nn.functional as F
 from networks import VGG, ResNet, random_chain, randomise
@@ -18,8 +17,6 @@ from torch import Tensor, nn
 import structadmm as sa
 from structadmm import decisions, forms, segments
 from structadmm.trace import trace
-
-standin.install()
 
 optimize_module = importlib.import_module("structadmm.optimize")
 KINDS = ("A", "B", "bottleneck", "grouped", "mobile", "se")

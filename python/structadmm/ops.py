@@ -182,6 +182,7 @@ def _conv_out(
 # Bound once: looking an op up costs as much as a small layer.
 _conv2d_packed = _ops.conv2d_packed.default
 _linear_packed = _ops.linear_packed.default
+_run_segment = _ops.run_segment.default
 
 
 @_value_errors
@@ -299,6 +300,7 @@ def _(x, packed, out_features):  # type: ignore[no-untyped-def]
     return x.new_empty([*x.shape[:-1], out_features])
 
 
+@_value_errors
 def run_segment(inputs: Sequence[Tensor], program: Tensor, dtype: str, shapes: str) -> list[Tensor]:
     """The outputs of a subgraph for `inputs`, [N, C, H, W] or [N, features] of any strides, in one call.
 
@@ -306,11 +308,12 @@ def run_segment(inputs: Sequence[Tensor], program: Tensor, dtype: str, shapes: s
     the outputs' shapes as tracers need them, dimensions joined by commas, outputs by semicolons: `x0_2` is dimension 2
     of input 0; numbers, + - * // and min are what an expression is made of. CPU only, no autograd.
     """
-    result: list[Tensor] = _ops.run_segment(list(inputs), program, dtype, shapes)
+    result: list[Tensor] = _run_segment(list(inputs), program, dtype, shapes)
     return result
 
 
-def _fake_segment(inputs: Sequence[Tensor], program: Tensor, dtype: str, shapes: str) -> list[Tensor]:
+@_fake("structadmm::run_segment")
+def _(inputs: Sequence[Tensor], program: Tensor, dtype: str, shapes: str) -> list[Tensor]:
     names = {f"x{i}_{d}": size for i, x in enumerate(inputs) for d, size in enumerate(x.shape)}
     rows = [[evaluate(size, **names) for size in row.split(",")] for row in shapes.split(";")]
     return [inputs[0].new_empty(row) for row in rows]
