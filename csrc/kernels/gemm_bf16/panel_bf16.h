@@ -1,5 +1,7 @@
 // What the two instruction sets with bf16 products share: panels and epilogues in AVX-512. Included inside their
-// anonymous namespaces, after walk.h.
+// anonymous namespaces.
+
+#include "kernels/gemm_bf16/walk.h"
 //
 // A panel is bf16 [step][vector][16 pairs of taps][16 pixels][2 taps], 1 KiB per step and vector.
 

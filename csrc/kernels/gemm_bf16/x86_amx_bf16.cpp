@@ -12,7 +12,6 @@ namespace structadmm::kernels {
 namespace {
 
 #include "kernels/gemm_bf16/panel_bf16.h"
-#include "kernels/gemm_bf16/walk.h"
 
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];

@@ -11,7 +11,6 @@ namespace structadmm::kernels {
 namespace {
 
 #include "kernels/gemm_bf16/panel_bf16.h"
-#include "kernels/gemm_bf16/walk.h"
 
 constexpr int kFilters = 8;
 
