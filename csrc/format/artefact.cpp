@@ -568,14 +568,10 @@ Artefact restore(const Container& c, const std::string& file) {
        ", wanted the fields version, producer, name, modules, attributes, graph, dtype, "
        "ties, frozen, buffers, channels_last, inputs, original, metadata");
   member(m, "producer", json::value_t::string, "a string");
-  Artefact a{.file = file,
-             .digest = c.digest,
-             .name = "",
-             .layers = {},
-             .attributes = {},
-             .graph = {},
-             .inputs = {},
-             .metadata = member(m, "metadata", json::value_t::object, "an object").dump()};
+  Artefact a;
+  a.file = file;
+  a.digest = c.digest;
+  a.metadata = member(m, "metadata", json::value_t::object, "an object").dump();
   a.families = families_of(m["metadata"]);
   if (!m["dtype"].is_null()) element_of(m["dtype"], "manifest");
   Structure s = structure_of(m);

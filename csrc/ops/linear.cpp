@@ -6,7 +6,6 @@
 
 #include "base/check.h"
 #include "kernels/linear_bf16/linear_bf16.h"
-#include "kernels/rows/rows.h"
 #include "ops/split.h"
 #include "ops/steps.h"
 #include "ops/tap_table.h"
@@ -16,8 +15,8 @@ namespace structadmm {
 namespace {
 
 constexpr const char* kOp = "linear";
-// Ten microseconds of work, or of reading weights.
-constexpr int64_t kSerialMacs = 1 << 19;
+// Ten microseconds of work; reading a weight takes as long as using it four times.
+constexpr int64_t kSerialMacs = 1 << 19, kReading = 4;
 
 void check_rows(const char* name, const Planes& p, Dtype dtype, int64_t features) {
   SADMM_CHECK(p.dtype == dtype, kOp, ": ", name, " got ", dtype_name(p.dtype), ", wanted ", dtype_name(dtype));
@@ -50,12 +49,13 @@ class LinearStep : public Step {
 
   void run(std::span<const void* const> inputs, void* output, int64_t images, Parallel& parallel) const override {
     const int64_t tile = tile_rows(), tiles = (images + tile - 1) / tile;
-    split(parallel, jobs() * tiles, weights() * images, kSerialMacs, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) {
-        const int64_t row = u % tiles * tile;
-        run_tile(u / tiles, row, std::min(tile, images - row), inputs, output);
-      }
-    });
+    split(parallel, jobs() * tiles, weights() * std::max(images, kReading), kSerialMacs,
+          [&](int64_t begin, int64_t end) {
+            for (int64_t u = begin; u < end; ++u) {
+              const int64_t row = u % tiles * tile;
+              run_tile(u / tiles, row, std::min(tile, images - row), inputs, output);
+            }
+          });
   }
 
  protected:
@@ -73,7 +73,6 @@ struct PackedF32 {
   Packed packed;
   std::vector<std::pair<int64_t, int>> jobs;  // first panel, panels
   const kernels::GemmCompact& gemm;
-  const kernels::RowsKernels& rows;
   Epilogue epilogue;
 };
 
@@ -84,6 +83,7 @@ class LinearF32Step final : public LinearStep {
     for (int i = 0; i < p_->gemm.pixels; ++i) {
       pixel_[i] = static_cast<int32_t>(i * x.image_stride);
       out_[i] = static_cast<int32_t>(i * y.image_stride);
+      if (residual) residual_row_[i] = static_cast<int32_t>(i * residual->image_stride);
     }
   }
   std::string kernel() const override { return std::string("linear_f32__") + p_->gemm.isa; }
@@ -99,8 +99,7 @@ class LinearF32Step final : public LinearStep {
     const Panel &panel = p_->packed.panels[first], &last = p_->packed.panels[first + panels - 1];
     const int filters = last.first_filter + last.filters - panel.first_filter;
     const int64_t position = 0;
-    float* y = static_cast<float*>(output) + y_.at(row, panel.first_filter, 0, 0);
-    p_->gemm.filters_kernel[kernels::width_class(panel.width)][panels - 1][rows - 1]({
+    kernels::FiltersArgs a{
         .x = static_cast<const float*>(inputs[0]) + x_.at(row, 0, 0, 0),
         .channel_stride = 1,
         .position_offset = &position,
@@ -108,28 +107,23 @@ class LinearF32Step final : public LinearStep {
         .n_taps = panel.n_taps,
         .w = p_->packed.weights + panel.weight,
         .bias = p_->packed.bias + panel.first_filter,
-        .y = y,
-        .y_stride = 1,
         .filters = filters,
         .pixel = pixel_,
-        .out = out_,
-    });
-    if (p_->epilogue.none()) return;
-    kernels::RowsArgs a;
-    a.x = a.y = y;
-    a.rows = rows;
-    a.cols = filters;
-    a.x_stride = a.y_stride = y_.image_stride;
-    a.epilogue = p_->epilogue;
+        .row = out_,
+        .out = {.y = static_cast<float*>(output) + y_.at(row, panel.first_filter, 0, 0),
+                .y_stride = 1,
+                .epilogue = p_->epilogue},
+    };
     if (p_->epilogue.residual) {
-      a.b = static_cast<const float*>(inputs[1]) + residual_.at(row, panel.first_filter, 0, 0);
-      a.b_stride = residual_.image_stride;
+      a.out.residual = static_cast<const float*>(inputs[1]) + residual_.at(row, panel.first_filter, 0, 0);
+      a.out.residual_stride = 1;
+      a.residual_row = residual_row_;
     }
-    p_->rows.rows[static_cast<int>(p_->epilogue.residual ? kernels::RowOp::kAdd : kernels::RowOp::kCopy)][0][0](a);
+    p_->gemm.filters_kernel[kernels::width_class(panel.width)][panels - 1][rows - 1](a);
   }
 
   std::shared_ptr<const PackedF32> p_;
-  int32_t pixel_[kernels::kMaxPixels] = {}, out_[kernels::kMaxPixels] = {};
+  int32_t pixel_[kernels::kMaxPixels] = {}, out_[kernels::kMaxPixels] = {}, residual_row_[kernels::kMaxPixels] = {};
 };
 
 // Filters of one block that one tile computes: up to kLinearPanels panels.
@@ -241,8 +235,7 @@ std::shared_ptr<const PackedBf16> pack_bf16(const LinearSpec& spec, Isa isa) {
 }
 
 std::shared_ptr<const PackedF32> pack_f32(const TapTable& table, const Epilogue& epilogue, Isa isa) {
-  auto p = std::make_shared<PackedF32>(
-      PackedF32{pack(kOp, table), {}, {}, kernels::gemm_compact(isa), kernels::rows_kernels(isa), epilogue});
+  auto p = std::make_shared<PackedF32>(PackedF32{pack(kOp, table), {}, {}, kernels::gemm_compact(isa), epilogue});
   p->packed = unpack(kOp, p->bytes);
   for (int64_t i = 0; i < static_cast<int64_t>(p->packed.panels.size()); i += p->jobs.back().second) {
     p->jobs.emplace_back(i, next_panels(p->packed, i, p->gemm));
