@@ -207,10 +207,11 @@ def test_every_isa(seed: int, isa: str) -> None:
 def test_large_batches_go_in_chunks() -> None:
     """More images than fit the caches at a time: several stages, chunks not full, uneven shares per thread."""
     torch.manual_seed(0)
+    small = [layer for _ in range(5) for layer in (nn.Conv2d(256, 256, 3, padding=1), nn.ReLU())]
     net = nn.Sequential(
-        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 256, 3, 2, 1),
-        nn.ReLU(), nn.Conv2d(256, 256, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10),
-    ).eval()  # fmt: skip
+        *(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, 2, 1), nn.Conv2d(64, 256, 3, 4, 1), *small),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10)),
+    ).eval()
     x = torch.randn(13, 3, 64, 64)
     e = engine(net, x)
     with torch.no_grad():
