@@ -28,7 +28,7 @@ import peers as peers_of
 from networks import Layer
 from ours import compacted, ours
 from peak import peaks
-from timing import arguments, interleave, keep, kept, machine
+from timing import arguments, interleave, keep, kept, machine, settle
 
 DENSITIES = [0.5, 0.25, 0.1, 1 / 15]
 # A peer this much slower than the fastest in a first, short comparison is left out of the long one.
@@ -64,9 +64,9 @@ def ours_calls(
     return calls, density, absent
 
 
-def contenders(calls: dict[str, Any], native: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
+def contenders(calls: dict[str, Any], native: dict[str, Any], threads: int = 1) -> tuple[list[str], dict[str, float]]:
     """The peers worth a long comparison, and everybody's time in the short one."""
-    times = interleave({**calls, **native}, warmup=0.02, repeats=3, min_time=0.004)
+    times = interleave({**calls, **native}, warmup=0.02, repeats=3, min_time=0.004, settle=settle(threads))
     first = {name: times[name].median for name in times.rounds}
     names: list[str] = []
     for kind in (calls, native):
@@ -92,12 +92,12 @@ def measure(
     conv, x = layer.conv(), layer.input(batch)
     peers = peers_of.build(conv, x, dtype, threads, only=only_peers, native=True)
     mine, density, absent = ours_calls(layer, x, dtype, densities, blocks)
-    names, first = contenders(peers.calls, peers.native)
+    names, first = contenders(peers.calls, peers.native, threads)
     everybody = peers.calls | peers.native
     out = torch.empty_like(conv(x))
     calls = {name: everybody[name] for name in names} | mine | {"fill output": lambda: out.fill_(1)}
     # A slow layer needs no twenty milliseconds a turn to be known well.
-    times = interleave(calls, warmup=0.02, repeats=repeats, min_time=0.008)
+    times = interleave(calls, warmup=0.02, repeats=repeats, min_time=0.008, settle=settle(threads))
     dense = [name for name in names if name in peers.calls]
     best = times.fastest(*dense)
     best_native = times.fastest(*(n for n in names))

@@ -35,7 +35,7 @@ import structadmm as sa
 from networks import halve_inner_filters_, prune_convs_, ssl_pattern_
 from ours import decided, ours
 from peak import peaks
-from timing import arguments, interleave, keep, kept, machine
+from timing import arguments, interleave, keep, kept, machine, settle
 
 RUNTIMES = ["openvino", "onnxruntime", "openvino_bf16"]
 TORCH = [n for n in peers_of.F32 + peers_of.BF16 if n not in RUNTIMES]
@@ -129,8 +129,8 @@ def group(
             continue
         peers_of.check(name, fast[name](x), net(x), dtype)
         calls[name] = lambda net=fast[name]: net(x)
-    chosen, first = inference_layers.contenders(peers.calls, {})
-    times = interleave({n: peers.calls[n] for n in chosen} | calls, warmup=0.1, repeats=repeats)
+    chosen, first = inference_layers.contenders(peers.calls, {}, threads)
+    times = interleave({n: peers.calls[n] for n in chosen} | calls, warmup=0.1, repeats=repeats, settle=settle(threads))
     best = times.fastest(*chosen)
     rows = []
     for case in cases:
@@ -207,8 +207,14 @@ def pattern_by_layer(
             calls["ours"] = lambda fast=fast, to=to: fast(to)
         except NotImplementedError as error:
             row["absent"] = row["absent"] | {"ours": str(error)}
-        chosen, _ = inference_layers.contenders(peers.calls, {})
-        times = interleave({n: peers.calls[n] for n in chosen} | calls, warmup=0.02, repeats=repeats, min_time=0.008)
+        chosen, _ = inference_layers.contenders(peers.calls, {}, threads)
+        times = interleave(
+            {n: peers.calls[n] for n in chosen} | calls,
+            warmup=0.02,
+            repeats=repeats,
+            min_time=0.008,
+            settle=settle(threads),
+        )
         row |= {"fastest": times.fastest(*chosen), "seconds": times.to_dict()}
         if calls:
             row["speedup"] = times.ratio(row["fastest"], "ours").to_dict()

@@ -31,8 +31,8 @@ Call = Callable[[], object]
 
 # Largest allowed norm of the difference over the norm of eager f32's output. A value of bf16 is off by up to 2^-9 of
 # itself and a layer's sum averages that out; fifty layers that each add as much, and a residual sum that leaves less
-# than it adds, make some percent of it. A wrong answer is off by 1.
-TOLERANCE = {"f32": 1e-3, "bf16": 0.15}
+# than it adds, make up to a tenth of it. A wrong answer is off by 1.
+TOLERANCE = {"f32": 1e-3, "bf16": 0.1}
 
 F32 = ("eager", "channels_last", "onednn", "onednn_channels_last", "inductor", "inductor_channels_last",
        "onnxruntime", "openvino")  # fmt: skip
@@ -204,10 +204,9 @@ def _openvino(net: nn.Module, x: Tensor, y: Tensor, threads: int, precision: str
     request.set_input_tensor(ov.Tensor(x.numpy(), shared_memory=True))
     request.set_output_tensor(ov.Tensor(y.numpy(), shared_memory=True))
 
-    # Less Python than infer(), which builds a dictionary of outputs: 20 microseconds a call.
+    # infer() runs on the calling thread; start_async() and wait() hop to another one and back, 120 microseconds a call.
     def call(_memory: tuple[Tensor, Tensor] = (x, y)) -> None:
-        request.start_async()
-        request.wait()
+        request.infer(share_inputs=True, share_outputs=True)
 
     return call
 

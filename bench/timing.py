@@ -30,6 +30,7 @@ __all__ = [
     "keep",
     "kept",
     "machine",
+    "settle",
     "sync_of",
 ]
 
@@ -67,6 +68,13 @@ def copy_bandwidth(device: str = "cpu") -> float:
     """Bytes per second, read and written, of torch's copy of a large buffer with the threads set now."""
     call, size = copy_call(device=device)
     return size / interleave({"copy": call}, sync=sync_of(device))["copy"].median
+
+
+def settle(threads: int) -> float:
+    """Seconds that interleave waits before each turn: libgomp's and ONNX Runtime's threads spin for about one
+    millisecond after their last work.
+    """
+    return 0.005 if threads > 1 else 0.0
 
 
 def arguments(description: str, **defaults: Any) -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PYTHON_LAYERS: list[set[str]] = [
     {"errors", "files"},
-    {"groups", "layers", "reference", "timing"},
+    {"engine", "groups", "layers", "reference", "timing"},
     {"_load", "ops"},
     {"constraints", "masks", "plan", "schedules", "nn"},
     {"admm", "trace"},

@@ -27,6 +27,7 @@ _PARTS = {
     "compact": "compact",
     "save": "artefact",
     "load": "artefact",
+    "Engine": "engine",
     "CompactConv2d": "nn",
     "CompactLinear": "nn",
     "Error": "errors",

@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 
@@ -74,13 +74,16 @@ def interleave(
     repeats: int = 15,
     min_time: float = 0.02,
     sync: Callable[[], object] | None = None,
+    settle: float = 0.0,
 ) -> Timings:
     """Time the callables in turns.
 
     Each is first called for `warmup` seconds (at least twice), which also tells how many calls make up `min_time`
     seconds. Then come `repeats` rounds, in each of which every callable runs that many times, and whoever starts
     changes from round to round, because a callable pays for the caches that its predecessor left.
-    `sync` waits for the device at the end of a measurement (torch.cuda.synchronize). The garbage collector rests.
+    `sync` waits for the device at the end of a measurement (torch.cuda.synchronize). `settle`: seconds to sleep before
+    each turn, followed by a call that does not count: thread pools spin for milliseconds after their last work, and
+    would take cores from the next callable's. The garbage collector rests.
     """
     if not callables or repeats < 1:
         raise ValueError(
@@ -102,6 +105,9 @@ def interleave(
         for i in range(repeats):
             first = i % len(order)
             for name in order[first:] + order[:first]:
+                if settle:
+                    sleep(settle)
+                    callables[name]()
                 rounds[name].append(_time(callables[name], calls[name], sync) / calls[name])
     finally:
         if enabled:
