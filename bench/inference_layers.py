@@ -4,8 +4,8 @@ The ideal is the fastest dense peer's time multiplied by the density that is lef
 sides take f32 NCHW and leave f32 NCHW, and all that this costs counts: changes of layout and dtype, padding. Peers that
 keep their own layout and dtype on both sides ("native") are measured too and stand beside the score, not in it.
 
-Every row also has what limits it: the time its multiply-adds take at the peak measured in the same run (peak.py), and
-the time that merely filling the output takes.
+Every row also has what limits it: the share of the peak measured in the same run (peak.py) that the multiply-adds that
+are left reach, and the share of our time in which torch merely fills the output.
 
     python bench/inference_layers.py --json bench/results/inference_layers.json              # everything
     python bench/inference_layers.py --only resnet18 --batch 1 --density 0.1 --dtype bf16        # a part
@@ -135,7 +135,7 @@ def measure(
             "score_with_native": times.ratio(best_native, name).median * density[name],
             "gflops": 2 * macs * density[name] / seconds / 1e9,
             "share_of_peak": work / seconds,
-            "floor_seconds": max(work, fill),
+            "fill_share": fill / seconds,
         }
     return row
 
@@ -143,7 +143,7 @@ def measure(
 def summary(rows: list[dict[str, Any]], kind: str = "column") -> list[dict[str, Any]]:
     """Geometric mean and least score per dtype, threads and batch (0: all batches)."""
     found = []
-    for dtype, threads in sorted({(r["dtype"], r["threads"]) for r in rows}, reverse=True):
+    for dtype, threads in sorted({(r["dtype"], r["threads"]) for r in rows}, key=lambda k: (k[0] != "f32", k[1])):
         for batch in (0, *sorted({r["batch"] for r in rows})):
             scores = [
                 (v["score"], f"{r['layer']}, batch {r['batch']}, {name}")

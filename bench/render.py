@@ -238,9 +238,8 @@ def inference_layers(data: dict[str, Any]) -> str:
         ]  # fmt: skip
         note = (
             f"{dtype}, one thread. Of each density: speed-up, score, share of the peak reached by the multiply-adds "
-            f"that are left; in italics the score where the peers' own layout and dtype on both sides are the measure, "
-            f"in which they pay for no change; and *floor* where merely filling the output, or the peak, takes more "
-            f"than 0.6 of our time."
+            f"that are left; in italics the score against peers that keep their own layout and dtype on both sides and "
+            f"so pay for no change, and *output* where merely filling the output would take more than half of our time."
         )
         head = ["layer", "batch", "dense, us", "fastest peer", "GFLOP/s", *(n.replace("column ", "") for n in names)]
         text += table(f"Layers, {dtype}", command, note, head, rows)
@@ -250,9 +249,8 @@ def inference_layers(data: dict[str, Any]) -> str:
 def score(v: dict[str, Any] | None) -> str:
     if v is None:
         return ""
-    seconds = v["seconds"]
-    floor = " floor" if v["floor_seconds"] > 0.6 * seconds else ""
-    against_native = f"*{v['score_with_native']:.2f}{floor}*"
+    fill = ", output" if v["fill_share"] > 0.5 else ""
+    against_native = f"*{v['score_with_native']:.2f}{fill}*"
     return f"{v['speedup']['median']:.1f}x **{v['score']:.2f}** {v['share_of_peak']:.0%} {against_native}"
 
 

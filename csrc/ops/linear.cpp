@@ -97,7 +97,6 @@ class LinearF32Step final : public LinearStep {
                 void* output) const override {
     const auto& [first, panels] = p_->jobs[static_cast<size_t>(job)];
     const Panel &panel = p_->packed.panels[first], &last = p_->packed.panels[first + panels - 1];
-    const int filters = last.first_filter + last.filters - panel.first_filter;
     const int64_t position = 0;
     kernels::Output out{.y = static_cast<float*>(output) + y_.at(row, panel.first_filter, 0, 0),
                         .y_stride = 1,

@@ -25,6 +25,7 @@ _PARTS = {
     "purify": "purify",
     "remove_unused_paths": "paths",
     "compact": "compact",
+    "optimize": "optimize",
     "save": "artefact",
     "load": "artefact",
     "Engine": "engine",
@@ -34,6 +35,7 @@ _PARTS = {
     "PlanError": "errors",
     "TraceError": "errors",
     "CompactError": "errors",
+    "OptimizeError": "errors",
     "ArtefactError": "errors",
 }
 __all__ = ["__version__", *_PARTS]
