@@ -113,7 +113,7 @@ def test_compact_writes_what_inspect_shows(folder):
 
 def test_bench_measures_both(folder):
     out = folder / "small.safetensors"
-    quick = ["--batch", 1, "--batch", 3, "--repeats", 2, "--min-time", 0, "--threads", 1]
+    quick = ["--batch", 1, "--batch", 3, "--repeats", 2, "--min-time", 0, "--threads", 1, "--budget", 0]
     if not out.exists():
         test_compact_writes_what_inspect_shows(folder)
     before = torch.get_num_threads()
@@ -123,7 +123,8 @@ def test_bench_measures_both(folder):
     for row in result["batches"]:
         assert row["dense"]["median"] == min(t["median"] for n, t in row["all"].items() if n.startswith("dense"))
         assert 0 < row["speed_up"]["q1"] <= row["speed_up"]["median"] <= row["speed_up"]["q3"]
-        assert len(row["all"]) == 4
+        assert row["optimized"]["form"] and row["speed_up_optimized"]["median"] > 0
+        assert len(row["all"]) == 5
     # A file without its original asks for one.
     assert "--dense" in error("bench", folder / "dense.safetensors", *quick)
     assert "x" in call("bench", folder / "dense.safetensors", "--dense", f"{folder}/nets.py:make", *quick)
@@ -191,7 +192,7 @@ def test_columns_reach_the_kernel(folder, tmp_path):
     assert (row["kind"], row["structure"], row["kept"], row["of"]) == ("CompactConv2d", "column", 10, 144)
     assert row["weights"] == 16 * 5 and row["macs"] == 16 * 5 * 16
     assert "CompactConv2d" in call("inspect", out)
-    assert "x" in call("bench", out, "--batch", 2, "--repeats", 2, "--min-time", 0)
+    assert "x" in call("bench", out, "--batch", 2, "--repeats", 2, "--min-time", 0, "--budget", 0)
 
 
 def test_interrupted_commands_exit_with_130(monkeypatch, folder):

@@ -1,238 +1,116 @@
-"""Convolution and linear layer over single weights, on planes: every instruction set against F.conv2d in f64."""
+"""The family "nonzeros" and its linear layer: single weights at random against F.conv2d in f64, on every instruction set."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from test_conv_steps import CASE, check_close, curves, inputs, make_spec, run, steps
 
 from structadmm import _core
 
 ISAS = _core.supported_isas()
-EPS = 2.0**-23
 
 
-def make_table(w: Tensor, block: int) -> dict[str, Any]:
-    """W [filters, columns], some of it zero, as blocks of `block` filters that share the union of their taps."""
-    weight, taps, sizes, offsets = [], [], [], [0]
-    for rows in w.split(block):
-        kept = (rows != 0).any(0).nonzero().flatten()
-        weight.append(rows[:, kept].flatten())
-        taps.append(kept)
-        sizes.append(len(rows))
-        offsets.append(offsets[-1] + len(kept))
-    return {
-        "weight": torch.cat(weight).tolist(),
-        "taps": torch.cat(taps).tolist(),
-        "block_filters": sizes,
-        "block_taps": offsets,
-    }
+def kernel_isa(isa: str) -> str:
+    return isa if isa in ("scalar", "avx2") else "avx512"
 
 
-def random_weight(rng: torch.Generator, filters: int, shape: tuple[int, ...], density: float) -> Tensor:
-    w = torch.randn(filters, *shape, generator=rng)
-    return w * (torch.rand(w.shape, generator=rng) < density)
-
-
-def check_close(got: Tensor, want: Tensor, size: Tensor, terms: int) -> None:
-    """|error| <= (T + 3) 2^-23 (|w| . |x| + |b| + |residual|): T products and sums in a row, fused or not (Higham, 3.1)."""
-    assert got.shape == want.shape and got.dtype == torch.float32
-    assert bool(((got.double() - want).abs() <= (terms + 3) * EPS * size).all())
-
-
-pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    images=st.integers(1, 35),
-    groups=st.sampled_from([1, 1, 1, 2, 3]),
-    channels=st.integers(1, 40),
-    filters=st.integers(1, 20),
-    block=st.sampled_from([1, 1, 1, 2, 8]),
-    size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    kernel=pair,
-    stride=pair,
-    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-    density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
-    bias=st.booleans(),
-    residual=st.sampled_from(["none", "other", "in place"]),
-    relu=st.booleans(),
-    halo=st.tuples(*[st.integers(0, 2)] * 4),
-    planned=st.sampled_from([0, 0, 40]),
-    isa=st.sampled_from(ISAS),
-    threads=st.integers(1, 3),
-    seed=st.integers(0, 2**31),
-)
-def test_conv_is_the_dense_convolution(
-    images: int,
-    groups: int,
-    channels: int,
-    filters: int,
-    block: int,
-    size: tuple[int, int],
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-    padding: tuple[int, int],
-    density: float,
-    bias: bool,
-    residual: str,
-    relu: bool,
-    halo: tuple[int, int, int, int],
-    planned: int,
-    isa: str,
-    threads: int,
-    seed: int,
-) -> None:
-    size = tuple(max(n, d * (k - 1) + 1) for n, d, k in zip(size, dilation, kernel, strict=True))  # type: ignore[assignment]
-    rng = torch.Generator().manual_seed(seed)
-    w = random_weight(rng, filters * groups, (channels, *kernel), density)
-    x = torch.randn(images, channels * groups, *size, generator=rng)
-    b = torch.randn(filters * groups, generator=rng) if bias else None
-    args = (stride, padding, dilation, groups)
-    want = F.conv2d(x.double(), w.double(), None if b is None else b.double(), *args)
-    bound = F.conv2d(x.double().abs(), w.double().abs(), None if b is None else b.double().abs(), *args)
-    other = torch.randn(want.shape, generator=rng) if residual != "none" else None
-    if other is not None:
-        want, bound = want + other, bound + other.abs()
-    if relu:
-        want = want.relu()
-    tables = [make_table(part.flatten(1), block) for part in w.split(filters)]
-    table = {k: sum((t[k] for t in tables), []) for k in ("weight", "taps", "block_filters")}
-    table["block_taps"] = [0]
-    for t in tables:
-        table["block_taps"] += [table["block_taps"][-1] + n for n in t["block_taps"][1:]]
-    got, name = _core.nonzeros_step(
-        x.numpy(),
-        bias=[] if b is None else b.tolist(),
-        kernel_size=kernel,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        residual=None if other is None else other.numpy(),
-        in_place=residual == "in place",
-        low=0.0 if relu else -np.inf,
-        extra_halo=halo,
-        planned_images=planned,
-        isa=isa,
-        threads=threads,
-        **table,
-    )
-    assert name.endswith(f"__{isa if isa in ('scalar', 'avx2') else 'avx512'}")
-    check_close(torch.from_numpy(got), want, bound, int((w != 0).flatten(1).sum(1).max()))
-
-
+@pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=60, deadline=None)
+@given(c=steps(), images=st.integers(1, 40), block=st.sampled_from([1, 1, 1, 8]))
+def test_conv_is_the_dense_convolution(isa: str, c: dict[str, Any], images: int, block: int) -> None:
+    c = {**c, "block": block, "batch": images if c["size"][0] * c["size"][1] < 200 else c["batch"]}
+    spec, dense, bias = make_spec(c)
+    x, residual = inputs(c, spec, dense)
+    check_close(run("nonzeros", kernel_isa(isa), c, spec, x, residual), c, x, dense, bias, residual)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 40),
     features=st.integers(1, 700),
     filters=st.integers(1, 40),
     density=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
-    residual=st.sampled_from(["none", "other", "in place"]),
-    isa=st.sampled_from(ISAS),
+    residual=st.sampled_from(["none", "arena", "tensor", "y"]),
+    layouts=st.tuples(*[st.sampled_from(["arena", "tensor"])] * 2),
+    curve=curves(),
     threads=st.integers(1, 3),
-    seed=st.integers(0, 2**31),
+    guard=st.sampled_from(["start", "end"]),
+    seed=st.integers(0, 1 << 30),
 )
 def test_linear_is_the_dense_product(
-    rows: int, features: int, filters: int, density: float, residual: str, isa: str, threads: int, seed: int
+    isa: str,
+    rows: int,
+    features: int,
+    filters: int,
+    density: float,
+    residual: str,
+    layouts: tuple[str, str],
+    curve: dict[str, Any],
+    threads: int,
+    guard: str,
+    seed: int,
 ) -> None:
-    rng = torch.Generator().manual_seed(seed)
-    w = random_weight(rng, filters, (features,), density)
-    x, b = torch.randn(rows, features, generator=rng), torch.randn(filters, generator=rng)
-    other = torch.randn(rows, filters, generator=rng) if residual != "none" else None
-    want = F.linear(x.double(), w.double(), b.double())
-    bound = F.linear(x.double().abs(), w.double().abs(), b.double().abs())
-    if other is not None:
-        want, bound = want + other, bound + other.abs()
-    got, _ = _core.nonzeros_step(
-        x[..., None, None].numpy(),
-        bias=b.tolist(),
-        kernel_size=(1, 1),
-        residual=None if other is None else other[..., None, None].numpy(),
-        in_place=residual == "in place",
-        linear=True,
-        isa=isa,
-        threads=threads,
-        **make_table(w, 1),
-    )
-    check_close(torch.from_numpy(got)[..., 0, 0], want, bound, int((w != 0).sum(1).max()))
+    c = {**CASE, "kernel": (1, 1), "padding": (0, 0), "size": (1, 1), "y_halo": (0, 0, 0, 0), "block": 1}
+    c |= {"batch": rows, "channels": features, "filters": filters, "density": density, "residual": residual}
+    c |= {"x_layout": layouts[0], "y_layout": layouts[1], "curve": curve, "threads": threads, "guard": guard}
+    c |= {"seed": seed}
+    spec, dense, bias = make_spec(c)
+    x, added = inputs(c, spec, dense)
+    check_close(run("linear_nonzeros", kernel_isa(isa), c, spec, x, added), c, x, dense, bias, added)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_an_image_does_not_depend_on_its_batch_or_the_threads(isa: str) -> None:
-    rng = torch.Generator().manual_seed(7)
-    w = random_weight(rng, 48, (70, 3, 3), 0.1)
-    x = torch.randn(33, 70, 14, 14, generator=rng).numpy()
-    args: dict[str, Any] = {"bias": [], "kernel_size": (3, 3), "padding": (1, 1), "isa": isa}
-    args |= make_table(w.flatten(1), 1)
-    alone = np.concatenate([_core.nonzeros_step(x[i : i + 1], **args)[0] for i in range(33)])
+@pytest.mark.parametrize("size", [(14, 14), (4, 4), (1, 1)])
+def test_an_image_does_not_depend_on_its_batch_or_the_threads(isa: str, size: tuple[int, int]) -> None:
+    c = {**CASE, "size": size, "batch": 33, "channels": 70, "filters": 48, "block": 1, "density": 0.1}
+    spec, dense, _ = make_spec(c)
+    x, _ = inputs(c, spec, dense)
+    alone = torch.cat([run("nonzeros", kernel_isa(isa), c, spec, x[n : n + 1], None) for n in range(33)])
     for batch in (2, 5, 16, 33):
         for threads in (1, 2, 3):
-            got, _ = _core.nonzeros_step(x[:batch], threads=threads, planned_images=batch + 1, **args)
-            assert (got == alone[:batch]).all()
+            other = {**c, "threads": threads, "spare_images": batch % 3}
+            assert torch.equal(run("nonzeros", kernel_isa(isa), other, spec, x[:batch], None), alone[:batch])
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_nan_stays_in_its_outputs_and_a_zero_weight_does_not_see_it(isa: str) -> None:
-    x = np.zeros((17, 2, 6, 6), np.float32)
-    x[3, 0, 2, 2] = np.nan
-    w = torch.zeros(2, 2, 3, 3)
-    w[0, 0] = 1.0
-    w[1, 1] = 1.0
-    got, _ = _core.nonzeros_step(
-        x, bias=[], kernel_size=(3, 3), padding=(1, 1), low=0.0, isa=isa, **make_table(w.flatten(1), 2)
-    )
-    want = np.zeros_like(got, bool)
+    c = {**CASE, "size": (6, 6), "batch": 17, "channels": 2, "filters": 2, "block": 2, "bias": False}
+    c |= {"curve": {"low": 0.0}}
+    spec, _, _ = make_spec(c)
+    w = torch.ones(2, 2, 9)
+    w[0, 1] = w[1, 0] = 0.0
+    spec["weight"] = w.flatten().tolist()
+    x = torch.zeros(17, 2, 6, 6)
+    x[3, 0, 2, 2] = torch.nan
+    want = torch.zeros(17, 2, 6, 6, dtype=torch.bool)
     want[3, 0, 1:4, 1:4] = True
-    assert (np.isnan(got) == want).all()
-
-
-CURVES = {
-    1: F.silu,
-    2: F.gelu,
-    3: lambda x: F.gelu(x, approximate="tanh"),
-    4: F.hardswish,
-    5: F.hardsigmoid,
-    6: torch.sigmoid,
-    7: torch.tanh,
-}
+    assert torch.equal(run("nonzeros", kernel_isa(isa), c, spec, x, None).isnan(), want)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("activation", CURVES)
-def test_curves_are_applied_after_the_residual(isa: str, activation: int) -> None:
-    rng = torch.Generator().manual_seed(activation)
-    w = random_weight(rng, 5, (3, 1, 1), 0.7)
-    x, other = torch.randn(3, 3, 5, 7, generator=rng), torch.randn(3, 5, 5, 7, generator=rng)
-    got, _ = _core.nonzeros_step(
-        x.numpy(),
-        bias=[],
-        kernel_size=(1, 1),
-        residual=other.numpy(),
-        activation=activation,
-        isa=isa,
-        **make_table(w.flatten(1), 1),
-    )
-    # The sums are a few units off, and no curve is steeper than 1.13.
-    want = CURVES[activation](F.conv2d(x.double(), w.double()) + other)
-    torch.testing.assert_close(torch.from_numpy(got).double(), want, rtol=1e-5, atol=2e-6)
+def test_filters_without_weights_emit_the_epilogue_of_their_bias(isa: str) -> None:
+    c = {**CASE, "density": 0.0, "curve": {"activation": "silu"}, "residual": "arena"}
+    spec, dense, bias = make_spec(c)
+    x, residual = inputs(c, spec, dense)
+    got = run("nonzeros", kernel_isa(isa), c, spec, x * torch.nan, residual)
+    assert bias is not None and residual is not None
+    torch.testing.assert_close(got, torch.nn.functional.silu(bias.view(1, -1, 1, 1) + residual))
 
 
 def test_errors_name_what_is_wrong() -> None:
-    x = np.zeros((1, 2, 4, 4), np.float32)
-    table = make_table(torch.ones(2, 18), 1)
-    with pytest.raises(ValueError, match=r"conv_nonzeros: taps\[0\] got 18, wanted 0 to 17"):
-        _core.nonzeros_step(x, bias=[], kernel_size=(3, 3), **(table | {"taps": [18] * 36}))
-    with pytest.raises(ValueError, match="conv_nonzeros: bias got 3 values, wanted 2"):
-        _core.nonzeros_step(x, bias=[0.0] * 3, kernel_size=(3, 3), **table)
-    with pytest.raises(ValueError, match="conv_nonzeros: x got planes of 2 x 2"):
-        _core.nonzeros_step(x[..., :2, :2], bias=[], kernel_size=(3, 3), **table)
+    spec, _, _ = make_spec({**CASE, "block": 1})
+    x = torch.zeros(2, 3, 9, 9).numpy()
+    with pytest.raises(ValueError, match=r"conv_nonzeros: taps\[0\] got 99, wanted 0 to 26"):
+        _core.conv_step("nonzeros", "scalar", {**spec, "taps": [99] * len(spec["taps"])}, x)
+    with pytest.raises(ValueError, match="conv_nonzeros: bias got 3 values, wanted 40"):
+        _core.conv_step("nonzeros", "scalar", {**spec, "bias": [0.0] * 3}, x)
+    with pytest.raises(ValueError, match="conv_nonzeros: x got planes of 4 x 9 x 9, wanted 3 x 9 x 9"):
+        _core.conv_step("nonzeros", "scalar", spec, torch.zeros(2, 4, 9, 9).numpy())
+    with pytest.raises(ValueError, match="conv_nonzeros: got stride 0"):
+        _core.conv_step("nonzeros", "scalar", {**spec, "stride": (0, 1)}, x)

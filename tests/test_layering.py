@@ -14,13 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PYTHON_LAYERS: list[set[str]] = [
     {"errors", "files"},
-    {"groups", "layers", "reference", "timing"},
+    {"decisions", "engine", "groups", "layers", "reference", "timing"},
     {"_load", "ops"},
     {"constraints", "masks", "plan", "schedules", "nn"},
     {"admm", "trace"},
-    {"analysis", "channels", "paths", "purify", "compact"},
+    {"analysis", "channels", "paths", "purify", "compact", "forms"},
     {"allowed"},
-    {"artefact"},
+    {"artefact", "segments"},
+    {"optimize"},
     {"data", "models", "report"},
     {"pipeline"},
     {"progress"},

@@ -323,3 +323,86 @@ def test_rows_of_a_linear_layer_do_not_depend_on_each_other_or_on_threads() -> N
                 y = d.linear(x[:rows], w.ravel(), None, list(range(900)), [700], [0, 900])
                 runs.append(y[:1])
             assert all(np.array_equal(y, runs[0]) for y in runs)
+
+
+@st.composite
+def depthwise(draw: Any) -> dict[str, Any]:
+    """A depthwise weight with every tap, or pruned by filter; and where its input must have zeros."""
+    square = draw(st.sampled_from([0, 3, 3, 5, 7]))
+    kernel = (square, square) if square else (draw(st.integers(1, 4)), draw(st.integers(1, 6)))
+    stride = draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (2, 2), (3, 1), (1, 2), (2, 3)]))
+    dilation = draw(st.sampled_from([(1, 1), (1, 1), (1, 1), (2, 1), (1, 3)]))
+    padding = (draw(st.integers(0, 3)), draw(st.integers(0, 3)))
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(kernel, padding, dilation, strict=True)]
+    size = (least[0] + draw(st.integers(0, 20)), least[1] + draw(st.integers(0, 50)))
+    ends = [
+        (s + 2 * p - d * (k - 1) - 1) // t * t - p + d * (k - 1) - (s - 1)
+        for s, p, d, k, t in zip(size, padding, dilation, kernel, stride, strict=True)
+    ]
+    exact = draw(st.booleans()) and padding == (0, 0)
+    more = draw(st.tuples(*[st.integers(0, 2)] * 4))
+    halo = (padding[0], padding[1], max(0, ends[0]), max(0, ends[1]))
+    return {
+        "kernel": kernel,
+        "conv": {"stride": stride, "padding": padding, "dilation": dilation},
+        "x_halo": None if exact else tuple(h + m for h, m in zip(halo, more, strict=True)),
+        "shape": (draw(st.integers(1, 3)), draw(st.integers(1, 6)), *size),
+        "multiplier": draw(st.sampled_from([1, 1, 2, 3])),
+        "density": draw(st.sampled_from([0.0, 0.5, 1.0, 1.0])),
+        "bias": draw(st.booleans()),
+        "seed": draw(st.integers(0, 1 << 30)),
+    }
+
+
+@settings(max_examples=500, deadline=None)
+@given(doors, depthwise(), st.booleans(), st.sampled_from(EPILOGUES))
+def test_depthwise(door: Any, c: Any, add: bool, epilogue: Any) -> None:
+    rng = np.random.default_rng(c["seed"])
+    channels = c["shape"][1]
+    filters, positions = channels * c["multiplier"], c["kernel"][0] * c["kernel"][1]
+    dense = rng.standard_normal((filters, positions)).astype("f4")
+    kept = rng.random((filters, positions)) < c["density"]
+    dense[~kept] = 0
+    x = random(c["shape"], c["seed"], door["dtype"])
+    w = torch.from_numpy(dense).to(DTYPES[door["dtype"]]).double().view(filters, 1, *c["kernel"])
+    bias = torch.from_numpy(rng.standard_normal(filters).astype("f4") * c["bias"])
+    total = F.conv2d(x.double(), w, bias.double(), **c["conv"], groups=channels)
+    size = F.conv2d(x.double().abs(), w.abs(), bias.double().abs(), **c["conv"], groups=channels)
+    r = random(tuple(total.shape), 20, door["dtype"])
+    if add:
+        total, size = total + r.double(), size + r.double().abs()
+    d = _core.StepDoor(**{**door, "x_halo": c["x_halo"]})
+    got = d.depthwise(
+        x.numpy(),
+        filters,
+        c["kernel"],
+        dense[kept],
+        bias.numpy() if c["bias"] else None,
+        kept.nonzero()[1].tolist(),
+        [1] * filters,
+        [0, *np.cumsum(kept.sum(1)).tolist()],
+        **c["conv"],
+        residual=r.numpy() if add else None,
+        epilogue=epilogue[0],
+    )
+    want = epilogue[1](total)
+    error = 1.13 * (positions + 2) * 2.0**-23 * size + (curve_error(want) if epilogue[0].get("activation") else 0.0)
+    check(got, want, door["dtype"], error)
+
+
+def test_a_depthwise_kernel_is_chosen_by_shape() -> None:
+    def kernel(size: int, k: int, stride: int, halo: Any, **conv: Any) -> str:
+        d = _core.StepDoor("avx512", x_halo=halo)
+        x, w = np.zeros((1, 2, size, size), "f4"), np.zeros(2 * k * k, "f4")
+        taps = [*range(k * k)] * 2
+        d.depthwise(x, 2, (k, k), w, None, taps, [1, 1], [0, k * k, 2 * k * k], (stride, stride), **conv)
+        return d.kernel
+
+    if "avx512" in ISAS:
+        halo = (1, 1, 1, 1)
+        assert kernel(28, 3, 1, halo, padding=(1, 1)) == "depthwise_square_f32__avx512"
+        assert kernel(28, 3, 2, halo, padding=(1, 1)) == "depthwise_square_f32__avx512"
+        assert kernel(7, 3, 1, halo, padding=(1, 1)) == "depthwise_square_f32__avx2"
+        assert kernel(33, 4, 1, halo, padding=(1, 1)) == "depthwise_listed_f32__avx512"
+        assert kernel(8, 4, 1, halo, padding=(1, 1)) == "depthwise_listed_flat_f32__avx512"
+        assert kernel(20, 3, 1, None) == "depthwise_exact_f32__avx512"

@@ -34,7 +34,7 @@ function(sadmm_add_rooms target folder)
         list(APPEND flags ${SADMM_FLAGS_${CMAKE_MATCH_1}})
         if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
           # GCC warns about its own intrinsics headers.
-          list(APPEND flags -Wno-maybe-uninitialized)
+          list(APPEND flags -Wno-maybe-uninitialized -Wno-uninitialized)
         endif()
       elseif(name MATCHES "^cuda_stub" AND SADMM_WITH_CUDA)
         continue()

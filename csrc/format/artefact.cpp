@@ -521,6 +521,18 @@ std::map<std::string, Stored> stored_tensors(const Container& c) {
   return tensors;
 }
 
+// A hint among the user's own values: what does not look like one is none.
+std::map<std::string, std::string> families_of(const json& metadata) {
+  std::map<std::string, std::string> families;
+  const json optimize = metadata.value("optimize", json());
+  const json rows = optimize.is_object() ? optimize.value("families", json()) : json();
+  if (!rows.is_object()) return families;
+  for (const auto& [path, family] : rows.items()) {
+    if (family == "taps" || family == "nonzeros") families.emplace(path, family.get<std::string>());
+  }
+  return families;
+}
+
 template <class Map>
 void check_names(const json& manifest, const char* key, const Map& known) {
   for (const json& name : member(manifest, key, json::value_t::array, "a list of names")) {
@@ -556,14 +568,11 @@ Artefact restore(const Container& c, const std::string& file) {
        ", wanted the fields version, producer, name, modules, attributes, graph, dtype, "
        "ties, frozen, buffers, channels_last, inputs, original, metadata");
   member(m, "producer", json::value_t::string, "a string");
-  Artefact a{.file = file,
-             .digest = c.digest,
-             .name = "",
-             .layers = {},
-             .attributes = {},
-             .graph = {},
-             .inputs = {},
-             .metadata = member(m, "metadata", json::value_t::object, "an object").dump()};
+  Artefact a;
+  a.file = file;
+  a.digest = c.digest;
+  a.metadata = member(m, "metadata", json::value_t::object, "an object").dump();
+  a.families = families_of(m["metadata"]);
   if (!m["dtype"].is_null()) element_of(m["dtype"], "manifest");
   Structure s = structure_of(m);
   a.name = m["name"].get<std::string>();

@@ -80,6 +80,9 @@ struct Artefact {
   bool has_inputs = false;
   std::vector<Input> inputs;  // of the first placeholders
   std::string metadata;       // the user's object, JSON
+  // Layer -> family of kernels ("taps", "nonzeros") that `optimize` measured to be the fastest:
+  // metadata.optimize.families.
+  std::map<std::string, std::string> families;
 };
 
 // An artefact in memory. Its tensors are views: `data` must outlive them. Throws Error, which calls the data `file`.

@@ -6,7 +6,6 @@
 
 #include "base/check.h"
 #include "kernels/linear_bf16/linear_bf16.h"
-#include "kernels/rows/rows.h"
 #include "ops/split.h"
 #include "ops/steps.h"
 #include "ops/tap_table.h"
@@ -16,8 +15,8 @@ namespace structadmm {
 namespace {
 
 constexpr const char* kOp = "linear";
-// Ten microseconds of work, or of reading weights.
-constexpr int64_t kSerialMacs = 1 << 19;
+// Ten microseconds of work; reading a weight takes as long as using it four times.
+constexpr int64_t kSerialMacs = 1 << 19, kReading = 4;
 
 void check_rows(const char* name, const Planes& p, Dtype dtype, int64_t features) {
   SADMM_CHECK(p.dtype == dtype, kOp, ": ", name, " got ", dtype_name(p.dtype), ", wanted ", dtype_name(dtype));
@@ -50,12 +49,13 @@ class LinearStep : public Step {
 
   void run(std::span<const void* const> inputs, void* output, int64_t images, Parallel& parallel) const override {
     const int64_t tile = tile_rows(), tiles = (images + tile - 1) / tile;
-    split(parallel, jobs() * tiles, weights() * images, kSerialMacs, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u) {
-        const int64_t row = u % tiles * tile;
-        run_tile(u / tiles, row, std::min(tile, images - row), inputs, output);
-      }
-    });
+    split(parallel, jobs() * tiles, weights() * std::max(images, kReading), kSerialMacs,
+          [&](int64_t begin, int64_t end) {
+            for (int64_t u = begin; u < end; ++u) {
+              const int64_t row = u % tiles * tile;
+              run_tile(u / tiles, row, std::min(tile, images - row), inputs, output);
+            }
+          });
   }
 
  protected:
@@ -73,7 +73,6 @@ struct PackedF32 {
   Packed packed;
   std::vector<std::pair<int64_t, int>> jobs;  // first panel, panels
   const kernels::GemmCompact& gemm;
-  const kernels::RowsKernels& rows;
   Epilogue epilogue;
 };
 
@@ -83,7 +82,8 @@ class LinearF32Step final : public LinearStep {
       : LinearStep(x, y, residual), p_(std::move(p)) {
     for (int i = 0; i < p_->gemm.pixels; ++i) {
       pixel_[i] = static_cast<int32_t>(i * x.image_stride);
-      out_[i] = static_cast<int32_t>(i * y.image_stride);
+      row_[i] = static_cast<int32_t>(i * y.image_stride);
+      residual_row_[i] = static_cast<int32_t>(i * residual_.image_stride);
     }
   }
   std::string kernel() const override { return std::string("linear_f32__") + p_->gemm.isa; }
@@ -97,9 +97,14 @@ class LinearF32Step final : public LinearStep {
                 void* output) const override {
     const auto& [first, panels] = p_->jobs[static_cast<size_t>(job)];
     const Panel &panel = p_->packed.panels[first], &last = p_->packed.panels[first + panels - 1];
-    const int filters = last.first_filter + last.filters - panel.first_filter;
     const int64_t position = 0;
-    float* y = static_cast<float*>(output) + y_.at(row, panel.first_filter, 0, 0);
+    kernels::Output out{.y = static_cast<float*>(output) + y_.at(row, panel.first_filter, 0, 0),
+                        .y_stride = 1,
+                        .epilogue = p_->epilogue};
+    if (p_->epilogue.residual) {
+      out.residual = static_cast<const float*>(inputs[1]) + residual_.at(row, panel.first_filter, 0, 0);
+      out.residual_stride = 1;
+    }
     p_->gemm.filters_kernel[kernels::width_class(panel.width)][panels - 1][rows - 1]({
         .x = static_cast<const float*>(inputs[0]) + x_.at(row, 0, 0, 0),
         .channel_stride = 1,
@@ -108,31 +113,19 @@ class LinearF32Step final : public LinearStep {
         .n_taps = panel.n_taps,
         .w = p_->packed.weights + panel.weight,
         .bias = p_->packed.bias + panel.first_filter,
-        .y = y,
-        .y_stride = 1,
-        .filters = filters,
+        .filters = last.first_filter + last.filters - panel.first_filter,
         .pixel = pixel_,
-        .out = out_,
+        .row = row_,
+        .residual_row = residual_row_,
+        .out = out,
     });
-    if (p_->epilogue.none()) return;
-    kernels::RowsArgs a;
-    a.x = a.y = y;
-    a.rows = rows;
-    a.cols = filters;
-    a.x_stride = a.y_stride = y_.image_stride;
-    a.epilogue = p_->epilogue;
-    if (p_->epilogue.residual) {
-      a.b = static_cast<const float*>(inputs[1]) + residual_.at(row, panel.first_filter, 0, 0);
-      a.b_stride = residual_.image_stride;
-    }
-    p_->rows.rows[static_cast<int>(p_->epilogue.residual ? kernels::RowOp::kAdd : kernels::RowOp::kCopy)][0][0](a);
   }
 
   std::shared_ptr<const PackedF32> p_;
-  int32_t pixel_[kernels::kMaxPixels] = {}, out_[kernels::kMaxPixels] = {};
+  int32_t pixel_[kernels::kMaxPixels] = {}, row_[kernels::kMaxPixels] = {}, residual_row_[kernels::kMaxPixels] = {};
 };
 
-// Filters of one block that one tile computes: up to kLinearPanels panels.
+// Filters of one block that one tile computes: up to kLinearPanels panels, or kBlockPanels.
 struct Bf16Job {
   int64_t first_filter, filters, first_tap, n_taps, weight, panel_size;
   int panels;
@@ -157,33 +150,45 @@ class LinearBf16Step final : public LinearStep {
  private:
   int64_t jobs() const override { return static_cast<int64_t>(p_->jobs.size()); }
   int64_t weights() const override { return static_cast<int64_t>(p_->weights.size()); }
-  int64_t tile_rows() const override { return int64_t{1} << (p_->kernels.tiles - 1); }
+  int64_t tile_rows() const override {
+    return p_->kernels.block ? kernels::kBlockRows : int64_t{1} << (p_->kernels.tiles - 1);
+  }
 
   void run_tile(int64_t index, int64_t row, int64_t rows, std::span<const void* const> inputs,
                 void* output) const override {
     const Bf16Job& job = p_->jobs[static_cast<size_t>(index)];
+    if (p_->kernels.block && !job.listed) {
+      p_->kernels.block(args(job, row, rows, inputs, output));
+      return;
+    }
     for (int log = p_->kernels.tiles - 1; log >= 0; --log) {
       for (const int64_t count = int64_t{1} << log; rows >= count; rows -= count, row += count) {
-        const Bf16* residual = p_->epilogue.residual
-                                   ? static_cast<const Bf16*>(inputs[1]) + residual_.at(row, job.first_filter, 0, 0)
-                                   : nullptr;
-        p_->kernels.kernel[job.panels - 1][log]({
-            .x = static_cast<const Bf16*>(inputs[0]) + x_.at(row, 0, 0, 0),
-            .x_stride = x_.image_stride,
-            .taps = job.listed ? p_->taps.data() + job.first_tap : nullptr,
-            .n_taps = job.n_taps,
-            .w = p_->weights.data() + job.weight,
-            .w_stride = job.panel_size,
-            .bias = p_->bias.data() + job.first_filter,
-            .residual = residual,
-            .residual_stride = residual_.image_stride,
-            .y = static_cast<Bf16*>(output) + y_.at(row, job.first_filter, 0, 0),
-            .y_stride = y_.image_stride,
-            .filters = job.filters,
-            .epilogue = p_->epilogue,
-        });
+        p_->kernels.kernel[job.panels - 1][log](args(job, row, count, inputs, output));
       }
     }
+  }
+
+  kernels::LinearBf16Args args(const Bf16Job& job, int64_t row, int64_t rows, std::span<const void* const> inputs,
+                               void* output) const {
+    return {
+        .x = static_cast<const Bf16*>(inputs[0]) + x_.at(row, 0, 0, 0),
+        .x_stride = x_.image_stride,
+        .taps = job.listed ? p_->taps.data() + job.first_tap : nullptr,
+        .n_taps = job.n_taps,
+        .w = p_->weights.data() + job.weight,
+        .w_stride = job.panel_size,
+        .bias = p_->bias.data() + job.first_filter,
+        .residual = p_->epilogue.residual
+                        ? static_cast<const Bf16*>(inputs[1]) + residual_.at(row, job.first_filter, 0, 0)
+                        : nullptr,
+        .residual_stride = residual_.image_stride,
+        .y = static_cast<Bf16*>(output) + y_.at(row, job.first_filter, 0, 0),
+        .y_stride = y_.image_stride,
+        .filters = job.filters,
+        .rows = static_cast<int>(rows),
+        .panels = job.panels,
+        .epilogue = p_->epilogue,
+    };
   }
 
   std::shared_ptr<const PackedBf16> p_;
@@ -214,15 +219,19 @@ std::shared_ptr<const PackedBf16> pack_bf16(const LinearSpec& spec, Isa isa) {
   auto p = std::make_shared<PackedBf16>(PackedBf16{{}, {}, spec.taps, {}, kernels::linear_bf16(isa), spec.epilogue});
   const int64_t lanes = p->kernels.lanes;
   p->bias = spec.bias;
-  p->bias.resize(static_cast<size_t>(spec.out_features + kernels::kLinearPanels * lanes), 0.0f);
+  p->bias.resize(static_cast<size_t>(spec.out_features + kernels::kBlockPanels * lanes), 0.0f);
   int64_t filter = 0;
   const float* block = spec.weight.data();
   for (size_t b = 0; b < spec.block_filters.size(); ++b) {
     const int64_t filters = spec.block_filters[b], first = spec.block_taps[b];
-    const int64_t n_taps = spec.block_taps[b + 1] - first, pairs = (n_taps + 1) / 2, panel_size = pairs * 2 * lanes;
+    const int64_t n_taps = spec.block_taps[b + 1] - first, pairs = (n_taps + 1) / 2;
     const bool listed = n_taps > 0 && spec.taps[first + n_taps - 1] != n_taps - 1;
+    const bool in_blocks = p->kernels.block && !listed;
+    const int64_t most = in_blocks ? kernels::kBlockPanels : kernels::kLinearPanels;
+    const int64_t unit = in_blocks ? kernels::kBlockPairs : 1,
+                  panel_size = (pairs + unit - 1) / unit * unit * 2 * lanes;
     for (int64_t f = 0; f < filters;) {
-      const int64_t panels = std::min<int64_t>((filters - f + lanes - 1) / lanes, kernels::kLinearPanels);
+      const int64_t panels = std::min<int64_t>((filters - f + lanes - 1) / lanes, most);
       const int64_t n = std::min(filters - f, panels * lanes), weight = static_cast<int64_t>(p->weights.size());
       p->weights.resize(static_cast<size_t>(weight + panels * panel_size), Bf16{0});
       for (int64_t i = 0; i < n; ++i) {
@@ -241,8 +250,7 @@ std::shared_ptr<const PackedBf16> pack_bf16(const LinearSpec& spec, Isa isa) {
 }
 
 std::shared_ptr<const PackedF32> pack_f32(const TapTable& table, const Epilogue& epilogue, Isa isa) {
-  auto p = std::make_shared<PackedF32>(
-      PackedF32{pack(kOp, table), {}, {}, kernels::gemm_compact(isa), kernels::rows_kernels(isa), epilogue});
+  auto p = std::make_shared<PackedF32>(PackedF32{pack(kOp, table), {}, {}, kernels::gemm_compact(isa), epilogue});
   p->packed = unpack(kOp, p->bytes);
   for (int64_t i = 0; i < static_cast<int64_t>(p->packed.panels.size()); i += p->jobs.back().second) {
     p->jobs.emplace_back(i, next_panels(p->packed, i, p->gemm));

@@ -729,6 +729,8 @@ class Lowering {
     const int64_t channels = spec.out_channels, height = out(0, x.height), width = out(1, x.width);
     Node node = node_of(Kind::kConv, {x.value});
     node.conv = std::make_shared<ConvSpec>(std::move(spec));
+    const auto family = file_.families.find(file_.graph[static_cast<size_t>(at_)].target);
+    if (family != file_.families.end()) node.family = family->second;
     return tensor(add(std::move(node)), true, channels, height, width);
   }
 

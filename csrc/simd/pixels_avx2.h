@@ -14,6 +14,16 @@ inline Vec load_even(const float* p) {
   const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8), 0x88));
   return {_mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xD8))};
 }
+// The even ones are the lower halves of 32 bits.
+inline Vec load_even(const Bf16* p) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))};
+}
+inline Vec load_strided(const Bf16* p, int64_t stride) {
+  alignas(32) uint32_t bits[8];
+  for (int i = 0; i < 8; ++i) bits[i] = static_cast<uint32_t>(p[i * stride].bits) << 16;
+  return {_mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(bits)))};
+}
 inline Vec load_strided(const float* p, int64_t stride) {
   const __m256i i =
       _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(static_cast<int>(stride)));

@@ -14,6 +14,15 @@ inline Vec load_even(const float* p) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), even, _mm512_loadu_ps(p + 16))};
 }
+// The even ones are the lower halves of 32 bits.
+inline Vec load_even(const Bf16* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
+}
+inline Vec load_strided(const Bf16* p, int64_t stride) {
+  alignas(64) uint32_t bits[16];
+  for (int i = 0; i < 16; ++i) bits[i] = static_cast<uint32_t>(p[i * stride].bits) << 16;
+  return {_mm512_castsi512_ps(_mm512_load_si512(bits))};
+}
 inline Vec load_strided(const float* p, int64_t stride) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   return {_mm512_i32gather_ps(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(stride))), p, 4)};

@@ -23,12 +23,14 @@ inline Vec max_or_nan(Vec x, const Vec& y) {
   for (int i = 0; i < Vec::kWidth; ++i) x.a[i] = max_or_nan(x.a[i], y.a[i]);
   return x;
 }
-inline Vec load_strided(const float* p, int64_t stride) {
+template <class T>
+inline Vec load_strided(const T* p, int64_t stride) {
   Vec v;
-  for (int i = 0; i < Vec::kWidth; ++i) v.a[i] = p[i * stride];
+  for (int i = 0; i < Vec::kWidth; ++i) v.a[i] = to_float(p[i * stride]);
   return v;
 }
-inline Vec load_even(const float* p) {
+template <class T>
+inline Vec load_even(const T* p) {
   return load_strided(p, 2);
 }
 template <class T>

@@ -40,7 +40,21 @@ struct Vec {
   void store_n(Bf16* p, int n) const { store_halves(p, n, to_bf16()); }
   void store_n(F16* p, int n) const { store_halves(p, n, to_f16()); }
 
+  static Vec load_lanes(const float* p, int first, int last) { return {_mm256_maskload_ps(p, lanes(first, last))}; }
+  static Vec load_lanes(const Bf16* p, int first, int last) {
+    uint16_t buffer[8] = {};
+    std::memcpy(buffer + first, p + first, 2 * static_cast<size_t>(last - first));
+    return from_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(buffer)));
+  }
+  void store_lanes(float* p, int first, int last) const { _mm256_maskstore_ps(p, lanes(first, last), v); }
+  void store_lanes(Bf16* p, int first, int last) const {
+    uint16_t buffer[8];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(buffer), to_bf16());
+    std::memcpy(p + first, buffer + first, 2 * static_cast<size_t>(last - first));
+  }
+
  private:
+  static __m256i lanes(int first, int last) { return _mm256_andnot_si256(first_lanes(first), first_lanes(last)); }
   static Vec from_bf16(__m128i h) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))}; }
   __m128i to_f16() const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
   __m128i to_bf16() const {

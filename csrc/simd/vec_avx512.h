@@ -38,7 +38,17 @@ struct Vec {
   void store_n(Bf16* p, int n) const { _mm256_mask_storeu_epi16(p, first_lanes(n), to_bf16()); }
   void store_n(F16* p, int n) const { _mm256_mask_storeu_epi16(p, first_lanes(n), to_f16()); }
 
+  static Vec load_lanes(const float* p, int first, int last) { return {_mm512_maskz_loadu_ps(lanes(first, last), p)}; }
+  static Vec load_lanes(const Bf16* p, int first, int last) {
+    return from_bf16(_mm256_maskz_loadu_epi16(lanes(first, last), p));
+  }
+  void store_lanes(float* p, int first, int last) const { _mm512_mask_storeu_ps(p, lanes(first, last), v); }
+  void store_lanes(Bf16* p, int first, int last) const { _mm256_mask_storeu_epi16(p, lanes(first, last), to_bf16()); }
+
  private:
+  static __mmask16 lanes(int first, int last) {
+    return static_cast<__mmask16>(first_lanes(last) & ~first_lanes(first));
+  }
   static Vec from_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
   __m256i to_f16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   // AVX512-BF16 has an instruction for this, but flushes subnormals; rounding by integers does as torch does.

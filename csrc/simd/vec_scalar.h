@@ -3,7 +3,8 @@
 // platform has.
 //
 //   Vec    kWidth floats. load/store convert bf16 and f16 (round to nearest even); load_n reads n < kWidth elements and
-//          fills with zeros, store_n writes n.
+//          fills with zeros, store_n writes n; load_lanes and store_lanes do that for lanes first to last - 1, p being
+//          where lane 0 would lie.
 //   Mask   one truth value per lane, from bytes (nonzero is true).
 //   Sums   eight f64 accumulators: lane i of a vector goes to accumulator i mod 8, whatever kWidth is.
 //
@@ -112,6 +113,16 @@ struct Vec {
   template <class T>
   void store_n(T* p, int n) const {
     for (int i = 0; i < n; ++i) from_float(a[i], p[i]);
+  }
+  template <class T>
+  static Vec load_lanes(const T* p, int first, int last) {
+    Vec v = zero();
+    for (int i = first; i < last; ++i) v.a[i] = to_float(p[i]);
+    return v;
+  }
+  template <class T>
+  void store_lanes(T* p, int first, int last) const {
+    for (int i = first; i < last; ++i) from_float(a[i], p[i]);
   }
 };
 

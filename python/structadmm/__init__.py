@@ -25,14 +25,17 @@ _PARTS = {
     "purify": "purify",
     "remove_unused_paths": "paths",
     "compact": "compact",
+    "optimize": "optimize",
     "save": "artefact",
     "load": "artefact",
+    "Engine": "engine",
     "CompactConv2d": "nn",
     "CompactLinear": "nn",
     "Error": "errors",
     "PlanError": "errors",
     "TraceError": "errors",
     "CompactError": "errors",
+    "OptimizeError": "errors",
     "ArtefactError": "errors",
 }
 __all__ = ["__version__", *_PARTS]

@@ -25,13 +25,14 @@ from torch import Tensor, fx, nn
 
 from . import __version__
 from .allowed import FUNCTIONS, KINDS, METHODS, Config, Kind, Refused, refuse
-from .errors import ArtefactError
+from .errors import ArtefactError, OptimizeError
 from .files import atomic_write
 
 VERSION = 0
 
 MANIFEST_KEY = "structadmm"
 DIGEST_KEY = "structadmm.sha256"
+OPTIMIZED = "optimize"  # where the metadata hold what `optimize` decided
 _NO_DIGEST = "0" * 64
 # Tensors begin at a multiple of this in the file, so that a memory map of it is aligned for any vector.
 _ALIGN = 64
@@ -247,6 +248,8 @@ def save(
     metadata: JSON values of the user's own (class names, normalisation, accuracy); `load` gives them back. The report
         of `compact`, where the module has one, is added as "report".
     original: the dense network, of which only the structure is noted, for `structadmm bench`.
+    A network from `optimize` is stored as the network that it was made from, with the decisions in the metadata under
+    "optimize"; `load` carries them out again.
     What is not given is taken from `module.meta["structadmm"]` ("inputs", "metadata", "original"), where `compact` and
     `load` leave it.
 
@@ -254,7 +257,26 @@ def save(
     Raises ArtefactError: an operation, layer or value that the format does not hold, with the node and source line.
     TraceError: the module cannot be traced.
     """
-    graph = _trace(module, example)
+    _write(Path(path), *_contents(module, example, metadata, original))
+
+
+def to_bytes(module: fx.GraphModule, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """What `save` writes, in memory."""
+    return b"".join(_chunks("bytes", *_contents(module, None, metadata, None)))
+
+
+def _contents(
+    module: nn.Module,
+    example: Tensor | Sequence[Tensor] | None,
+    metadata: Mapping[str, Any] | None,
+    original: nn.Module | None,
+) -> tuple[str, dict[str, Tensor]]:
+    """The manifest and the tensors of `save`."""
+    graph, record = _trace(module, example), None
+    if is_optimized(graph):
+        from .segments import inline
+
+        graph, record = inline(graph)
     carried: dict[str, Any] = dict(graph.meta.get("structadmm", {}))
     manifest: Manifest = {"version": VERSION, "producer": f"structadmm {__version__}", **structure(graph)}
 
@@ -296,7 +318,10 @@ def save(
             manifest["original"] = None
     notes = dict(metadata if metadata is not None else carried.get("metadata", {}))
     report = getattr(module, "report", None)
-    if callable(to_dict := getattr(report, "to_dict", None)):
+    to_dict = getattr(report, "to_dict", None)
+    if record is not None:
+        notes[OPTIMIZED] = record | {"report": to_dict() if callable(to_dict) else None}
+    elif callable(to_dict):
         notes.setdefault("report", to_dict())
     manifest["metadata"] = notes
     try:
@@ -304,7 +329,15 @@ def save(
         text = json.dumps(manifest, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as e:
         raise ArtefactError(f"save: metadata got {e}, wanted JSON values") from None
-    _write(Path(path), text, tensors)
+    return text, tensors
+
+
+def is_optimized(module: nn.Module) -> bool:
+    """Whether the network came from `optimize`: it has layers that an artefact holds in other terms."""
+    return any(type(m).__module__ in _LOWERED for m in module.modules())
+
+
+_LOWERED = (f"{__package__}.segments", f"{__package__}.forms")
 
 
 def _check_keys(value: Any) -> None:
@@ -318,6 +351,14 @@ def _check_keys(value: Any) -> None:
 
 
 def _write(path: Path, manifest: str, tensors: Mapping[str, Tensor]) -> None:
+    chunks = _chunks(str(path), manifest, tensors)
+    with atomic_write(path) as f:
+        for chunk in chunks:
+            f.write(chunk)
+
+
+def _chunks(what: str, manifest: str, tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+    """The bytes of a file, digest included."""
     # Wide types first, then by name: each tensor is aligned to its own type, and the same network gives the same bytes.
     order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
     header: dict[str, Any] = {"__metadata__": {MANIFEST_KEY: manifest, DIGEST_KEY: _NO_DIGEST}}
@@ -329,15 +370,12 @@ def _write(path: Path, manifest: str, tensors: Mapping[str, Tensor]) -> None:
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-(8 + len(head)) % _ALIGN)
     if len(head) > _MAX_HEADER:
-        raise ArtefactError(f"save: {path} got a header of {len(head)} bytes, wanted at most {_MAX_HEADER}")
+        raise ArtefactError(f"save: {what} got a header of {len(head)} bytes, wanted at most {_MAX_HEADER}")
     head = len(head).to_bytes(8, "little") + head
     values = [_bytes(tensors[name]) for name in order]
     digest = _digest([head, *values])
     marker = f'"{DIGEST_KEY}":"'.encode()
-    with atomic_write(path) as f:
-        f.write(head.replace(marker + _NO_DIGEST.encode(), marker + digest.encode()))
-        for chunk in values:
-            f.write(chunk)
+    return [head.replace(marker + _NO_DIGEST.encode(), marker + digest.encode()), *values]
 
 
 def _bytes(t: Tensor) -> memoryview:
@@ -389,7 +427,11 @@ class Contents:
 def _read(path: Path) -> Contents:
     """Raises Refused, with what is wrong with the file as a container; OSError."""
     _need(not path.is_dir(), "path", "a folder", "a file")
-    data = path.read_bytes()
+    return _parse(path.read_bytes())
+
+
+def _parse(data: bytes) -> Contents:
+    """Raises Refused."""
     _need(len(data) >= 8, "file", f"{len(data)} bytes", "a safetensors file")
     size = int.from_bytes(data[:8], "little")
     if size > min(_MAX_HEADER, len(data) - 8):
@@ -727,8 +769,11 @@ def _checked(function: str, path: str | os.PathLike[str], work: Callable[[Path],
         raise ArtefactError(f"{function}: {path}: manifest got values nested too deeply, wanted an artefact") from None
 
 
-def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx.GraphModule:
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", optimized: bool = True) -> fx.GraphModule:
     """The network of an artefact, in eval mode, on `device`; it runs, trains, deep-copies and saves again.
+
+    One that was saved from `optimize` is optimised again, for inference on the CPU, unless `optimized` is False or the
+    device is another.
 
     Its `meta["structadmm"]` holds what the file says of it: "inputs" (a list of (shape, dtype), the batch None),
     "metadata" (the user's), "original" (the structure of the dense network, or None) and "producer".
@@ -737,7 +782,27 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
     NaN and infinite weights are values like others. Raises ArtefactError with what was got and wanted.
     """
     network: fx.GraphModule = _checked("load", path, lambda p: _restore(_read(p)))
+    metadata = dict(network.meta["structadmm"]["metadata"])
+    record = metadata.get(OPTIMIZED)
+    if isinstance(record, dict):
+        del metadata[OPTIMIZED]
+    network.meta["structadmm"]["metadata"] = metadata
+    if isinstance(record, dict) and optimized and torch.device(device).type == "cpu":
+        from .segments import restore
+
+        try:
+            return restore(network, {k: v for k, v in record.items() if k != "report"})
+        except OptimizeError as e:
+            raise ArtefactError(f"load: {path}: {str(e).removeprefix('optimize: ')}") from None
     return network.to(device)
+
+
+def from_bytes(data: bytes) -> fx.GraphModule:
+    """The network that `to_bytes` wrote, checked as `load` does. Raises ArtefactError."""
+    try:
+        return _restore(_parse(data))
+    except Refused as e:
+        raise ArtefactError(f"load: bytes: {e}") from None
 
 
 def rebuild(spec: Manifest) -> fx.GraphModule:

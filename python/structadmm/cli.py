@@ -319,7 +319,7 @@ def describe(file: Path) -> dict[str, Any]:
     from .artefact import load, rebuild
     from .layers import layer_table
 
-    network = load(file)
+    network = load(file, optimized=False)
     about = network.meta["structadmm"]
     dtype = _dtype(network)
     original = rebuild(about["original"]).to(dtype) if about["original"] is not None else None
@@ -443,38 +443,52 @@ def bench(
         str | None,
         typer.Option("--dense", help="A function that makes the dense network; without it, the structure in the file."),
     ] = None,
+    budget: Annotated[
+        float, typer.Option("--budget", min=0.0, help="Seconds for which `optimize` measures, at each batch size.")
+    ] = 10.0,
     as_json: Json = False,
 ) -> None:
     """Time an artefact against its dense original, in turns within one run.
 
-    The original has the structure that the artefact notes and random weights, on which speed does not depend. Each is
-    timed as torch runs it eagerly, with contiguous and with channels-last tensors; the better of the two counts.
+    The original has the structure that the artefact notes and random weights, on which speed does not depend. It and
+    the artefact are timed as torch runs them eagerly, with contiguous and with channels-last tensors; the better of the
+    two counts. Optimized is the artefact after `structadmm.optimize`, at each batch size.
     """
-    result = measure(file, batch or [1, 64], threads, repeats, min_time, dense)
+    result = measure(file, batch or [1, 64], threads, repeats, min_time, dense, budget)
     if as_json:
         _print_json(result)
         return
     table = Table(title=f"{file.name}, {result['threads']} threads, {result['isa']}", box=SIMPLE)
-    for name in ("batch", "dense", "compacted", "speed-up", "quartiles"):
+    for name in ("batch", "dense", "compacted", "speed-up", "quartiles", "optimized", "speed-up", "quartiles"):
         table.add_column(name, justify="right")
     for row in result["batches"]:
-        cells = [f"{1e3 * row[k]['median']:.3f} ms ({row[k]['form']})" for k in ("dense", "compacted")]
-        ratio = row["speed_up"]
-        table.add_row(str(row["batch"]), *cells, f"{ratio['median']:.2f}x", f"{ratio['q1']:.2f} to {ratio['q3']:.2f}")
+        cells = [f"{1e3 * row['dense']['median']:.3f} ms ({row['dense']['form']})"]
+        for side, speed_up in (("compacted", "speed_up"), ("optimized", "speed_up_optimized")):
+            ratio = row[speed_up]
+            cells += [f"{1e3 * row[side]['median']:.3f} ms ({row[side]['form']})", f"{ratio['median']:.2f}x"]
+            cells.append(f"{ratio['q1']:.2f} to {ratio['q3']:.2f}")
+        table.add_row(str(row["batch"]), *cells)
     _stdout().print(table)
 
 
 def measure(
-    file: Path, batches: list[int], threads: int | None, repeats: int, min_time: float, dense: str | None
+    file: Path,
+    batches: list[int],
+    threads: int | None,
+    repeats: int,
+    min_time: float,
+    dense: str | None,
+    budget: float,
 ) -> dict[str, Any]:
     """What `bench` prints, as JSON values; seconds per batch. Raises ArtefactError, CommandError."""
     import torch
 
     from .artefact import load, rebuild
     from .ops import isa
+    from .optimize import optimize
     from .timing import interleave
 
-    network = load(file)
+    network = load(file, optimized=False)
     structure = network.meta["structadmm"]["original"]
     if dense is not None:
         original = _make_model(dense, "--dense").eval()
@@ -500,17 +514,22 @@ def measure(
                 for form, layout in (("contiguous", torch.contiguous_format), ("channels-last", torch.channels_last))
             }
             names = {f"{side}, {form}": call for (side, form), call in forms.items()}
+            fast = optimize(network, x, budget=budget, report=False)
+            report: Any = fast.report
+            names[f"optimized, {report.choice}"] = lambda fast=fast, x=x: fast(*x)  # type: ignore[misc]
             if sys.stderr.isatty():  # a line, not a spinner: its thread would be timed too
                 print(f"timing batch {batch}", file=sys.stderr)
             with torch.inference_mode():
                 timings = interleave(names, repeats=repeats, min_time=min_time)
-            best = {side: timings.fastest(*(n for n in names if n.startswith(side))) for side in ("dense", "compacted")}
+            sides = ("dense", "compacted", "optimized")
+            best = {side: timings.fastest(*(n for n in names if n.startswith(side))) for side in sides}
             each = timings.to_dict()
             rows.append(
                 {
                     "batch": batch,
                     **{side: {"form": name.partition(", ")[2], **each[name]} for side, name in best.items()},
                     "speed_up": timings.ratio(best["dense"], best["compacted"]).to_dict(),
+                    "speed_up_optimized": timings.ratio(best["dense"], best["optimized"]).to_dict(),
                     "all": each,
                 }
             )

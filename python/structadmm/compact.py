@@ -179,8 +179,7 @@ def compact(
         probe = rebatch(traced.inputs, batch, seed=0)
         limit = tolerance_for(model, tolerance)
         report.max_abs_diff, report.max_rel_diff = assert_same("compact", clone(model), small, probe, limit)
-    small.report = report  # type: ignore[assignment]
-    small.meta[_PRESERVED] = {"report": report}  # so that deepcopy keeps it
+    preserve_report(small, report)
     # For save: what the network takes, and the structure (no values) that it is compared with.
     small.meta["structadmm"] = {
         "inputs": [((None, *t.shape[1:]), t.dtype) for t in traced.inputs],
@@ -196,6 +195,12 @@ def _original(model: nn.Module) -> Any:
 
 # torch.fx's name for attributes that copies of a GraphModule keep.
 _PRESERVED = "_user_preserved_attributes"
+
+
+def preserve_report(network: fx.GraphModule, report: Any) -> None:
+    """Make `report` the network's, so that copies keep it."""
+    network.report = report
+    network.meta[_PRESERVED] = {"report": report}
 
 
 def _densify(module: fx.GraphModule) -> None:

@@ -17,5 +17,9 @@ class CompactError(Error, RuntimeError):
     """A model that cannot be compacted exactly."""
 
 
+class OptimizeError(Error, RuntimeError):
+    """A network that cannot be optimised."""
+
+
 class ArtefactError(Error, ValueError):
     """A file that is not a whole, untampered artefact."""

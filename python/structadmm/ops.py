@@ -6,7 +6,9 @@ they are tested against: `structadmm.reference`. Bad arguments raise ValueError,
 
 from __future__ import annotations
 
+import ast
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -180,6 +182,7 @@ def _conv_out(
 # Bound once: looking an op up costs as much as a small layer.
 _conv2d_packed = _ops.conv2d_packed.default
 _linear_packed = _ops.linear_packed.default
+_run_segment = _ops.run_segment.default
 
 
 @_value_errors
@@ -295,3 +298,50 @@ def _(x, weight, bias, taps, block_filters, block_taps, out_features):  # type: 
 @_fake("structadmm::linear_packed")
 def _(x, packed, out_features):  # type: ignore[no-untyped-def]
     return x.new_empty([*x.shape[:-1], out_features])
+
+
+@_value_errors
+def run_segment(inputs: Sequence[Tensor], program: Tensor, dtype: str, shapes: str) -> list[Tensor]:
+    """The outputs of a subgraph for `inputs`, [N, C, H, W] or [N, features] of any strides, in one call.
+
+    program: uint8, the bytes of the subgraph's artefact. dtype: of the values inside, "float32" or "bfloat16". shapes:
+    the outputs' shapes as tracers need them, dimensions joined by commas, outputs by semicolons: `x0_2` is dimension 2
+    of input 0; numbers, + - * // and min are what an expression is made of. CPU only, no autograd.
+    """
+    result: list[Tensor] = _run_segment(list(inputs), program, dtype, shapes)
+    return result
+
+
+@_fake("structadmm::run_segment")
+def _(inputs: Sequence[Tensor], program: Tensor, dtype: str, shapes: str) -> list[Tensor]:
+    names = {f"x{i}_{d}": size for i, x in enumerate(inputs) for d, size in enumerate(x.shape)}
+    rows = [[evaluate(size, **names) for size in row.split(",")] for row in shapes.split(";")]
+    return [inputs[0].new_empty(row) for row in rows]
+
+
+_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+def evaluate(text: str, **names: Any) -> Any:
+    """The value of one expression of run_segment's `shapes`. Raises ValueError."""
+
+    def value(e: ast.expr) -> Any:
+        if isinstance(e, ast.Constant) and type(e.value) is int:
+            return e.value
+        if isinstance(e, ast.Name) and e.id in names:
+            return names[e.id]
+        if isinstance(e, ast.BinOp) and type(e.op) in _ARITHMETIC:
+            return _ARITHMETIC[type(e.op)](value(e.left), value(e.right))
+        if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id == "min" and len(e.args) == 2:
+            return torch.sym_min(value(e.args[0]), value(e.args[1]))
+        raise ValueError(f"run_segment: shapes got {text!r}, wanted sums, products and quotients of the inputs' sizes")
+
+    try:
+        return value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, RecursionError, ZeroDivisionError) as e:
+        raise ValueError(f"run_segment: shapes got {text!r}, wanted an expression: {e}") from None

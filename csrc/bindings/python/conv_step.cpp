@@ -18,6 +18,7 @@
 #include "base/parallel.h"
 #include "bindings/python/bind.h"
 #include "ops/conv.h"
+#include "ops/steps.h"
 
 namespace structadmm::bindings {
 namespace {
@@ -26,12 +27,32 @@ namespace py = pybind11;
 using Array = py::array_t<float, py::array::c_style | py::array::forcecast>;
 constexpr auto kOp = "conv_step";
 
+// A linear layer, planned for maps of one pixel.
+class LinearAsConv final : public PackedConv {
+ public:
+  explicit LinearAsConv(std::shared_ptr<const PackedLinear> linear) : linear_(std::move(linear)) {}
+  const char* family() const override { return "linear"; }
+  std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual, int64_t images) const override {
+    return linear_->plan(x, y, residual, images);
+  }
+
+ private:
+  std::shared_ptr<const PackedLinear> linear_;
+};
+
 struct Family {
   const char* name;
   std::shared_ptr<const PackedConv> (*pack)(const ConvSpec&, Dtype, Isa);
 };
 constexpr Family kFamilies[] = {
     {"taps_f32", [](const ConvSpec& spec, Dtype, Isa isa) { return pack_conv_taps_f32(spec, isa); }},
+    {"nonzeros", [](const ConvSpec& spec, Dtype, Isa isa) { return pack_conv_nonzeros(spec, isa); }},
+    {"linear_nonzeros",
+     [](const ConvSpec& s, Dtype, Isa isa) -> std::shared_ptr<const PackedConv> {
+       return std::make_shared<LinearAsConv>(
+           pack_linear_nonzeros({s.in_channels, s.out_channels, s.weight, s.bias, s.taps, s.block_filters,
+                                 s.block_taps, s.epilogue}, isa));
+     }},
 };
 
 // Memory of a whole number of pages; the one before and the one behind may be neither read nor written. The elements

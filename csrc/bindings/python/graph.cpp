@@ -75,6 +75,7 @@ py::dict node_of(const Node& n) {
       d["stride"] = pair(n.conv->stride);
       d["padding"] = pair(n.conv->padding);
       d["dilation"] = pair(n.conv->dilation);
+      d["family"] = n.family;
       put_weights(d, *n.conv);
       break;
     case Kind::kLinear:

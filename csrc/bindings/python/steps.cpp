@@ -233,6 +233,34 @@ class Door {
     return go(*packed->plan(from.planes, y.planes, &b.planes, from.images), {from.data(), b.data()}, y);
   }
 
+  py::array_t<float> depthwise(const Floats& x, int64_t filters, Pair kernel_size, const Floats& weight,
+                               const MaybeFloats& bias, const Ints& taps, const Ints& block_filters,
+                               const Ints& block_taps, Pair stride, Pair padding, Pair dilation,
+                               const MaybeFloats& residual, const py::dict& epilogue) {
+    ConvSpec s;
+    s.in_channels = s.groups = x.shape(1);
+    s.out_channels = filters;
+    for (int i = 0; i < 2; ++i) {
+      s.kernel[i] = kernel_size[i];
+      s.stride[i] = stride[i];
+      s.padding[i] = padding[i];
+      s.dilation[i] = dilation[i];
+    }
+    s.weight = vector_of(weight);
+    if (bias) s.bias = vector_of(*bias);
+    s.taps = taps;
+    s.block_filters = block_filters;
+    s.block_taps = block_taps;
+    s.epilogue = epilogue_from(epilogue);
+    s.epilogue.residual = residual.has_value();
+    Memory from = input(x, x_halo_, dtype_);
+    Memory y = output(from.images, {filters, s.out_size(0, from.planes.height), s.out_size(1, from.planes.width)});
+    const auto packed = pack_conv_depthwise(s, dtype_, isa_);
+    if (!residual) return go(*packed->plan(from.planes, y.planes, nullptr, from.images), {from.data()}, y);
+    Memory b = input(*residual, b_halo_, dtype_);
+    return go(*packed->plan(from.planes, y.planes, &b.planes, from.images), {from.data(), b.data()}, y);
+  }
+
   std::string kernel;
   int repeats = 0;
 
@@ -312,6 +340,10 @@ void bind_steps(py::module_& m) {
            arg("divisor_override") = 0)
       .def("linear", &Door::linear, arg("x"), arg("weight"), arg("bias"), arg("taps"), arg("block_filters"),
            arg("block_taps"), arg("residual") = py::none(), arg("epilogue") = py::dict())
+      .def("depthwise", &Door::depthwise, arg("x"), arg("filters"), arg("kernel_size"), arg("weight"), arg("bias"),
+           arg("taps"), arg("block_filters"), arg("block_taps"), arg("stride") = Pair{1, 1},
+           arg("padding") = Pair{0, 0}, arg("dilation") = Pair{1, 1}, arg("residual") = py::none(),
+           arg("epilogue") = py::dict())
       .def("adaptive_pool", &Door::adaptive_pool, arg("x"), arg("max"), arg("size"));
 }
 

@@ -46,10 +46,17 @@ struct Vec16 {
     _mm_storeu_ps(p + lane[12], _mm512_extractf32x4_ps(r, 3));
   }
   static void store_pieces(float* p, const int64_t* lane, const uint8_t* bits, Reg r) {
-    _mm_mask_storeu_ps(p + lane[0], bits[0], _mm512_castps512_ps128(r));
-    _mm_mask_storeu_ps(p + lane[4], bits[4], _mm512_extractf32x4_ps(r, 1));
-    _mm_mask_storeu_ps(p + lane[8], bits[8], _mm512_extractf32x4_ps(r, 2));
-    _mm_mask_storeu_ps(p + lane[12], bits[12], _mm512_extractf32x4_ps(r, 3));
+    _mm_mask_storeu_ps(p + lane[0], bits[0], piece<0>(r));
+    _mm_mask_storeu_ps(p + lane[4], bits[4], piece<1>(r));
+    _mm_mask_storeu_ps(p + lane[8], bits[8], piece<2>(r));
+    _mm_mask_storeu_ps(p + lane[12], bits[12], piece<3>(r));
+  }
+  // Kept apart from the store: GCC would make one masked VEXTRACTF32X4, which faults on what its mask leaves out.
+  template <int k>
+  static __m128 piece(Reg r) {
+    __m128 x = _mm512_extractf32x4_ps(r, k);
+    asm("" : "+v"(x));
+    return x;
   }
   static void transpose(Reg (&r)[4]) {
     const Reg a = _mm512_unpacklo_ps(r[0], r[1]), b = _mm512_unpackhi_ps(r[0], r[1]);

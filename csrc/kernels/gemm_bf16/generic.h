@@ -1,5 +1,7 @@
 // The kernel for CPUs without bf16 products, over ActiveVec: bf16 is widened into an f32 panel [tap][32 pixels],
-// kFilters filters by 32 pixels accumulate. Included inside an ISA file's anonymous namespace, after walk.h.
+// kFilters filters by 32 pixels accumulate. Included inside an ISA file's anonymous namespace.
+
+#include "kernels/gemm_bf16/walk.h"
 
 using Vec = ActiveVec;
 inline constexpr int kPairPixels = 2 * kTile, kVectors = kPairPixels / Vec::kWidth;

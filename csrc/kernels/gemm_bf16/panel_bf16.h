@@ -1,7 +1,9 @@
 // What the two instruction sets with bf16 products share: panels and epilogues in AVX-512. Included inside their
-// anonymous namespaces, after walk.h.
+// anonymous namespaces.
 //
 // A panel is bf16 [step][vector][16 pairs of taps][16 pixels][2 taps], 1 KiB per step and vector.
+
+#include "kernels/gemm_bf16/walk.h"
 
 inline constexpr int kPanelTile = kTile * kTile * 2;
 
@@ -114,15 +116,15 @@ struct Sums {
 };
 
 template <Act kAct, bool kResidual, bool kWhole>
-void store_sums(const GemmBf16Args& a, const Sums& s) {
+void store_sums(const GemmBf16Args& a, const Sums& s, int first, int last) {
   const PlaneWindow* const windows = a.windows + s.at.pair->first_window;
   const PlaneWindow* const residuals = kResidual ? a.residual_windows + s.at.pair->first_residual : nullptr;
   const __m512 low = _mm512_set1_ps(a.epilogue.low), high = _mm512_set1_ps(a.epilogue.high);
   const bool whole_residual = kResidual && residuals->elements == 0xFFFFFFFF;
-  Bf16* y = s.at.y + s.first_filter * a.y_channel_stride;
-  const Bf16* residual = kResidual ? s.at.residual + s.first_filter * a.residual_channel_stride : nullptr;
-  const float* c = s.c;
-  for (int f = 0; f < s.filters; ++f, c += 2 * kTile, y += a.y_channel_stride) {
+  Bf16* y = s.at.y + (s.first_filter + first) * a.y_channel_stride;
+  const Bf16* residual = kResidual ? s.at.residual + (s.first_filter + first) * a.residual_channel_stride : nullptr;
+  const float* c = s.c + first * 2 * kTile;
+  for (int f = first; f < last; ++f, c += 2 * kTile, y += a.y_channel_stride) {
     const __m512 bias = _mm512_set1_ps(s.bias[f]);
     __m512 v[2] = {_mm512_add_ps(_mm512_load_ps(c), bias), _mm512_add_ps(_mm512_load_ps(c + kTile), bias)};
     if constexpr (kResidual) {
@@ -170,25 +172,27 @@ void store_sums(const GemmBf16Args& a, const Sums& s) {
   }
 }
 
+using StoreSums = void (*)(const GemmBf16Args& a, const Sums& s, int first, int last);
+
 template <Act kAct>
-inline void store_sums(const GemmBf16Args& a, const Sums& s) {
-  const bool whole = a.windows[s.at.pair->first_window].elements == 0xFFFFFFFF;
-  if (a.residual) {
-    whole ? store_sums<kAct, true, true>(a, s) : store_sums<kAct, true, false>(a, s);
-  } else {
-    whole ? store_sums<kAct, false, true>(a, s) : store_sums<kAct, false, false>(a, s);
-  }
+inline StoreSums store_of(bool residual, bool whole) {
+  if (residual) return whole ? store_sums<kAct, true, true> : store_sums<kAct, true, false>;
+  return whole ? store_sums<kAct, false, true> : store_sums<kAct, false, false>;
 }
 
-inline void store_sums(const GemmBf16Args& a, Act act, const Sums& s) {
+// What stores these sums, filters [first, last) at a time.
+inline StoreSums store_of(const GemmBf16Args& a, Act act, const Sums& s) {
+  const bool residual = a.residual != nullptr;
+  const bool whole = a.windows[s.at.pair->first_window].elements == 0xFFFFFFFF;
   switch (act) {
     case Act::kNone:
-      return store_sums<Act::kNone>(a, s);
+      return store_of<Act::kNone>(residual, whole);
     case Act::kRelu:
-      return store_sums<Act::kRelu>(a, s);
+      return store_of<Act::kRelu>(residual, whole);
     case Act::kClamp:
-      return store_sums<Act::kClamp>(a, s);
+      return store_of<Act::kClamp>(residual, whole);
     case Act::kCurve:
-      return store_sums<Act::kCurve>(a, s);
+      break;
   }
+  return store_of<Act::kCurve>(residual, whole);
 }

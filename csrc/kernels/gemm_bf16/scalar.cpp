@@ -6,7 +6,6 @@ namespace structadmm::kernels {
 namespace {
 
 #include "kernels/gemm_bf16/generic.h"
-#include "kernels/gemm_bf16/walk.h"
 
 }  // namespace
 

@@ -21,7 +21,7 @@ struct Units {
   int first, last;
 };
 
-inline Units units(const GemmBf16Args& a, const GemmBf16Block& b) {
+inline Units part(const GemmBf16Args& a, const GemmBf16Block& b) {
   const int all = (b.filters + 2 * kTile - 1) / (2 * kTile);
   const int first = a.first_unit - b.first_unit, last = a.last_unit - b.first_unit;
   return {first > 0 ? first : 0, last < all ? last : all};
@@ -33,7 +33,7 @@ inline void walk(const GemmBf16Args& a, const Body& body) {
   for (int64_t first = a.first_pair; first < a.last_pair; first += a.strip) {
     const int64_t last = first + a.strip < a.last_pair ? first + a.strip : a.last_pair;
     for (int64_t b = 0; b < a.n_blocks; ++b) {
-      const Units u = units(a, a.blocks[b]);
+      const Units u = part(a, a.blocks[b]);
       if (u.first < u.last) body(a.blocks[b], u, first, last);
     }
   }

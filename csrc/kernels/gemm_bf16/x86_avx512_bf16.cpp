@@ -11,7 +11,6 @@ namespace structadmm::kernels {
 namespace {
 
 #include "kernels/gemm_bf16/panel_bf16.h"
-#include "kernels/gemm_bf16/walk.h"
 
 constexpr int kFilters = 8;
 
@@ -65,7 +64,8 @@ void run(const GemmBf16Args& a) {
           const auto product = at.pair->vectors == 2 ? multiply<2> : multiply<1>;
           product(first_w, tiles * kPanelTile, panel, b.steps, sums + f * 2 * kTile);
         }
-        store_sums(a, act, {sums, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile, filters, at});
+        const Sums done{sums, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile, filters, at};
+        store_of(a, act, done)(a, done, 0, filters);
       }
     }
   });

@@ -79,8 +79,8 @@ constexpr void fill(LinearBf16& k) {
   if constexpr (Dot::kTiles > 3) k.kernel[V - 1][3] = &linear<V, 8>;
 }
 
-constexpr LinearBf16 make(const char* isa) {
-  LinearBf16 k{.isa = isa, .lanes = Vec::kWidth, .tiles = Dot::kTiles, .kernel = {}};
+constexpr LinearBf16 make(const char* isa, LinearBf16Kernel block = nullptr) {
+  LinearBf16 k{.isa = isa, .lanes = Vec::kWidth, .tiles = Dot::kTiles, .kernel = {}, .block = block};
   fill<1>(k);
   fill<2>(k);
   fill<3>(k);

@@ -6,6 +6,10 @@
 // [pair][lane][2], zeros behind the last filter and the last tap. A tile is P rows of x by V panels of one block, V *
 // lanes filters. A sum runs over the taps in order, so it does not depend on the tile; vdpbf16ps (x86_avx512bf16) adds
 // a pair at a time and takes subnormals for zeros. y and residual are written and read only where filters are.
+//
+// Where taps are all of x's channels, x86_amx_bf16 has a kernel `block` for any number of rows and panels up to its
+// own, for which the pairs of a panel are a multiple of kBlockPairs. It adds odd and even taps of 32 apart, whatever
+// the rows.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +22,7 @@ namespace structadmm::kernels {
 
 inline constexpr int kLinearPanels = 3;  // largest V
 inline constexpr int kLinearTiles = 4;   // P = 1, 2, 4, 8
+inline constexpr int kBlockPairs = 16, kBlockPanels = 4, kBlockRows = 32;
 
 struct LinearBf16Args {
   const Bf16* x;
@@ -32,6 +37,7 @@ struct LinearBf16Args {
   Bf16* y;
   int64_t y_stride;
   int64_t filters;
+  int rows, panels;  // of block
   Epilogue epilogue;
 };
 
@@ -41,6 +47,7 @@ struct LinearBf16 {
   const char* isa;
   int lanes, tiles;                                      // how many of the kernels of kernel[][] there are
   LinearBf16Kernel kernel[kLinearPanels][kLinearTiles];  // [V - 1][log2 P]
+  LinearBf16Kernel block;                                // or null
 };
 
 const LinearBf16& linear_bf16(Isa isa);
