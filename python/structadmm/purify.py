@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from .analysis import Analysis
-from .channels import Layer
 from .errors import CompactError
 from .groups import DEFAULT_BLOCK, expand_keep, group_ids, n_groups
 from .paths import ZerosReport, check_weights, remove_paths, report_of, zeros_of, zeros_report
 from .trace import clone, trace
+from .tracking import Layer
 
 Floats = npt.NDArray[np.float64]
 

@@ -47,7 +47,7 @@ class Traced:
     module: GraphModule over a copy of the model, attribute paths as in the model. shapes: per node the shape of its
     value in eval mode at batch `batch` (a tuple of ints for a tensor, nested tuples for several
         tensors, the value itself for numbers).
-    inputs: the example, checked. notes: what the user should know (hooks that do not survive, modes that differ).
+    inputs: the example, checked. varies: per tensor the dimensions whose size depends on the batch's. notes: what the user should know (hooks that do not survive, modes that differ).
     """
 
     module: fx.GraphModule
@@ -55,6 +55,7 @@ class Traced:
     inputs: tuple[Tensor, ...]
     batch: int
     notes: list[str] = field(default_factory=list)
+    varies: dict[fx.Node, set[int]] = field(default_factory=dict)
 
 
 class Shape(tuple[int, ...]):
@@ -418,13 +419,14 @@ def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trac
     module.recompile()
 
     batch, shapes, failure = 0, {}, None
+    varies: dict[fx.Node, set[int]] = {}
     for probe in (rebatch(inputs, PROBE_BATCH), inputs):
-        runner = _Shapes(module)
         try:
-            with mode(module, False), torch.no_grad():
-                runner.run(*(t.clone() for t in probe))
-        except Exception as error:
-            node = runner.current
+            shapes = _propagate(module, probe)
+        except _Failed as failed:
+            error = failed.__cause__
+            assert error is not None
+            node = failed.node
             where = f"{node.target} " if node is not None and node.op == "call_module" else ""
             failure = TraceError(
                 f"{who}: {where}got {type(error).__name__}{_culprit(error)}: {_first_line(error)}; "
@@ -432,11 +434,52 @@ def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trac
             )
             failure.__cause__ = error
             continue
-        batch, shapes = (probe[0].shape[0] if probe[0].dim() else 1), runner.shapes
+        batch = probe[0].shape[0] if probe[0].dim() else 1
         break
     else:
         assert failure is not None
         raise failure
     if failure is not None:
         notes.append("forward works at the example's batch size only")
-    return Traced(module, shapes, inputs, batch, notes)
+    else:
+        with contextlib.suppress(_Failed):
+            other = _propagate(module, rebatch(inputs, PROBE_BATCH + 2))
+            varies = {n: _differing(s, other[n]) for n, s in shapes.items() if isinstance(s, Shape)}
+    return Traced(module, shapes, inputs, batch, notes, varies)
+
+
+class _Failed(Exception):
+    """A network that does not take its inputs; `node` is where it stopped."""
+
+    def __init__(self, node: fx.Node | None) -> None:
+        self.node = node
+
+
+def _differing(s: Shape, t: Any) -> set[int]:
+    if not isinstance(t, Shape) or len(t) != len(s):
+        return set(range(len(s)))
+    return {d for d, (m, n) in enumerate(zip(s, t, strict=True)) if m != n}
+
+
+def _propagate(module: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
+    """The shape of every value in eval mode: on the meta device, where nothing is computed, or else by running."""
+    try:
+        memo: dict[int, Any] = {id(t): _on_meta(t) for t in (*module.parameters(), *module.buffers())}
+        ghost = copy.deepcopy(module, memo)
+        runner = _Shapes(ghost)
+        with mode(ghost, False), torch.no_grad():
+            runner.run(*(t.to("meta") for t in inputs))
+        return {n: runner.shapes[g] for n, g in zip(module.graph.nodes, ghost.graph.nodes, strict=True)}
+    except Exception:  # whatever it is, running for real shows whether it is the network's
+        runner = _Shapes(module)
+    try:
+        with mode(module, False), torch.no_grad():
+            runner.run(*(t.clone() for t in inputs))
+    except Exception as error:
+        raise _Failed(runner.current) from error
+    return runner.shapes
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    ghost = torch.empty_like(t, device="meta", requires_grad=False)
+    return nn.Parameter(ghost, requires_grad=False) if isinstance(t, nn.Parameter) else ghost
