@@ -120,8 +120,7 @@ class Analysis(Channels):
         rows = need & ~layer.silent
         n_filters, cg = layer.reads.shape
         wanted = (layer.reads & rows[:, None]).reshape(layer.groups, -1, cg).any(1).reshape(-1)
-        facts = self.facts[layer.source]
-        self._demand(layer.source, wanted if facts.ids.size == wanted.size else None)
+        self._demand(layer.source, wanted if layer.direct else None)
 
     def _elidable(self, node: fx.Node, need: Bools) -> int | None:
         """Which operand of an addition is a constant in every needed channel, so that a bias can stand for it."""
@@ -194,7 +193,7 @@ class Analysis(Channels):
             for i in stuck.tolist():
                 where.setdefault(int(labels[i]), []).append((layer, i))
             source = self.need[layer.source].reshape(-1)
-            if stuck.size and source.size == labels.size:
+            if stuck.size and layer.direct:
                 for i in np.flatnonzero(layer.ins.const & (layer.ins.value != 0) & source).tolist():
                     group = (layer.node, i // layer.reads.shape[1])
                     carriers.setdefault(group, []).append((int(labels[i]), i))

@@ -86,10 +86,7 @@ class Layouts:
 
     def inputs(self, layer: Layer) -> Ints:
         """The remaining input channels of a layer, in their order."""
-        ids = self.analysis.facts[layer.source].ids
-        if np.array_equal(ids.reshape(-1), layer.ins.ids):
-            return self._get(layer.source).reshape(-1)
-        return np.arange(layer.ins.ids.size)
+        return self._get(layer.source).reshape(-1) if layer.direct else np.arange(layer.ins.ids.size)
 
     def outputs(self, layer: Layer) -> Ints:
         """The remaining filters of a layer, in the order of the conv groups of its inputs."""

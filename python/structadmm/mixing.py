@@ -77,7 +77,8 @@ class Mixing(Tracker):
         else:
             shift = "new" if self.create_bias else None
 
-        layer = Layer(node, source, groups, w, ins, ins, reads, border, b, shift, np.zeros(n_filters, bool))
+        direct = np.array_equal(self.facts[source].ids.reshape(-1), ins.ids)
+        layer = Layer(node, source, groups, w, ins, ins, reads, border, b, shift, np.zeros(n_filters, bool), direct)
         per_group = (groups, -1, cg)
         nonzero_constant = (ins.const & (ins.value != 0)).reshape(groups, 1, cg)
         varies = reads.reshape(per_group) & ~ins.const.reshape(groups, 1, cg)
@@ -224,7 +225,7 @@ class Mixing(Tracker):
         ids = self._fresh(int(np.prod(shape))).reshape(shape)
         self.facts[node] = Facts(ids, np.zeros(shape, bool), np.zeros(shape))
         self.sources[node] = []
-        self._rows(node, [(fq.ids, heads), (ids, heads)])
+        self._by_head(node, [(fq.ids, heads), (ids, heads)])
         zero = (fq.const & (fq.value == 0)) | (fk.const & (fk.value == 0))
 
         def read(need: Bools) -> list[Reading]:
@@ -242,7 +243,7 @@ class Mixing(Tracker):
         self.facts[node] = Facts(fv.ids, const, np.where(const, fv.value, 0.0))
         positions = np.arange(fv.ids.size).reshape(fv.ids.shape)
         self.sources[node] = [(v, positions, None)]
-        self._rows(node, [(fv.ids, heads), (fw.ids, heads)])
+        self._by_head(node, [(fv.ids, heads), (fw.ids, heads)])
         rest = tuple(d for d in range(fv.ids.ndim) if d not in heads)
 
         def read(need: Bools) -> list[Reading]:
@@ -283,7 +284,7 @@ class Mixing(Tracker):
         self.facts[node] = Facts(fv.ids, fv.const, fv.value)
         positions = np.arange(fv.ids.size).reshape(fv.ids.shape)
         self.sources[node] = [(v, positions, None)]
-        self._rows(node, [(f.ids, heads) for f in (fq, fk, fv)])
+        self._by_head(node, [(f.ids, heads) for f in (fq, fk, fv)])
         rest = tuple(d for d in range(rank) if d not in heads)
         same = fk.const | (fq.const & (fq.value == 0))
 

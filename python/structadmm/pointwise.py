@@ -168,7 +168,7 @@ class Pointwise(Tracker):
             if one.ids.size == 1:
                 self._lock(one.ids, f"{title(node)} spreads it over all channels")
             else:
-                self._rows(node, [(wide.ids, axes_of(one.ids)), (one.ids, axes_of(one.ids))])
+                self._by_head(node, [(wide.ids, axes_of(one.ids)), (one.ids, axes_of(one.ids))])
             ids = wide.ids
         const = fa.const & fb.const
         values = {a: np.broadcast_to(fa.value, ids.shape), b: np.broadcast_to(fb.value, ids.shape)}

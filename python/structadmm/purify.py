@@ -225,9 +225,7 @@ def _candidates(
         m: Any = analysis.module.get_submodule(name)
         w = m.weight.detach().double().cpu()
         shape, groups = w.shape, layer.groups
-        read = _size(analysis, layer.source)
-        if read.size != layer.ins.ids.size:
-            read = np.ones(layer.ins.ids.size)
+        read = _size(analysis, layer.source) if layer.direct else np.ones(layer.ins.ids.size)
         per_group = (groups, -1, shape[1], math.prod(shape[2:]))
         felt = w.reshape(per_group) * torch.from_numpy(_row_scale(analysis, node)).reshape(groups, -1, 1, 1)
         square = ((felt * torch.from_numpy(read).reshape(groups, 1, -1, 1)) ** 2).reshape(-1)

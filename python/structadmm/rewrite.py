@@ -195,7 +195,7 @@ def _edit_slice(layouts: Layouts, node: fx.Node) -> None:
 
 def _edit_pad(layouts: Layouts, node: fx.Node) -> None:
     analysis = layouts.analysis
-    source = analysis.sources[node][0][0]
+    source = analysis._source(node)
     facts = analysis.facts[node]
     d, rank = axes_of(facts.ids)[0], facts.ids.ndim
     if node.op == "call_module":
@@ -213,7 +213,7 @@ def _edit_split(layouts: Layouts, node: fx.Node) -> None:
     if node in layouts.args:
         sizes, dim = layouts.args[node]
         layouts.analysis.edits.pop(node)
-        _swap(layouts, node, torch.split, (layouts.analysis.parts[node][0], sizes, dim))
+        _swap(layouts, node, torch.split, (layouts.analysis._source(node), sizes, dim))
 
 
 def _edit_attention(layouts: Layouts, node: fx.Node) -> None:

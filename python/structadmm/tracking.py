@@ -56,7 +56,8 @@ class Layer:
     weight [O, Cg, K], in a transposed convolution a permuted view. reads [O, Cg]: the filter has a nonzero weight on
     the channel; border [O, Cg]: one that can lie on zero padding. shift: where a constant can be added to the output:
     "bias", "norm" (the mean of the BatchNorm behind), "new" (a bias that compact creates), or None. silent [O]: filters
-    that emit a constant by their bias alone, and so read nothing. needed [O]: filters whose output is. merges: removed
+    that emit a constant by their bias alone, and so read nothing. direct: `ins` are the
+    channels of the source, in their order. needed [O]: filters whose output is. merges: removed
     input channel -> the one that takes over its constant.
     """
 
@@ -71,6 +72,7 @@ class Layer:
     bias: Floats
     shift: str | None
     silent: Bools
+    direct: bool = True
     needed: Bools | None = None
     merges: dict[int, int] = field(default_factory=dict)
 
@@ -224,7 +226,7 @@ class Tracker:
         first, *rest = ids
         self.edges += [(first, other) for other in rest if other is not first]
 
-    def _rows(self, node: fx.Node, arrays: Sequence[tuple[Ints, Sequence[int]]]) -> None:
+    def _by_head(self, node: fx.Node, arrays: Sequence[tuple[Ints, Sequence[int]]]) -> None:
         """Rows of several arrays of ids, along the given dimensions of each, have channels left in all or in none."""
         if all(axes for _, axes in arrays):
             self.together.append((node, [by_rows(ids, axes) for ids, axes in arrays]))
