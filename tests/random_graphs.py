@@ -17,6 +17,10 @@ from torch import Tensor, nn
 ACTS: list[Any] = [nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Tanh, nn.Softplus, nn.PReLU]
 
 
+def pick(r: random.Random, words: str) -> str:
+    return r.choice(words.split())
+
+
 class Attention(nn.Module):
     """Self-attention as timm writes it (fused), or with separate projections and a softmax in sight."""
 
@@ -154,10 +158,11 @@ class RandomNet(nn.Module):
     def map_step(self, shape: list[int]) -> list[int]:
         r = self.rng
         c, h, w = shape
-        choice = r.choice(
+        choice = pick(
+            r,
             "conv conv conv grouped depthwise transposed norm norm group instance layernorm act act prelu pool avg up "
             "shuffle unshuffle channels channels2 se slice parts padc padm scale stack twice roll single rot spatial"
-            " softmax whole index squeeze".split()
+            " softmax whole index squeeze",
         )
         if choice == "conv":
             k = r.choice([1, 3])
@@ -252,8 +257,11 @@ class RandomNet(nn.Module):
     def token_step(self, shape: list[int]) -> list[int]:
         r = self.rng
         n, c = shape
-        choice = r.choice("linear linear norm rms attention attention attention mha gated gated mlp mix scale prefix rnn "
-                          "act heads attend".split())  # fmt: skip
+        choice = pick(
+            r,
+            "linear linear norm rms attention attention attention mha gated gated mlp mix scale prefix rnn act heads "
+            "attend",
+        )
         heads = r.choice([h for h in (1, 2, 4) if c % h == 0])
         if choice == "linear":
             self.layer(nn.Linear(c, 12, bias=r.random() < 0.7))
@@ -448,6 +456,7 @@ if __name__ == "__main__":
             totals = [t + n for t, n in zip(totals, check(number), strict=True)]
         except Exception as error:
             failed.append(number)
-            line = traceback.extract_tb(error.__traceback__)[-1]
-            print(f"seed {number}: {type(error).__name__} at {line.name}:{line.lineno}: {str(error)[:300]}", flush=True)
-    print(f"{last - first - len(failed)} of {last - first} passed; parameters {totals[0]} -> {totals[1]}; failed: {failed}")
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            print(f"seed {number}: {type(error).__name__} at {at.name}:{at.lineno}: {str(error)[:300]}", flush=True)
+    passed = last - first - len(failed)
+    print(f"{passed} of {last - first} passed; parameters {totals[0]} -> {totals[1]}; failed: {failed}")

@@ -1,8 +1,8 @@
 """From a network with zeros to a smaller one that computes the same: channels cut out, columns compacted, verified.
 
 `compact` traces, analyses (analysis.py), finds the order of what stays (layout.py), folds constants (paths.py), cuts
-every layer to it (rewrite.py), turns layers whose remaining weights are sparse by columns or block-columns into structadmm.nn layers, and compares the result
-with the input.
+every layer to it (rewrite.py), turns layers whose remaining weights are sparse by columns or block-columns into
+structadmm.nn layers, and compares the result with the input.
 """
 
 from __future__ import annotations

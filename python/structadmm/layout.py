@@ -145,8 +145,8 @@ class Layouts:
         """Elementwise operations: the order of the operands that have a channel for each of the result."""
         a = self.analysis
         rank = a.facts[node].ids.ndim
-        sources = [s for i, s in enumerate(a.sources[node]) if i != a.elided.get(node, (None,))[0]]
-        sources = [(n, p) for n, p, _ in sources]
+        elided = a.elided[node][0] if node in a.elided else None
+        sources = [(n, p) for i, (n, p, _) in enumerate(a.sources[node]) if i != elided]
         found: Ints | None = None
         for n, positions in sources:
             if positions.size == a.facts[n].ids.size:
@@ -289,7 +289,7 @@ class Layouts:
         dim = given(node, *names).get("dim", 0) % ids.ndim
         if kind is None:  # along a dimension without channels
             index = 0 if operation(node) == "unbind" else slice(None)
-            self.parts[node] = [order.take(0, dim) if index == 0 else order for _ in parts]
+            self.parts[node] = [np.asarray(order.take(0, dim)) if index == 0 else order for _ in parts]
             return
         found, sizes, start = [], [], 0
         for part in parts:
@@ -395,7 +395,8 @@ class Layouts:
                 raise Conflict("has heads in different orders")
             return self._get(v)
         named = given(node, "query", "key", "value") if kind == "attention" else {}
-        q, k = (named["query"], named["key"]) if named else node.args  # type: ignore[misc]
+        operands: Any = (named["query"], named["key"]) if named else node.args
+        q, k = operands
         oq, ok = self._get(q), self._get(k)
         if not np.array_equal(oq, ok if named else ok.swapaxes(-1, -2)):
             raise Conflict("has the channels of queries and keys in different orders")

@@ -1,4 +1,4 @@
-"""Rules of channel tracking for data movement: reshapes, permutations, slices, splits, concatenation, padding, sizes."""
+"""Rules of channel tracking for data movement: reshapes, permutations, slices, splits, concatenation, padding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 import numpy as np
-from torch import fx, nn
+from torch import fx
 
 from .tracking import Facts, Ints, Tracker, axes_of, blocks, flat, given, operation, title
 
@@ -343,7 +343,7 @@ class Movement(Tracker):
         count = len(self.shapes[node])
         tracked = facts.ids.shape[dim] > 1
         if kind == "unbind":
-            self.parts[node] = (source, [positions.take(i if tracked else 0, dim) for i in range(count)])
+            self.parts[node] = (source, [np.take(positions, i if tracked else 0, dim) for i in range(count)])
         elif not tracked:
             self.parts[node] = (source, [positions] * count)
         else:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .analysis import Analysis
 from .errors import CompactError
-from .trace import as_inputs, clone, mode, rebatch, tensors_in, trace
+from .symbolic import mode
+from .trace import as_inputs, clone, rebatch, tensors_in, trace
 from .tracking import filters
 
 

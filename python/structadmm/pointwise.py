@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .tracking import Bools, Facts, Tracker, axes_of, given, operation, title
 from .trace import Shape
+from .tracking import Bools, Facts, Tracker, axes_of, given, operation, title
 
 # fmt: off
 # Elementwise operations of one tensor; the identities are identities in eval mode.

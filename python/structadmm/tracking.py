@@ -1,7 +1,7 @@
 """What the rules of channel tracking share: facts about tensors and layers, and the tables that the rules fill.
 
-Every channel of every tensor has an *id*, in an array that broadcasts against the tensor's shape: dimensions along which
-the channel does not change, the batch among them, have size 1. The rules for one family of operations each are in
+Every channel of every tensor has an *id*, in an array that broadcasts against the tensor's shape: dimensions along
+which the channel does not change, the batch among them, have size 1. The rules for one family of operations each are in
 pointwise.py, movement.py and mixing.py; channels.py puts them together.
 """
 
