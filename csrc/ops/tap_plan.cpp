@@ -26,18 +26,22 @@ int64_t div_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-double filters_cost(const GemmCompact& k, int width_class, int panels, int64_t pixels) {
+// Cycles of a job of `taps` taps. What a tile costs besides its taps (its first sums, its stores) was measured in
+// AVX-512; a full filters tile transposes its 24 vectors.
+double filters_cost(const GemmCompact& k, int width_class, int panels, int64_t pixels, double taps) {
   const int64_t rest = pixels % k.pixels;
   const double last = rest == 0 ? 0.0 : std::max(0.4, static_cast<double>(rest) / k.pixels);
-  return (static_cast<double>(pixels / k.pixels) + last) * k.filters_cycles[width_class][panels - 1];
+  const double tile = k.filters_cycles[width_class][panels - 1] * taps + 40 + 80 * panels;
+  return (static_cast<double>(pixels / k.pixels) + last) * tile;
 }
 
-double pixels_cost(const GemmCompact& k, int width, int64_t vectors, bool gather) {
+double pixels_cost(const GemmCompact& k, int width, int64_t vectors, bool gather, double taps) {
   const int c = kernels::width_class(width);
   const int64_t tiles = div_up(vectors, k.nr[c]), least = vectors / tiles, more = vectors % tiles;
   const double cycles = static_cast<double>(tiles - more) * k.pixels_cycles[c][least - 1] +
                         (more == 0 ? 0.0 : static_cast<double>(more) * k.pixels_cycles[c][least]);
-  return cycles * (width / k.mr[c]) * (gather ? 1.12 : 1.0);  // a second load and a permutation per vector
+  constexpr double kGather = 1.25;  // a second load and a permutation per vector
+  return (cycles * (gather ? kGather : 1.0) * taps + 35.0 * static_cast<double>(vectors)) * (width / k.mr[c]);
 }
 
 // The outputs of some images in order, and where each reads x (at kernel position 0, channel 0) and writes y.
@@ -297,8 +301,7 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
 
   // Where two vectors of slack lie behind the last place that is read, vectors may begin anywhere; otherwise those of
   // the last image must not, and the tables of all images are as that of the last.
-  const int64_t farthest =
-      plan.position.back() + (packed.channels.empty() ? 0 : packed.channels.back() * x.channel_stride);
+  const int64_t farthest = plan.position.back() + (h.in_channels - 1) * x.channel_stride;
   const int64_t last = x.origin + (images - 1) * x.image_stride +
                        ((y.height - 1) * g.stride[0] - g.padding[0]) * x.pitch + (y.width - 1) * g.stride[1] -
                        g.padding[1];
@@ -309,6 +312,7 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
     const int64_t room = (gather ? 2 : 1) * k.lanes;
     return slack ? std::numeric_limits<int64_t>::max() : x.readable - farthest - room - (images - 1) * x.image_stride;
   };
+  const double mean_taps = static_cast<double>(h.weights) / static_cast<double>(std::max(h.out_channels, 1));
   auto& px = plan.pixels;
   bool pixels = false;
   double pixels_best = 0;
@@ -323,7 +327,7 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
           [](const Outputs&, int, int64_t) {});
       return vectors;
     };
-    const auto cost = [&](int64_t n) { return pixels_cost(k, 8, count(n), gather); };
+    const auto cost = [&](int64_t n) { return pixels_cost(k, 8, count(n), gather, mean_taps); };
     const int64_t period = choose_period(slack ? images : 1, plan.outputs, cost);
     const double best = cost(period) / static_cast<double>(period);
     if (pixels && best >= pixels_best) continue;
@@ -336,7 +340,7 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
   // Offsets of several images must fit the 32 bits of the table.
   auto& fl = plan.filters;
   fl.period = choose_period(std::abs(x.image_stride) > (1 << 26) ? 1 : images, plan.outputs,
-                            [&](int64_t n) { return filters_cost(k, 0, 1, n * plan.outputs); });
+                            [&](int64_t n) { return filters_cost(k, 0, 1, n * plan.outputs, mean_taps); });
 
   const double pieces = plan.outputs < k.lanes ? 1.25 : 1.0;  // a vector over several images is stored in pieces
   bool any_pixels = false, any_filters = false;
@@ -345,9 +349,12 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
     const Panel& panel = packed.panels[i];
     const int c = kernels::width_class(panel.width);
     const int nv = next_panels(packed, i, k);
-    const double by_filters = filters_cost(k, c, nv, fl.period * plan.outputs) / static_cast<double>(fl.period);
-    if (!pixels ||
-        by_filters <= pieces * nv * pixels_cost(k, panel.width, vectors, px.gather) / static_cast<double>(px.period)) {
+    const auto taps = static_cast<double>(panel.n_taps);
+    const double by_filters = filters_cost(k, c, nv, fl.period * plan.outputs, taps) / static_cast<double>(fl.period);
+    const double by_pixels =
+        pixels ? pieces * nv * pixels_cost(k, panel.width, vectors, px.gather, taps) / static_cast<double>(px.period)
+               : 0;
+    if (!pixels || by_filters <= by_pixels) {
       plan.jobs.push_back({i, nv, 0});
       any_filters = true;
       i += nv;

@@ -167,7 +167,8 @@ std::vector<std::byte> pack(const char* op, const TapTable& t) {
     h.structure = hash(h.structure, v);
   }
   for (const Panel& p : panels) {
-    for (const int64_t v : {p.filters, p.width, p.block}) h.structure = hash(h.structure, v);
+    for (const int64_t v : {int64_t{p.filters}, int64_t{p.width}, int64_t{p.block}, p.n_taps})
+      h.structure = hash(h.structure, v);
   }
   h.panels = static_cast<int64_t>(panels.size());
   h.taps = static_cast<int64_t>(t.taps.size());

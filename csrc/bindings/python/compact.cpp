@@ -86,7 +86,7 @@ py::array_t<float> linear(const py::array& x, const py::array& weight, const std
   return y;
 }
 
-// What is chosen does not depend on the taps: one per block will do.
+// Blocks with every tap.
 std::vector<std::string> kernels_for(const std::string& isa, const std::array<int64_t, 4>& x,
                                      const std::vector<int32_t>& block_filters, const Pair& kernel, const Pair& stride,
                                      const Pair& padding, const Pair& dilation, int64_t groups) {
@@ -95,10 +95,12 @@ std::vector<std::string> kernels_for(const std::string& isa, const std::array<in
   SADMM_CHECK(found, op, ": isa got '", isa, "', wanted one of ", isa_names());
   std::vector<int32_t> all, offsets{0};
   std::vector<float> weight;
+  SADMM_CHECK(groups >= 1 && kernel[0] >= 1 && kernel[1] >= 1, op, ": groups and kernel_size got less than 1");
+  const int64_t columns = x[1] / groups * kernel[0] * kernel[1];
   for (const int32_t filters : block_filters) {
-    all.push_back(0);
+    for (int64_t i = 0; i < columns; ++i) all.push_back(static_cast<int32_t>(i));
     offsets.push_back(static_cast<int32_t>(all.size()));
-    weight.resize(weight.size() + static_cast<size_t>(std::max(filters, 0)));
+    weight.resize(weight.size() + static_cast<size_t>(std::max(filters, 0) * columns));
   }
   TapTable t;
   t.weight = weight;

@@ -130,8 +130,8 @@ constexpr GemmCompact make() {
                 .nr = {3, 3, 6},
                 .nv = {3, 1, 1},
                 .gather = true,
-                .pixels_cycles = {{7, 9, 13}, {7, 9, 13}, {5, 5.5, 7.5, 9, 11, 13}},
-                .filters_cycles = {{7, 9, 13.5}, {6}, {6}},
+                .pixels_cycles = {{7.5, 10.5, 15}, {7.5, 10.5, 15}, {5, 6, 8, 10, 12.5, 15}},
+                .filters_cycles = {{7, 11.5, 17.5}, {6}, {6}},
                 .pixels_kernel = {},
                 .filters_kernel = {}};
   fill_pixels<Vec16, 8, false>(g.pixels_kernel[0][0], upto<3>());
