@@ -196,13 +196,13 @@ def test_columns_reach_the_kernel(folder, tmp_path):
 
 
 def test_interrupted_commands_exit_with_130(monkeypatch, folder):
-    def interrupted(*args):
+    def interrupted(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(artefact, "load", interrupted)
     assert call("inspect", folder / "dense.safetensors", status=130) == "structadmm: interrupted\n"
 
-    def told(*args):
+    def told(*args, **options):
         try:
             raise KeyboardInterrupt
         except KeyboardInterrupt:

@@ -244,7 +244,7 @@ def test_nan_and_infinity_propagate() -> None:
         ("avx512", (1, 64, 32, 32), [4] * 16, {"pixels_4x96__avx512"}),
         ("avx512", (1, 64, 1, 1), [8] * 8, {"filters_8x8__avx512"}),
         ("avx512_bf16", (1, 64, 32, 32), [64], {"pixels_8x48__avx512"}),
-        ("amx_bf16", (1, 192, 13, 13), [384], {"filters_8x48__avx512"}),
+        ("amx_bf16", (1, 192, 13, 13), [384], {"pixels_8x48__avx512"}),
         ("avx2", (1, 192, 13, 13), [384], {"filters_6x16__avx2"}),
         ("avx2", (1, 64, 32, 32), [8] * 8, {"pixels_4x24__avx2"}),
         ("scalar", (1, 64, 32, 32), [8] * 8, {"pixels_4x8__scalar"}),
