@@ -32,6 +32,7 @@ struct Family {
 };
 constexpr Family kFamilies[] = {
     {"taps_f32", [](const ConvSpec& spec, Dtype, Isa isa) { return pack_conv_taps_f32(spec, isa); }},
+    {"taps_bf16", [](const ConvSpec& spec, Dtype, Isa isa) { return pack_conv_taps_bf16(spec, isa); }},
 };
 
 // Memory of a whole number of pages; the one before and the one behind may be neither read nor written. The elements
