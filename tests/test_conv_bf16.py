@@ -1,0 +1,161 @@
+"""Compacted convolution in bf16: every instruction set against F.conv2d in f64 over rounded operands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_conv_steps import CASE, inputs, make_spec, steps
+from torch import Tensor
+
+import structadmm
+from structadmm import _core, reference
+
+ISAS = _core.supported_isas()
+
+
+def rounded(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
+
+
+def run(isa: str, c: dict[str, Any], spec: dict[str, Any], x: Tensor, residual: Tensor | None) -> Tensor:
+    names = ("x_layout", "y_layout", "y_halo", "spare_images", "threads", "guard")
+    halo = c["x_halo"] if c["x_layout"] == "arena" else (0, 0, 0, 0)
+    where = {} if residual is None else {"residual_layout": c["residual"]}
+    added = None if residual is None else residual.numpy()
+    args = {"x_halo": halo, **where, **{n: c[n] for n in names}}
+    y, kernel = _core.conv_step("taps_bf16", isa, spec, x.numpy(), added, dtype="bf16", **args)
+    assert kernel.startswith("gemm_bf16_") and kernel.endswith("__" + isa)
+    return torch.from_numpy(y)
+
+
+def check_close(got: Tensor, c: dict[str, Any], x: Tensor, dense: Tensor, bias: Tensor | None, residual: Any) -> None:
+    """Operands are rounded to bf16 on both sides; products of two are exact in f32.
+
+    The sum of T of them with bias and residual is off by (T + 3) 2^-23 of the sum of sizes, whatever the order and
+    whether products are fused; no curve is steeper than 1.5; the result is rounded once, by 2^-8 of it. Products of
+    less than 2^-126 may be flushed.
+    """
+    sizes = (c["stride"], c["padding"], c["dilation"], c["groups"])
+    x, dense = rounded(x).double(), rounded(dense).double()
+    wide = [None if bias is None else bias.double(), None if residual is None else rounded(residual).double()]
+    size = reference.conv_step(x.abs(), dense.abs(), *(None if t is None else t.abs() for t in wide), sizes)
+    before = reference.conv_step(x, dense, *wide, sizes)
+    want = reference.epilogue(before, **c["curve"])
+    terms = int((dense.flatten(1) != 0).sum(1).max())
+    bound = 1.5 * (terms + 3) * 2.0**-23 * size + (4 + before.square()) * 2.0**-23 * want.abs()
+    bound = 1.01 * bound + 2.0**-8 * want.abs() + 1e-36
+    assert got.shape == want.shape
+    worst = ((got.double() - want).abs() - bound).max()
+    assert bool(worst <= 0), worst
+
+
+@st.composite
+def bf16_steps(draw: Any) -> dict[str, Any]:
+    c = draw(steps())
+    # Several tiles of filters and taps, and blocks of whole units.
+    return {
+        **c,
+        "channels": c["channels"] * draw(st.sampled_from([1, 1, 5, 11])),
+        "block": draw(st.sampled_from([c["block"], 16, 32, 48, 1000])),
+    }
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60, deadline=None)
+@given(c=bf16_steps())
+def test_taps_bf16(isa: str, c: dict[str, Any]) -> None:
+    spec, dense, bias = make_spec(c)
+    x, residual = inputs(c, spec, dense)
+    check_close(run(isa, c, spec, x, residual), c, x, dense, bias, residual)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=15, deadline=None)
+@given(c=bf16_steps())
+def test_threads_batch_and_layouts_give_the_same_bits(isa: str, c: dict[str, Any]) -> None:
+    c = {**c, "channels": 16 * c["groups"]}
+    spec, dense, _ = make_spec(c)
+    x, residual = inputs(c, spec, dense)
+    got = run(isa, c, spec, x, residual)
+    other = {**c, "threads": 3, "y_halo": (0, 0, 0, 0), "y_layout": "tensor"}
+    assert torch.equal(got, run(isa, other, spec, x, residual))
+    for n in range(len(x)):
+        one = None if residual is None else residual[n : n + 1]
+        assert torch.equal(got[n : n + 1], run(isa, {**c, "spare_images": 0}, spec, x[n : n + 1], one))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_work_enough_to_be_split(isa: str) -> None:
+    for size, filters in (((14, 14), 64), ((4, 4), 512)):  # by pixels, and by filters
+        c = {**CASE, "size": size, "channels": 48, "filters": filters, "batch": 1, "block": 1000, "density": 0.5}
+        spec, dense, bias = make_spec(c)
+        x, _ = inputs(c, spec, dense)
+        got = run(isa, c, spec, x, None)
+        check_close(got, c, x, dense, bias, None)
+        for threads in (2, 5):
+            assert torch.equal(got, run(isa, {**c, "threads": threads}, spec, x, None))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_nan_and_infinity_stay_where_they_belong(isa: str) -> None:
+    c = {**CASE, "curve": {"low": 0.0}, "channels": 5}  # 45 taps: the last step is not full
+    spec, dense, bias = make_spec(c)
+    x, _ = inputs(c, spec, dense)
+    x[0, 1, 4, 4] = torch.nan
+    x[1, 2, 0, 0] = torch.inf
+    got = run(isa, c, spec, x, None)
+    assert bias is not None
+    sums = reference.conv_step(
+        rounded(x).double(), rounded(dense).double(), bias.double(), None, ((1, 1), (1, 1), (1, 1), 1)
+    )
+    want = reference.epilogue(sums, **c["curve"])
+    assert torch.equal(got.isnan(), want.isnan()) and bool(want.isnan().any())
+    assert torch.equal(got.isinf(), want.isinf()) and bool(want.isinf().any())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_filters_without_taps_emit_the_epilogue_of_their_bias(isa: str) -> None:
+    c = {**CASE, "density": 0.0, "curve": {"activation": "silu"}, "residual": "arena"}
+    spec, dense, bias = make_spec(c)
+    x, residual = inputs(c, spec, dense)
+    got = run(isa, c, spec, x * torch.nan, residual)
+    assert bias is not None and residual is not None
+    want = torch.nn.functional.silu(bias.view(1, -1, 1, 1) + rounded(residual))
+    torch.testing.assert_close(got, want, rtol=2.0**-8, atol=1e-30)
+
+
+PROBE = """
+from structadmm import _core
+spec = {"in_channels": 1, "out_channels": 1, "weight": [1.0], "taps": [0], "block_filters": [1], "block_taps": [0, 1]}
+import numpy as np
+print(_core.isa(), _core.conv_step("taps_bf16", _core.isa(), spec, np.ones((1, 1, 3, 3), "f4"), dtype="bf16")[1])
+"""
+
+
+def test_a_forced_isa_runs() -> None:
+    package = str(Path(structadmm.__file__).resolve().parent.parent)
+    for isa in ISAS:
+        env = {**os.environ, "PYTHONPATH": package, "STRUCTADMM_ISA": isa}
+        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        ran, kernel = done.stdout.split()
+        assert ran == isa and kernel.endswith("__" + isa)
+
+
+def test_bad_arguments_are_errors() -> None:
+    spec, dense, _ = make_spec(CASE)
+    x = torch.zeros(2, 3, 9, 9).numpy()
+    with pytest.raises(ValueError, match="conv_taps_bf16: planes got another dtype, wanted bf16"):
+        _core.conv_step("taps_bf16", "scalar", spec, x)
+    with pytest.raises(ValueError, match="conv_taps_bf16: block_filters got 40 filters in all, wanted 41"):
+        _core.conv_step("taps_bf16", "scalar", {**spec, "out_channels": 41}, x, dtype="bf16")
+    with pytest.raises(ValueError, match="conv_taps_bf16: x has 4 channels, wanted 3"):
+        _core.conv_step("taps_bf16", "scalar", spec, torch.zeros(2, 4, 9, 9).numpy(), dtype="bf16")
