@@ -7,7 +7,6 @@ namespace structadmm::bindings {
 
 void bind_common(pybind11::module_& m);
 void bind_compact(pybind11::module_& m);
-void bind_nonzeros(pybind11::module_& m);
 void bind_engine(pybind11::module_& m);
 void bind_graph(pybind11::module_& m);
 void bind_conv_step(pybind11::module_& m);

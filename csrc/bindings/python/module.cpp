@@ -5,7 +5,6 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The kernels of structadmm over NumPy arrays, without torch.";
   structadmm::bindings::bind_common(m);
   structadmm::bindings::bind_compact(m);
-  structadmm::bindings::bind_nonzeros(m);
   structadmm::bindings::bind_engine(m);
   structadmm::bindings::bind_graph(m);
   structadmm::bindings::bind_conv_step(m);
