@@ -49,6 +49,14 @@ def test_a_slower_machine_does_not_change_the_ratio(clock):
     assert result["a"].q3 > 2 * result["a"].q1
 
 
+def test_settling_sleeps_and_calls_once_before_each_turn(clock, monkeypatch):
+    seen = []
+    monkeypatch.setattr(timing, "sleep", lambda seconds: seen.append(seconds))
+    calls = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
+    timing.interleave(calls, warmup=0.0, repeats=1, min_time=0.0, settle=0.5)
+    assert seen[4:] == [0.5, "a", "a", 0.5, "b", "b"]  # two calls of each warm up
+
+
 def test_spread_and_bad_arguments():
     assert timing.Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == timing.Spread(3.0, 2.0, 4.0)
     assert timing.Spread.of([2.0]).to_dict() == {"median": 2.0, "q1": 2.0, "q3": 2.0}

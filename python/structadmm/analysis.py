@@ -17,8 +17,10 @@ from collections.abc import Sequence
 import numpy as np
 from torch import fx
 
-from .channels import BINARY_NAMES, Bools, Channels, Floats, Ints, Layer, flat, function_name, title
+from .channels import Channels
+from .pointwise import BINARY_NAMES
 from .trace import Traced
+from .tracking import Bools, Floats, Ints, Layer, flat, operation, title
 
 # Largest ratio of constants at which one channel carries another's weights: rounding grows by as much at worst.
 MAX_RATIO = 100.0
@@ -54,6 +56,8 @@ class Analysis(Channels):
         self.elide = elide
         self.elided: dict[fx.Node, tuple[int, Floats]] = {}
         self.need: dict[fx.Node, Bools] = {}
+        # Channels that are needed even where they are constant.
+        self.hard: dict[fx.Node, Bools] = {}
         self.label = components(self.n_ids, self.edges)
         self.reasons: dict[int, str] = {}
         self._kept = np.zeros(self.n_ids, bool)
@@ -74,6 +78,13 @@ class Analysis(Channels):
             layer = self.layers.get(node)
             if layer is not None:
                 self._read(layer, need.reshape(-1))
+                continue
+            if node in self.readers:
+                for source, wanted, hard in self.readers[node](need):
+                    self._demand(source, wanted)
+                    if hard is not None and source in self.facts:
+                        shape = self.facts[source].ids.shape
+                        self.hard[source] = self.hard.get(source, np.False_) | hard.reshape(shape)
                 continue
             tracked = [s for s, _, _ in self.sources[node]]
             for source in node.all_input_nodes:
@@ -109,13 +120,11 @@ class Analysis(Channels):
         rows = need & ~layer.silent
         n_filters, cg = layer.reads.shape
         wanted = (layer.reads & rows[:, None]).reshape(layer.groups, -1, cg).any(1).reshape(-1)
-        facts = self.facts[layer.source]
-        self._demand(layer.source, wanted if facts.ids.size == wanted.size else None)
+        self._demand(layer.source, wanted if layer.direct else None)
 
     def _elidable(self, node: fx.Node, need: Bools) -> int | None:
         """Which operand of an addition is a constant in every needed channel, so that a bias can stand for it."""
-        name = function_name(node.target) if node.op == "call_function" else str(node.target)
-        kind = BINARY_NAMES.get(name)
+        kind = BINARY_NAMES.get(operation(node))
         sources = self.sources[node]
         if kind not in ("add", "sub") or len(sources) != 2 or len(node.args) != 2 or node.kwargs or not need.any():
             return None
@@ -142,10 +151,19 @@ class Analysis(Channels):
                 self.reasons.setdefault(label, reason)
         for node, facts in self.facts.items():
             alive[facts.ids[self.need[node] & ~facts.const]] = True
+            if node in self.hard:
+                alive[facts.ids[self.hard[node]]] = True
         self._kept[self.label[alive]] = True
         self._merge()
         self._repair()
         self.removed: Bools = ~self._kept[self.label]
+
+    def give_back(self, ids: Ints, reason: str) -> None:
+        """Keep channels after all."""
+        labels = np.unique(self.label[ids])
+        self._keep(labels[~self._kept[labels]], reason)
+        self._repair()
+        self.removed = ~self._kept[self.label]
 
     def _rows(self, layer: Layer) -> Bools:
         """Filters that read their inputs."""
@@ -175,7 +193,7 @@ class Analysis(Channels):
             for i in stuck.tolist():
                 where.setdefault(int(labels[i]), []).append((layer, i))
             source = self.need[layer.source].reshape(-1)
-            if stuck.size and source.size == labels.size:
+            if stuck.size and layer.direct:
                 for i in np.flatnonzero(layer.ins.const & (layer.ins.value != 0) & source).tolist():
                     group = (layer.node, i // layer.reads.shape[1])
                     carriers.setdefault(group, []).append((int(labels[i]), i))
@@ -234,6 +252,12 @@ class Analysis(Channels):
             for node, layer in self.layers.items():
                 if node in live and layer.groups > 1:
                     changed |= self._balance(layer)
+            for node, rows in self.together:
+                if node in live:
+                    changed |= self._revive(node, rows)
+            for node, ids in self.grids:
+                if node in live:
+                    changed |= self._even(node, self.label[ids])
 
     def _keep(self, labels: Ints, reason: str) -> None:
         self._kept[labels] = True
@@ -250,6 +274,35 @@ class Analysis(Channels):
             for g in np.flatnonzero(stays & (count < want)):
                 gone = labels[g][~self._kept[labels[g]]]
                 self._keep(gone[: want - count[g]], f"{title(layer.node)} keeps its conv groups of one size")
+                changed = True
+        return changed
+
+    def _revive(self, node: fx.Node, arrays: list[Ints]) -> bool:
+        """Where one of several arrays has channels left in a row, each keeps at least one."""
+        alive = [self._kept[self.label[a]].any(1) for a in arrays]
+        wanted = np.logical_or.reduce(alive)
+        changed = False
+        for ids, has in zip(arrays, alive, strict=True):
+            rows = np.flatnonzero(wanted & ~has)
+            if rows.size:
+                self._keep(self.label[ids[rows, 0]], f"{title(node)} keeps the head that it belongs to")
+                changed = True
+        return changed
+
+    def _even(self, node: fx.Node, labels: Ints) -> bool:
+        """As many channels in every row of a grid that keeps any; over several dimensions from the innermost out."""
+        axes = [d for d, n in enumerate(labels.shape) if n > 1]
+        grid = labels.reshape([labels.shape[d] for d in axes])
+        changed = False
+        for level in range(grid.ndim - 1, 0, -1):
+            first = grid.reshape(*grid.shape[: level + 1], -1)[..., 0]  # what revives an entry at this level
+            kept = self._kept[grid].reshape(*grid.shape[: level + 1], -1).any(-1).reshape(-1, grid.shape[level])
+            count = kept.sum(1)
+            want = int(count.max())
+            rows = first.reshape(-1, grid.shape[level])
+            for r in np.flatnonzero((count > 0) & (count < want)):
+                gone = rows[r][~kept[r]]
+                self._keep(gone[: want - count[r]], f"{title(node)} keeps its rows of one size")
                 changed = True
         return changed
 

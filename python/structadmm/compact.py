@@ -1,8 +1,8 @@
 """From a network with zeros to a smaller one that computes the same: channels cut out, columns compacted, verified.
 
-`compact` traces, analyses (channels.py), folds constants (paths.py), cuts every layer to the channels that stay, turns
-layers whose remaining weights are sparse by columns or block-columns into structadmm.nn layers, and compares the result
-with the input.
+`compact` traces, analyses (analysis.py), finds the order of what stays (layout.py), folds constants (paths.py), cuts
+every layer to it (rewrite.py), turns layers whose remaining weights are sparse by columns or block-columns into
+structadmm.nn layers, and compares the result with the input.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .analysis import Analysis
-from .channels import Bools, Facts, Layer, given
 from .errors import CompactError
-from .nn import ChannelBias, CompactConv2d, CompactLinear
+from .layout import Layouts, settle
+from .nn import CompactConv2d, CompactLinear
 from .paths import assert_same, check_weights, fold, remarks_text, render, tolerance_for
+from .rewrite import cut, edit_graph
 from .trace import Traced, clone, rebatch, trace
 
 COLUMNS = ("auto", "always", "never")
@@ -156,20 +155,21 @@ def compact(
             warnings.warn(f"compact: {note}", stacklevel=2)
     report = CompactReport(_layer_rows(traced), remarks=traced.notes)
     analysis = Analysis(traced)
+    layouts = settle(analysis)
     report.notes, report.whole = analysis.notes(), analysis.whole
     dense = copy.deepcopy(traced.module).to("meta")
 
     small = traced.module
     fold(analysis, small)
-    _cut(analysis)
-    _edit_graph(analysis)
+    cut(layouts)
+    edit_graph(layouts)
     small.graph.eliminate_dead_code()
     small.graph.lint()
     small.delete_all_unused_submodules()
     small.recompile()
     positions = _positions(traced)
     if columns != "never":
-        _compact_columns(small, positions, _origins(analysis), columns == "always")
+        _compact_columns(small, positions, _origins(layouts), columns == "always")
     _fill_rows(report, small, positions)
 
     if verify:
@@ -254,198 +254,13 @@ def _fill_rows(report: CompactReport, small: fx.GraphModule, positions: dict[str
     report.notes = {name: note for name, note in report.notes.items() if name in positions}
 
 
-def _cut(analysis: Analysis) -> None:
-    """Cut the layers to the channels that stay, in place."""
-    live = analysis.live_nodes()
-    root = analysis.module
-    for node, layer in analysis.layers.items():
-        if node in live:
-            _cut_layer(root.get_submodule(str(node.target)), layer, analysis)
-    for node in analysis.norms:
-        if node in live:
-            m: Any = root.get_submodule(str(node.target))
-            keep = _index(analysis.keep(analysis.facts[node].ids).reshape(-1), m)
-            m.num_features = len(keep)
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                _take(m, name, lambda t, keep=keep: t[keep])
-
-
-def _index(keep: Bools, m: nn.Module) -> Tensor:
-    device = next((t.device for t in (*m.parameters(), *m.buffers())), torch.device("cpu"))
-    return torch.from_numpy(np.flatnonzero(keep)).to(device)
-
-
-def _take(m: nn.Module, name: str, take: Any) -> None:
-    t = getattr(m, name)
-    if t is None:
-        return
-    new = take(t.detach()).clone()
-    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous():
-        new = new.contiguous(memory_format=torch.channels_last)
-    setattr(m, name, nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new)
-
-
-def _cut_layer(m: Any, layer: Layer, analysis: Analysis) -> None:
-    ins, outs = analysis.keep(layer.ins.ids), analysis.keep(layer.outs.ids)
-    if ins.all() and outs.all():
-        return
-    if isinstance(m, nn.Linear):
-        rows, cols = _index(outs, m), _index(ins, m)
-        _take(m, "weight", lambda w: w[rows][:, cols])
-        _take(m, "bias", lambda b: b[rows])
-        m.in_features, m.out_features = len(cols), len(rows)
-        return
-    per_in, per_out = ins.reshape(layer.groups, -1), outs.reshape(layer.groups, -1)
-    stay = np.flatnonzero(per_in.any(1) | per_out.any(1))
-    width = per_out.shape[1]
-
-    def take(w: Tensor) -> Tensor:
-        # Conv groups that stay are of one size by the analysis' repair.
-        return torch.cat([w[g * width : (g + 1) * width][_index(per_out[g], m)][:, _index(per_in[g], m)] for g in stay])
-
-    _take(m, "weight", take)
-    rows = _index(outs, m)
-    _take(m, "bias", lambda b: b[rows])
-    m.in_channels, m.out_channels, m.groups = int(ins.sum()), int(outs.sum()), len(stay)
-
-
-def _axis(facts: Facts) -> int:
-    """The one dimension that the channels lie along."""
-    return next((d for d, n in enumerate(facts.ids.shape) if n > 1), 1)
-
-
-def _edit_graph(analysis: Analysis) -> None:
-    """Arguments that count channels count those that stay; additions of constants become biases."""
-    graph = analysis.module.graph
-    for node in list(graph.nodes):
-        if node in analysis.elided:
-            _elide(analysis, node)
-        elif analysis.edits.get(node) == "view":
-            _edit_view(analysis, node)
-        elif analysis.edits.get(node) == "slice":
-            _edit_slice(analysis, node)
-        elif analysis.edits.get(node) == "pad":
-            _edit_pad(analysis, node)
-        elif analysis.edits.get(node) == "split":
-            _edit_split(analysis, node)
-
-
-def _swap(analysis: Analysis, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
-    """Put another function in the place of `node`."""
-    with analysis.module.graph.inserting_before(node):
-        new = analysis.module.graph.call_function(target, args)
-    tables: tuple[dict[fx.Node, Any], ...] = (analysis.shapes, analysis.facts, analysis.sources, analysis.parts)
-    for known in tables:
-        if node in known:
-            known[new] = known[node]
-    node.replace_all_uses_with(new)
-    analysis.module.graph.erase_node(node)
-
-
-def _edit_view(analysis: Analysis, node: fx.Node) -> None:
-    if node.target not in ("view", "reshape", torch.reshape):
-        return
-    args: Any = node.args
-    source, facts = args[0], analysis.facts[node]
-    shape = analysis.shapes[node]
-    if len(shape) == 2 and len(analysis.shapes[source]) > 2:
-        _swap(analysis, node, torch.flatten, (source, 1))  # for any batch and map size, however the sizes were computed
-        return
-    keep = analysis.keep(facts.ids).reshape(-1)
-    sizes: Any = node.args[1:] if len(node.args) > 1 else (node.kwargs.get("shape", node.kwargs.get("size")),)
-    if keep.all() or len(sizes) == 1 and isinstance(sizes[0], fx.Node):
-        return
-    sizes = list(sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes)
-    d = _axis(facts)
-    if sizes[d] != -1:
-        sizes[d] = int(keep.sum())
-    node.args, node.kwargs = (source, tuple(sizes)), {}
-
-
-def _edit_slice(analysis: Analysis, node: fx.Node) -> None:
-    args: Any = node.args
-    source, index = args
-    facts = analysis.facts[source]
-    d = _axis(facts)
-    n = facts.ids.shape[d]
-    keep = analysis.keep(facts.ids).reshape(-1)
-    if n == 1 or keep.all():
-        return
-    entries = list(index) if isinstance(index, tuple) else [index]
-    if any(e is Ellipsis for e in entries):
-        at = next(i for i, e in enumerate(entries) if e is Ellipsis)
-        used = sum(e is not None and e is not Ellipsis for e in entries)
-        entries[at : at + 1] = [slice(None)] * (facts.ids.ndim - used)
-    places = [i for i, e in enumerate(entries) if e is not None]
-    if d >= len(places):
-        return
-    taken = range(n)[entries[places[d]]]
-    if len(taken) == n:
-        return
-    start = int(keep[: taken.start].sum())
-    entries[places[d]] = slice(start, start + int(keep[taken.start : taken.stop].sum()))
-    node.args = (source, tuple(entries))
-
-
-def _edit_pad(analysis: Analysis, node: fx.Node) -> None:
-    source, positions, _ = analysis.sources[node][0]
-    facts = analysis.facts[node]
-    d, rank = _axis(facts), facts.ids.ndim
-    if node.op == "call_module":
-        m: Any = analysis.module.get_submodule(str(node.target))
-        pad, fill = list(m.padding), m.value
-    else:
-        chosen = given(node, "input", "pad", "mode", "value")
-        pad, fill = list(chosen["pad"]), chosen.get("value") or 0.0
-    keep = analysis.keep(facts.ids).reshape(-1)
-    old = positions.reshape(-1) >= 0
-    first, last = int(old.argmax()), len(old) - int(old[::-1].argmax())
-    at = 2 * (rank - 1 - d)
-    pad[at : at + 2] = [int(keep[:first].sum()), int(keep[last:].sum())]
-    _swap(analysis, node, F.pad, (source, tuple(pad), "constant", fill))
-
-
-def _edit_split(analysis: Analysis, node: fx.Node) -> None:
-    source, parts = analysis.parts[node]
-    facts = analysis.facts[source]
-    keep = analysis.keep(facts.ids).reshape(-1)
-    if not keep.all():
-        _swap(analysis, node, torch.split, (source, [int(keep[p.reshape(-1)].sum()) for p in parts], _axis(facts)))
-
-
-def _elide(analysis: Analysis, node: fx.Node) -> None:
-    """An addition of a constant: nothing, a bias of what made the other operand, or a ChannelBias."""
-    which, constant = analysis.elided[node]
-    graph, root = analysis.module.graph, analysis.module
-    facts = analysis.facts[node]
-    constant = constant[analysis.keep(facts.ids).reshape(-1)]
-    stays = node.args[1 - which]
-    assert isinstance(stays, fx.Node)
-    if constant.any():
-        maker = root.get_submodule(str(stays.target)) if stays.op == "call_module" else None
-        alone = len(stays.users) == 1 and (stays in analysis.layers or stays in analysis.norms)
-        place = getattr(maker, "bias", None) if alone or type(maker).__name__ == "ChannelBias" else None
-        if place is not None and len(stays.users) == 1:
-            with torch.no_grad():
-                place.detach().add_(torch.from_numpy(constant).to(place))
-        else:
-            like = next(t for t in (*root.parameters(), *analysis.traced.inputs) if t.is_floating_point())
-            layer = ChannelBias(torch.from_numpy(constant).to(like), _axis(facts)).train(root.training)
-            name = f"{node.name}_bias"
-            root.add_submodule(name, layer)
-            with graph.inserting_before(node):
-                new = graph.call_module(name, (stays,))
-            stays = new
-    node.replace_all_uses_with(stays)
-    graph.erase_node(node)
-
-
-def _origins(analysis: Analysis) -> dict[str, Tensor]:
+def _origins(layouts: Layouts) -> dict[str, Tensor]:
     """Per layer that was cut: the numbers that its filters had within their conv group."""
     out = {}
-    for node, layer in analysis.layers.items():
-        n = layer.outs.ids.size
-        out[str(node.target)] = torch.from_numpy(np.flatnonzero(analysis.keep(layer.outs.ids)) % (n // layer.groups))
+    for node, layer in layouts.analysis.layers.items():
+        if node in layouts.of:
+            n = layer.outs.ids.size // layer.groups
+            out[str(node.target)] = torch.from_numpy(layouts.of[node].reshape(-1) % n)
     return out
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .analysis import Analysis
-from .channels import Layer
 from .errors import CompactError
-from .trace import as_inputs, clone, mode, rebatch, tensors_in, trace
+from .symbolic import mode
+from .trace import as_inputs, clone, rebatch, tensors_in, trace
+from .tracking import filters
 
 
 @dataclass
@@ -156,11 +157,6 @@ def assert_same(
     return absolute, relative
 
 
-def dense(t: Tensor, layer: Layer) -> Tensor:
-    """The layer's weight as [O, Cg, K], sharing storage where its strides allow."""
-    return t.detach().reshape(*layer.reads.shape, -1)
-
-
 def fold(analysis: Analysis, root: nn.Module) -> None:
     """Write the findings into the modules of `root` in place, shapes unchanged: the function in eval mode stays the
     same.
@@ -179,19 +175,16 @@ def fold(analysis: Analysis, root: nn.Module) -> None:
         delta = analysis.shift_of(layer)
         delta[idle] = 0.0
         with torch.no_grad():
-            weight = m.weight.detach()
-            mask = torch.from_numpy(keep).to(weight.device).reshape(n_filters, cg, *[1] * (weight.dim() - 2))
-            reading = torch.from_numpy(layer.needed & ~layer.silent).to(weight.device)
+            weight = filters(m, layer.groups)  # [groups, O/groups, Cg, *K], a view
+            ones = [1] * (weight.dim() - 3)
+            mask = torch.from_numpy(keep).to(weight.device).reshape(*weight.shape[:3], *ones)
+            reading = torch.from_numpy(layer.needed & ~layer.silent).to(weight.device).reshape(layer.groups, -1)
             for gone, carrier in layer.merges.items():
                 if analysis.removed[layer.ins.ids[gone]]:
-                    rows = slice(
-                        gone // cg * (n_filters // layer.groups), (gone // cg + 1) * (n_filters // layer.groups)
-                    )
                     ratio = layer.ins.value[gone] / layer.ins.value[carrier]
-                    moved = (
-                        weight[rows, gone % cg].double() * ratio * reading[rows].reshape(-1, *[1] * (weight.dim() - 2))
-                    )
-                    weight[rows, carrier % cg] += moved.to(weight.dtype)
+                    g = gone // cg
+                    moved = weight[g, :, gone % cg].double() * ratio * reading[g].reshape(-1, *ones)
+                    weight[g, :, carrier % cg] += moved.to(weight.dtype)
             weight.mul_(mask)
             if m.bias is not None:
                 bias = m.bias.detach()
@@ -204,12 +197,13 @@ def fold(analysis: Analysis, root: nn.Module) -> None:
                     mean.copy_(mean.double() - _on(delta, mean))
                 else:
                     assert layer.shift == "new"
-                    m.bias = nn.Parameter(_on(delta, weight).to(weight.dtype), requires_grad=m.weight.requires_grad)
-    for node in analysis.norms:
+                    new = _on(delta, weight).to(weight.dtype)
+                    m.bias = nn.Parameter(new, requires_grad=m.weight.requires_grad)
+    for node in (*analysis.norms, *analysis.affine):
         m = root.get_submodule(str(node.target))
         facts = analysis.facts[node]
         idle = (analysis.removed[facts.ids] | ~analysis.need[node]).reshape(-1)
-        for p in (m.weight, m.bias):
+        for p in (getattr(m, "weight", None), getattr(m, "bias", None)):
             if p is not None:
                 p.detach()[_on(idle, p)] = 0
 
@@ -224,12 +218,11 @@ def zeros_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     for name, m in model.named_modules():
         w = getattr(m, "weight", None)
         if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and isinstance(w, Tensor):
-            nonzero = w.detach() != 0
-            flat = nonzero.reshape(w.shape[0], w.shape[1], -1).any(2)
-            g = getattr(m, "groups", 1)
-            channels = flat.reshape(g, -1, w.shape[1]).any(1)
+            nonzero = filters(m, getattr(m, "groups", 1)) != 0
+            reads = nonzero.flatten(3).any(3) if nonzero.dim() > 3 else nonzero
+            flat, channels = reads.flatten(0, 1), reads.any(1)
             out[name] = (
-                w.shape[0],
+                flat.shape[0],
                 int(flat.any(1).sum()),
                 channels.numel(),
                 int(channels.sum()),

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from .analysis import Analysis
-from .channels import Layer
 from .errors import CompactError
 from .groups import DEFAULT_BLOCK, expand_keep, group_ids, n_groups
 from .paths import ZerosReport, check_weights, remove_paths, report_of, zeros_of, zeros_report
 from .trace import clone, trace
+from .tracking import Layer
 
 Floats = npt.NDArray[np.float64]
 
@@ -225,9 +225,7 @@ def _candidates(
         m: Any = analysis.module.get_submodule(name)
         w = m.weight.detach().double().cpu()
         shape, groups = w.shape, layer.groups
-        read = _size(analysis, layer.source)
-        if read.size != layer.ins.ids.size:
-            read = np.ones(layer.ins.ids.size)
+        read = _size(analysis, layer.source) if layer.direct else np.ones(layer.ins.ids.size)
         per_group = (groups, -1, shape[1], math.prod(shape[2:]))
         felt = w.reshape(per_group) * torch.from_numpy(_row_scale(analysis, node)).reshape(groups, -1, 1, 1)
         square = ((felt * torch.from_numpy(read).reshape(groups, 1, -1, 1)) ** 2).reshape(-1)

@@ -10,12 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import linecache
 import operator
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +24,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from .errors import TraceError
+from .plain import modules_for_functions
+from .symbolic import Ghost, culprit, defaults_of, first_line, mode, symbolic
 
 # Shapes are propagated at this batch size, which no channel count, conv group or head count is likely to equal: a
 # reshape that mixes the batch with channels then shows.
@@ -47,7 +46,8 @@ class Traced:
     module: GraphModule over a copy of the model, attribute paths as in the model. shapes: per node the shape of its
     value in eval mode at batch `batch` (a tuple of ints for a tensor, nested tuples for several
         tensors, the value itself for numbers).
-    inputs: the example, checked. notes: what the user should know (hooks that do not survive, modes that differ).
+    inputs: the example, checked. varies: per tensor the dimensions whose size depends on the batch's. notes: what the
+    user should know (hooks that do not survive, modes that differ).
     """
 
     module: fx.GraphModule
@@ -55,6 +55,7 @@ class Traced:
     inputs: tuple[Tensor, ...]
     batch: int
     notes: list[str] = field(default_factory=list)
+    varies: dict[fx.Node, set[int]] = field(default_factory=dict)
 
 
 class Shape(tuple[int, ...]):
@@ -155,18 +156,6 @@ def rebatch(inputs: Sequence[Tensor], batch: int, seed: int | None = None) -> tu
     return tuple(out)
 
 
-@contextlib.contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """All of `model` in one mode for a while; every module's own flag is restored."""
-    flags = {m: m.training for m in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
 def shape_of(value: Any) -> Any:
     """Shapes instead of tensors in a nested value."""
     if isinstance(value, Tensor):
@@ -183,25 +172,6 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
 
 
-class _Tracer(fx.Tracer):
-    """torch.fx's tracer with the package's layers as leaves and the path to the module that fails."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.record_stack_traces = True
-        self.at: list[str] = []
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__module__ == "structadmm.nn" or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Not popped on an exception: what is left names the culprit.
-        self.at.append(self.path_of_module(m))
-        out = super().call_module(m, forward, args, kwargs)
-        self.at.pop()
-        return out
-
-
 class _Shapes(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -213,62 +183,6 @@ class _Shapes(fx.Interpreter):
         out = super().run_node(n)
         self.shapes[n] = shape_of(out)
         return out
-
-
-def _culprit(error: BaseException) -> str:
-    """Where in the user's code an exception was raised: `file:line: source`, or nothing."""
-    ours = (str(Path(torch.__file__).parent), __file__, "<")
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(ours):
-            line = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
-            return f" at {frame.filename}:{frame.lineno} `{line}`"
-    return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _defaults(model: nn.Module, n_inputs: int, who: str) -> dict[str, Any]:
-    """Arguments of forward that the example leaves at their defaults: tracing must see the values, not stand-ins for
-    them."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    needed = sum(p.default is p.empty for p in positional)
-    if n_inputs < needed or (n_inputs > len(positional) and not variadic):
-        names = ", ".join(p.name for p in positional)
-        raise TraceError(f"{who}: example got {n_inputs} tensors, wanted one for each argument of forward({names})")
-    return {p.name: p.default for p in positional[n_inputs:]}
-
-
-def _symbolic(model: nn.Module, training: bool, defaults: dict[str, Any], who: str) -> fx.Graph:
-    tracer = _Tracer()
-    try:
-        with mode(model, training):
-            graph = tracer.trace(model, concrete_args=defaults or None)
-    except Exception as error:
-        path = next((p for p in reversed(tracer.at) if p), "")
-        module = model.get_submodule(path)
-        name = f"{path} ({type(module).__name__})" if path else type(module).__name__
-        raise TraceError(
-            f"{who}: {name} got {type(error).__name__}{_culprit(error)}: {_first_line(error)}; "
-            "wanted a forward that torch.fx traces: no branches on the values of tensors, no item assignment"
-        ) from error
-    for node in graph.nodes:
-        node.type = None  # annotations may be strings, which generated code cannot import when it is pickled
-    # Arguments left at their defaults are constants now: drop their stand-ins and torch.fx's assertions about them.
-    stand_ins = [n for n in graph.nodes if n.op == "placeholder" and n.target.removesuffix("_1") in defaults]
-    for placeholder in stand_ins:
-        for user in list(placeholder.users):
-            for assertion in [user, *user.users]:
-                if not assertion.users and assertion.target not in ("output",):
-                    graph.erase_node(assertion)
-            if user.graph is graph and user in placeholder.users and not user.users:
-                graph.erase_node(user)
-        if not placeholder.users:
-            graph.erase_node(placeholder)
-    return graph
 
 
 def _mutated(node: fx.Node) -> fx.Node | None:
@@ -399,15 +313,18 @@ def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trac
         if type(model).__module__.startswith("torch.") and isinstance(inner, nn.Module):
             raise TraceError(f"{who}: model got a {type(model).__name__}, wanted the module inside it: .{attribute}")
     inputs = as_inputs(model, example, who)
-    defaults = _defaults(model, len(inputs), who)
+    defaults = defaults_of(model, len(inputs), who)
     notes = [f"{name}: its hooks are not part of the traced network" for name in hooked(model)]
     root = clone(model)
     for module in root.modules():  # what is left are hooks of the user's; the note says that they are gone
         for kind in _HOOKS:
             getattr(module, kind).clear()
 
-    training = _symbolic(root, True, defaults, who)
-    graph = _symbolic(root, False, defaults, who)
+    probes = [rebatch(inputs, PROBE_BATCH), rebatch(inputs, PROBE_BATCH + 2)]
+    graph, training, shaped = symbolic(root, probes, defaults, who)
+    if shaped:
+        notes.append("forward computes with shapes: the traced network takes inputs of the example's size, any batch")
+    modules_for_functions(root, graph, training)
     graph._tracer_cls = None  # unpickling wants an importable tracer: torch.fx's own
     module = fx.GraphModule(root, graph, type(model).__name__)
     training.owning_module = module
@@ -418,25 +335,62 @@ def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trac
     module.recompile()
 
     batch, shapes, failure = 0, {}, None
+    varies: dict[fx.Node, set[int]] = {}
     for probe in (rebatch(inputs, PROBE_BATCH), inputs):
-        runner = _Shapes(module)
         try:
-            with mode(module, False), torch.no_grad():
-                runner.run(*(t.clone() for t in probe))
-        except Exception as error:
-            node = runner.current
+            shapes = _propagate(module, probe)
+        except _Failed as failed:
+            error = failed.__cause__
+            assert error is not None
+            node = failed.node
             where = f"{node.target} " if node is not None and node.op == "call_module" else ""
             failure = TraceError(
-                f"{who}: {where}got {type(error).__name__}{_culprit(error)}: {_first_line(error)}; "
+                f"{who}: {where}got {type(error).__name__}{culprit(error)}: {first_line(error)}; "
                 f"wanted an example that the network takes, got shapes {', '.join(str(tuple(t.shape)) for t in inputs)}"
             )
             failure.__cause__ = error
             continue
-        batch, shapes = (probe[0].shape[0] if probe[0].dim() else 1), runner.shapes
+        batch = probe[0].shape[0] if probe[0].dim() else 1
         break
     else:
         assert failure is not None
         raise failure
     if failure is not None:
         notes.append("forward works at the example's batch size only")
-    return Traced(module, shapes, inputs, batch, notes)
+    else:
+        with contextlib.suppress(_Failed):
+            other = _propagate(module, rebatch(inputs, PROBE_BATCH + 2))
+            varies = {n: _differing(s, other[n]) for n, s in shapes.items() if isinstance(s, Shape)}
+    return Traced(module, shapes, inputs, batch, notes, varies)
+
+
+class _Failed(Exception):
+    """A network that does not take its inputs; `node` is where it stopped."""
+
+    def __init__(self, node: fx.Node | None) -> None:
+        self.node = node
+
+
+def _differing(s: Shape, t: Any) -> set[int]:
+    if not isinstance(t, Shape) or len(t) != len(s):
+        return set(range(len(s)))
+    return {d for d, (m, n) in enumerate(zip(s, t, strict=True)) if m != n}
+
+
+def _propagate(module: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
+    """The shape of every value in eval mode: of a copy without values, or else by running."""
+    try:
+        ghost = Ghost(module)
+        assert isinstance(ghost.module, fx.GraphModule)
+        runner = _Shapes(ghost.module)
+        with mode(ghost.module, False), torch.no_grad(), ghost.fake:
+            runner.run(*(ghost.tensor(t) for t in inputs))
+        return {n: runner.shapes[g] for n, g in zip(module.graph.nodes, ghost.module.graph.nodes, strict=True)}
+    except Exception:  # whatever it is, running for real shows whether it is the network's
+        runner = _Shapes(module)
+    try:
+        with mode(module, False), torch.no_grad():
+            runner.run(*(t.clone() for t in inputs))
+    except Exception as error:
+        raise _Failed(runner.current) from error
+    return runner.shapes

@@ -1,0 +1,307 @@
+"""Rules of channel tracking for operations that mix channels: layers, normalisation, matrix products, attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from .tracking import Bools, Facts, Layer, Reading, Tracker, axes_of, by_rows, filters, given, title
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+class Mixing(Tracker):
+    def _conv(self, node: fx.Node) -> str | None:
+        m = self._module(node)
+        source = self._source(node)
+        reason = self._unshared(node)
+        if reason or len(self.shapes[source]) != m.weight.dim():
+            return reason or "unbatched input"
+        if len(node.all_input_nodes) > 1:
+            return "its arguments are tensors"
+        bad = np.zeros(m.weight.shape[2:], bool)
+        if isinstance(m, TRANSPOSED):
+            # How many taps meet at a position of the output depends on where it lies.
+            bad[...] = not (set(m.kernel_size) == set(m.stride) == {1} and not any((*m.padding, *m.output_padding)))
+        elif m.padding_mode == "zeros":
+            for axis, k in enumerate(m.kernel_size):
+                d = m.dilation[axis]
+                if m.padding == "valid":
+                    before = after = 0
+                elif m.padding == "same":
+                    before = d * (k - 1) // 2
+                    after = d * (k - 1) - before
+                else:
+                    before = after = m.padding[axis]
+                # Tap t reads inside the map for every output, at any map size, iff before <= t*d <= (k-1)*d - after.
+                t = np.arange(k) * d
+                out = (t < before) | (t > (k - 1) * d - after)
+                bad |= out.reshape([-1 if a == axis else 1 for a in range(bad.ndim)])
+        w = filters(m, m.groups)
+        w = w.reshape(m.out_channels, w.shape[2], -1)
+        self._mix(node, source, w, bad.reshape(-1), m.bias, m.groups, axis=1)
+        return None
+
+    def _linear(self, node: fx.Node) -> str | None:
+        m = self._module(node)
+        reason = self._unshared(node)
+        if reason is None:
+            w = m.weight.detach()[:, :, None]
+            self._mix(node, self._source(node), w, np.zeros(1, bool), m.bias, 1, axis=-1)
+        return reason
+
+    def _mix(
+        self, node: fx.Node, source: fx.Node, w: Tensor, bad: Bools, bias: Tensor | None, groups: int, axis: int
+    ) -> None:
+        """w [O, Cg, K]; bad [K]: taps that can lie on zero padding."""
+        n_filters, cg, _ = w.shape
+        rank = len(self.shapes[source])
+        ins = self._adopt(source, axis)
+        nonzero = w != 0
+        reads = nonzero.any(2).cpu().numpy()
+        border = np.broadcast_to(np.False_, reads.shape)
+        if bad.any():
+            border = nonzero[..., torch.from_numpy(np.flatnonzero(bad)).to(w.device)].any(2).cpu().numpy()
+        b = np.zeros(n_filters) if bias is None else bias.detach().double().cpu().numpy()
+        follower = next(iter(node.users)) if len(node.users) == 1 else None
+        if bias is not None:
+            shift: str | None = "bias"
+        elif follower is not None and axis % rank == 1 and self._takes_mean(follower):
+            shift = "norm"
+        else:
+            shift = "new" if self.create_bias else None
+
+        direct = np.array_equal(self.facts[source].ids.reshape(-1), ins.ids)
+        layer = Layer(node, source, groups, w, ins, ins, reads, border, b, shift, np.zeros(n_filters, bool), direct)
+        per_group = (groups, -1, cg)
+        nonzero_constant = (ins.const & (ins.value != 0)).reshape(groups, 1, cg)
+        varies = reads.reshape(per_group) & ~ins.const.reshape(groups, 1, cg)
+        varies |= border.reshape(per_group) & nonzero_constant
+        constant = ~varies.any(2).reshape(-1)
+        emits = b + layer.response(np.where(ins.const, ins.value, 0.0))
+        layer.outs = Facts(self._fresh(n_filters), constant, np.where(constant, emits, 0.0))
+        layer.silent = constant & ((emits == b) | (shift is not None))
+        if groups > 1 and cg == 1 and n_filters == groups:
+            self.edges.append((ins.ids, layer.outs.ids))
+        self.layers[node] = layer
+        self.facts[node] = self._like(layer.outs, rank, axis)
+        self.sources[node] = []
+
+    def _takes_mean(self, node: fx.Node) -> bool:
+        name = str(node.target)
+        if node.op != "call_module" or self._calls[name] > 1 or name in self._tied:
+            return False
+        m = self._module(node)
+        return type(m) in NORMS and m.running_mean is not None
+
+    # Normalisation
+
+    def _norm(self, node: fx.Node) -> str | None:
+        m = self._module(node)
+        source = self._source(node)
+        reason = self._unshared(node)
+        if reason:
+            return reason
+        known = self._adopt(source, 1)
+        rank = len(self.shapes[source])
+        if not np.array_equal(self.facts[source].ids.reshape(-1), known.ids):
+            return "its channels are not in dimension 1"
+        gamma, beta = _affine(m, known.ids.size)
+        if m.running_mean is None:  # normalises by the batch in eval mode too
+            facts = known.vary()
+        else:
+            mean, var = m.running_mean.double().cpu().numpy(), m.running_var.double().cpu().numpy()
+            scale = gamma / np.sqrt(var + m.eps)
+            const = known.const | (gamma == 0)
+            moved = np.where(gamma == 0, beta, (known.value - mean) * scale + beta)
+            facts = Facts(known.ids, const, np.where(const, moved, 0.0))
+        matters = self._like(Facts(known.ids, gamma != 0, beta), rank, 1).const
+        self._channelwise(node, source, self._like(facts, rank, 1), matters)
+        self.norms[node] = source
+        return None
+
+    def _group_norm(self, node: fx.Node) -> str | None:
+        """GroupNorm and InstanceNorm: the channels of a group are read together, so they go together."""
+        m = self._module(node)
+        source = self._source(node)
+        if reason := self._unshared(node):
+            return reason
+        instance = isinstance(m, INSTANCE_NORMS)
+        if instance and (m.track_running_stats or len(self.shapes[source]) < 3):
+            return "normalises with running statistics"
+        known = self._adopt(source, 1)
+        rank = len(self.shapes[source])
+        if not np.array_equal(self.facts[source].ids.reshape(-1), known.ids):
+            return "its channels are not in dimension 1"
+        groups = known.ids.size if instance else m.num_groups
+        if groups == 1:
+            self._lock(known.ids, f"{title(node)} normalises over all channels")
+        gamma, beta = _affine(m, known.ids.size)
+        per = known.map(lambda a: a.reshape(groups, -1))
+        self._tie([per.ids[:, i] for i in range(per.ids.shape[1])])
+        mean = per.value.mean(1, keepdims=True)
+        var = ((per.value - mean) ** 2).mean(1, keepdims=True)
+        constant = np.broadcast_to(per.const.all(1, keepdims=True), per.const.shape).reshape(-1)
+        emits = ((per.value - mean) / np.sqrt(var + m.eps)).reshape(-1) * gamma + beta
+        const = constant | (gamma == 0)
+        facts = Facts(known.ids, const, np.where(constant, emits, np.where(gamma == 0, beta, 0.0)))
+        self._channelwise(node, source, self._like(facts, rank, 1))
+        matters = gamma != 0
+
+        def read(need: Bools) -> list[Reading]:
+            rows = (need.reshape(-1) & matters).reshape(groups, -1).any(1)
+            wanted = np.broadcast_to(rows[:, None], per.ids.shape).reshape(-1)
+            return [(source, wanted, wanted & ~constant)]
+
+        self.readers[node] = read
+        self.affine[node] = ("weight", "bias")
+        return None
+
+    def _layer_norm(self, node: fx.Node) -> str | None:
+        """LayerNorm and RMSNorm over the channels: all of them stay, since the norm counts them."""
+        m = self._module(node)
+        source = self._source(node)
+        facts = self.facts.get(source)
+        if facts is None:
+            return self._unshared(node) or f"{self._kind(node)} reads what is not tracked"
+        self._lock(facts.ids, f"{title(node)} normalises over all channels")
+        const, value = np.zeros(facts.ids.shape, bool), np.zeros(facts.ids.shape)
+        if axes_of(facts.ids) == [facts.ids.ndim - 1] and tuple(m.normalized_shape) == (facts.ids.size,):
+            gamma, beta = _affine(m, facts.ids.size)
+            const = (gamma == 0).reshape(facts.ids.shape)
+            value = np.where(const, beta.reshape(facts.ids.shape), 0.0)
+        self._channelwise(node, source, Facts(facts.ids, const, value))
+        self.readers[node] = lambda need: [(source, None, None)]
+        return None
+
+    def _embedding(self, node: fx.Node) -> str | None:
+        m = self._module(node)
+        if reason := self._unshared(node):
+            return reason
+        if m.max_norm is not None:
+            return "rescales its rows"
+        low, high = (f(m.weight.detach(), dim=0).double().cpu().numpy() for f in (torch.amin, torch.amax))
+        outs = Facts(self._fresh(low.size), low == high, np.where(low == high, low, 0.0))
+        self.facts[node] = self._like(outs, len(self.shapes[node]), -1)
+        self.sources[node] = []
+        self.tables[node] = 1
+        return None
+
+    # Products and attention
+
+    def _matmul(self, node: fx.Node) -> str | None:
+        """Batched products: scores q @ k^T over the channels of each head, and scores @ v."""
+        if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+            return "its arguments are not tensors"
+        a, b = node.args
+        assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+        fa, fb = self.facts.get(a), self.facts.get(b)
+        if fa is None and fb is None:
+            self.why[node] = "made of untracked tensors"
+            return None
+        rank = len(self.shapes[node])
+        if fa is None or fb is None or fa.ids.ndim != rank or fb.ids.ndim != rank or rank < 3 or a is b:
+            return "one of its operands is not tracked"
+        heads = [d for d in range(rank - 2) if fa.ids.shape[d] > 1 or fb.ids.shape[d] > 1]
+        (n, ka), (kb, o) = fa.ids.shape[-2:], fb.ids.shape[-2:]
+        if any(fa.ids.shape[d] != fb.ids.shape[d] or fa.ids.shape[d] != self.shapes[node][d] for d in heads):
+            return "its operands do not line up"
+        if ka > 1 and ka == kb and n == 1 and o == 1:
+            return self._scores(node, a, b, heads)
+        if (ka, kb) == (1, 1) and n == 1 and self.shapes[a][-1] == self.shapes[b][-2]:
+            return self._weighted(node, a, b, heads)
+        return "multiplies channels in a way that is not tracked"
+
+    def _scores(self, node: fx.Node, q: fx.Node, k: fx.Node, heads: list[int]) -> str | None:
+        fq, fk = self.facts[q], self.facts[k].map(lambda x: x.swapaxes(-1, -2))
+        self._tie((fq.ids, fk.ids))
+        shape = [fq.ids.shape[d] if d in heads else 1 for d in range(fq.ids.ndim)]
+        ids = self._fresh(int(np.prod(shape))).reshape(shape)
+        self.facts[node] = Facts(ids, np.zeros(shape, bool), np.zeros(shape))
+        self.sources[node] = []
+        self._by_head(node, [(fq.ids, heads), (ids, heads)])
+        zero = (fq.const & (fq.value == 0)) | (fk.const & (fk.value == 0))
+
+        def read(need: Bools) -> list[Reading]:
+            wanted = need & ~zero
+            back = wanted.swapaxes(-1, -2)
+            return [(q, wanted, wanted), (k, back, back)]
+
+        self.readers[node] = read
+        self.edits[node] = "scores"
+        return None
+
+    def _weighted(self, node: fx.Node, weights: fx.Node, v: fx.Node, heads: list[int]) -> str | None:
+        fw, fv = self.facts[weights], self.facts[v]
+        const = fv.const & ((fv.value == 0) | (weights in self.averages))
+        self.facts[node] = Facts(fv.ids, const, np.where(const, fv.value, 0.0))
+        positions = np.arange(fv.ids.size).reshape(fv.ids.shape)
+        self.sources[node] = [(v, positions, None)]
+        self._by_head(node, [(fv.ids, heads), (fw.ids, heads)])
+        rest = tuple(d for d in range(fv.ids.ndim) if d not in heads)
+
+        def read(need: Bools) -> list[Reading]:
+            return [(v, need, need & ~const), (weights, (need & ~const).any(rest, keepdims=True), None)]
+
+        self.readers[node] = read
+        self.edits[node] = "weighted"
+        return None
+
+    def _attention(self, node: fx.Node) -> str | None:
+        """scaled_dot_product_attention: an average of v; of q and k only products matter, and of these only what
+        differs between the keys, so a channel of k that is constant goes with its channel of q."""
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        chosen = given(node, *names)
+        q, k, v = (chosen[n] for n in names[:3])
+        mask = chosen.get("attn_mask")
+        if any(n not in self.facts for n in (q, k, v)):
+            return "one of its operands is not tracked"
+        if chosen.get("enable_gqa") or len({q, k, v}) < 3:
+            return "its operands share heads"
+        fq, fk, fv = (self.facts[n] for n in (q, k, v))
+        rank = fq.ids.ndim
+        if len({f.ids.ndim for f in (fq, fk, fv)}) > 1 or fq.ids.shape != fk.ids.shape or rank < 3:
+            return "its operands do not line up"
+        if any(f.ids.shape[-2] > 1 for f in (fq, fk, fv)):
+            return "its tokens are channels"
+        heads = [d for d in range(rank - 2) if fq.ids.shape[d] > 1]
+        if fq.ids.shape[:-2] != fv.ids.shape[:-2]:
+            return "its operands do not line up"
+        if isinstance(mask, fx.Node) and heads:
+            own = len(self.shapes[mask]) - (rank - heads[0])
+            if mask in self.facts or len(heads) > 1 or (own >= 0 and self.shapes[mask][own] > 1):
+                for row in by_rows(fq.ids, heads):
+                    self._lock(row[:1], f"{title(node)} has a mask for every head")
+                if mask in self.facts:
+                    self._lock(self.facts[mask].ids, f"{title(node)} takes it as a mask")
+        self._tie((fq.ids, fk.ids))
+        self.facts[node] = Facts(fv.ids, fv.const, fv.value)
+        positions = np.arange(fv.ids.size).reshape(fv.ids.shape)
+        self.sources[node] = [(v, positions, None)]
+        self._by_head(node, [(f.ids, heads) for f in (fq, fk, fv)])
+        rest = tuple(d for d in range(rank) if d not in heads)
+        same = fk.const | (fq.const & (fq.value == 0))
+
+        def read(need: Bools) -> list[Reading]:
+            varies = (need & ~fv.const).any(rest, keepdims=True)
+            wanted = np.broadcast_to(varies, fq.ids.shape) & ~same
+            out: list[Reading] = [(v, need, None), (q, wanted, wanted), (k, wanted, wanted)]
+            return [*out, (mask, None, None)] if isinstance(mask, fx.Node) else out
+
+        self.readers[node] = read
+        self.edits[node] = "attention"
+        return None
+
+
+def _affine(m: Any, n: int) -> tuple[Any, Any]:
+    """Scale and shift of a normalisation in float64."""
+    weight, bias = getattr(m, "weight", None), getattr(m, "bias", None)
+    gamma = np.ones(n) if weight is None else weight.detach().double().cpu().numpy()
+    beta = np.zeros(n) if bias is None else bias.detach().double().cpu().numpy()
+    return gamma, beta

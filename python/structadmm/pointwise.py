@@ -1,0 +1,223 @@
+"""Rules of channel tracking for operations that treat each channel by itself: activations, arithmetic, pools, means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .trace import Shape
+from .tracking import Bools, Facts, Tracker, axes_of, given, operation, title
+
+# fmt: off
+# Elementwise operations of one tensor; the identities are identities in eval mode.
+IDENTITY_MODULES = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)
+POINTWISE_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU,
+    nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.LogSigmoid, nn.Threshold, nn.Hardshrink,
+    nn.Softshrink, nn.Tanhshrink,
+)
+POINTWISE_NAMES = {
+    "relu", "relu_", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "sigmoid_", "tanh", "tanh_",
+    "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "selu_", "celu", "celu_", "mish", "softplus", "softsign",
+    "hardtanh", "hardtanh_", "logsigmoid", "threshold", "hardshrink", "softshrink", "tanhshrink", "abs", "neg", "exp",
+    "sqrt", "square", "clamp", "clamp_", "clip", "pow", "erf", "sin", "cos", "log1p", "expm1", "rsqrt", "reciprocal",
+    "log", "clamp_min", "clamp_max", "sign", "floor", "ceil", "round",
+}
+IDENTITY_NAMES = {"contiguous", "clone", "detach", "dropout", "dropout1d", "dropout2d", "dropout3d"}
+BINARY_NAMES = {
+    "add": "add", "add_": "add", "iadd": "add", "sub": "sub", "sub_": "sub", "isub": "sub", "mul": "mul", "mul_":
+    "mul", "imul": "mul", "multiply": "mul", "subtract": "sub", "truediv": "div", "div": "div", "div_": "div",
+    "itruediv": "div", "maximum": "max", "minimum": "min",
+}
+CONST_POOLS = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample, nn.UpsamplingNearest2d,
+    nn.UpsamplingBilinear2d,
+)
+AVG_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+CONST_POOL_FUNCTIONS = {
+    F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d, torch.adaptive_avg_pool1d, torch.adaptive_max_pool1d, F.interpolate, F.upsample,
+}
+AVG_POOL_FUNCTIONS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, torch.avg_pool1d}
+# fmt: on
+
+
+class Pointwise(Tracker):
+    def _identity(self, node: fx.Node) -> str | None:
+        source = self._source(node)
+        self._channelwise(node, source, self.facts.get(source))
+        if source in self.averages:
+            self.averages.add(node)
+        return None
+
+    def _pointwise(self, node: fx.Node) -> str | None:
+        if len(node.all_input_nodes) != 1:
+            return "its arguments are tensors"
+        source = node.all_input_nodes[0]
+        facts = self.facts.get(source)
+        if facts is not None:
+            facts = self._constants(node, facts.ids, facts.const, {source: facts.value})
+        self._channelwise(node, source, facts)
+        return None
+
+    def _prelu(self, node: fx.Node) -> str | None:
+        source, m = self._source(node), self._module(node)
+        facts = self.facts.get(source)
+        if reason := self._unshared(node):
+            return reason
+        slope = m.weight.detach().double().cpu().numpy()
+        if facts is None:
+            self._channelwise(node, source, None)
+            return None
+        if slope.size > 1:
+            known = self._adopt(source, 1)
+            if not np.array_equal(self.facts[source].ids.reshape(-1), known.ids):
+                return "its channels are not in dimension 1"
+            slope = slope.reshape(facts.ids.shape)
+            self.affine[node] = ("weight",)
+        value = np.where(facts.value >= 0, facts.value, slope * facts.value)
+        self._channelwise(node, source, Facts(facts.ids, facts.const, value))
+        return None
+
+    def _pool(self, node: fx.Node) -> str | None:
+        source = self._source(node)
+        facts = self.facts.get(source)
+        if len(node.all_input_nodes) - sum(n in self.sizes for n in node.all_input_nodes) != 1:
+            return "its arguments are tensors"
+        if not isinstance(self.shapes[node], Shape) or len(self.shapes[node]) != len(self.shapes[source]):
+            return "does not return one tensor"
+        if facts is None:
+            self._channelwise(node, source, None)
+            return None
+        kind = self._kind(node)
+        dims = int(kind[-2]) if kind[-2:] in ("1d", "2d", "3d") else facts.ids.ndim - 2
+        if facts.ids.ndim != dims + 2 or any(n > 1 for d, n in enumerate(facts.ids.shape) if d != 1):
+            return "pools over channels"
+        average = self._average_pool(node)
+        if average is not None:
+            padding, ceil_mode, include_pad, divisor = average
+            padded = any(padding if isinstance(padding, (tuple, list)) else (padding,))
+            if divisor is not None or (padded and (include_pad or ceil_mode)):
+                facts = Facts(facts.ids, facts.const & (facts.value == 0), facts.value)
+        self._channelwise(node, source, facts)
+        return None
+
+    def _average_pool(self, node: fx.Node) -> tuple[Any, ...] | None:
+        """padding, ceil_mode, count_include_pad, divisor_override of an average pooling."""
+        if node.op == "call_module":
+            m = self._module(node)
+            if type(m) not in AVG_POOLS:
+                return None
+            return m.padding, m.ceil_mode, m.count_include_pad, getattr(m, "divisor_override", None)
+        if node.target not in AVG_POOL_FUNCTIONS:
+            return None
+        defaults = {"padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
+        names = ("input", "kernel_size", "stride", *defaults)
+        chosen = {**defaults, **given(node, *names)}
+        return tuple(chosen[name] for name in defaults)
+
+    def _binary(self, node: fx.Node) -> str | None:
+        inputs = list(node.all_input_nodes)
+        operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
+        if any(n in self.sizes for n in inputs):
+            return "computes with the number of channels"
+        if len(operands) == 1 or len(inputs) == 1:  # a scalar, or x op x
+            return self._pointwise(node)
+        if len(inputs) != 2:
+            return "its arguments are tensors"
+        shape = self.shapes[node]
+        rank = len(shape)
+        for n, other in (inputs, inputs[::-1]):
+            if other in self.facts and n.op == "get_attr":
+                ids = self.facts[other].ids
+                self._table(n, rank, [d + rank - ids.ndim for d in axes_of(ids)])
+        known = [n for n in inputs if n in self.facts]
+        if len(known) < 2:
+            for n in known:
+                other = next(m for m in inputs if m is not n)
+                self._lock(
+                    self.facts[n].ids, f"{title(node)} with {title(other)}: {self.why.get(other, 'not tracked')}"
+                )
+            if known and self.shapes[known[0]] == shape:
+                self._channelwise(node, known[0], self.facts[known[0]].vary())
+            else:
+                self.why[node] = "combined with an untracked tensor"
+            return None
+        a, b = inputs
+        fa, fb = (self.facts[n].map(lambda x: x.reshape((1,) * (rank - x.ndim) + x.shape)) for n in (a, b))
+        sizes = [(1,) * (rank - len(self.shapes[n])) + tuple(self.shapes[n]) for n in (a, b)]
+        matters: dict[fx.Node, Bools | None] = {a: None, b: None}
+        if fa.ids.shape == fb.ids.shape:
+            self._tie((fa.ids, fb.ids))
+            ids = fa.ids
+        else:  # one operand has a channel for each of the result, the other one for all of them, or for each row
+            wide, one, small = (fa, fb, 1) if fa.ids.size >= fb.ids.size else (fb, fa, 0)
+            spread = [d for d in range(rank) if wide.ids.shape[d] != one.ids.shape[d]]
+            if any(one.ids.shape[d] > 1 or sizes[small][d] > 1 for d in spread) or any(
+                wide.ids.shape[d] != shape[d] for d in axes_of(wide.ids)
+            ):
+                return "its operands do not line up"
+            if one.ids.size == 1:
+                self._lock(one.ids, f"{title(node)} spreads it over all channels")
+            else:
+                self._by_head(node, [(wide.ids, axes_of(one.ids)), (one.ids, axes_of(one.ids))])
+            ids = wide.ids
+        const = fa.const & fb.const
+        values = {a: np.broadcast_to(fa.value, ids.shape), b: np.broadcast_to(fb.value, ids.shape)}
+        facts = self._constants(node, ids, np.broadcast_to(const, ids.shape), values)
+        if BINARY_NAMES[operation(node)] == "mul":  # a factor that is 0 makes the product 0, whatever the other one
+            zero_a, zero_b = (np.broadcast_to(f.const & (f.value == 0), ids.shape) for f in (fa, fb))
+            facts = Facts(ids, facts.const | zero_a | zero_b, np.where(zero_a | zero_b, 0.0, facts.value))
+            matters = {a: ~zero_b, b: ~zero_a | zero_b}
+        self.facts[node] = facts
+        self.sources[node] = [
+            (n, np.broadcast_to(np.arange(f.ids.size).reshape(f.ids.shape), ids.shape), matters[n])
+            for n, f in ((a, fa), (b, fb))
+        ]
+        return None
+
+    def _mean(self, node: fx.Node) -> str | None:
+        """mean, sum, amax, amin over dimensions without channels."""
+        source = self._source(node)
+        facts = self.facts.get(source)
+        if facts is None:
+            self._channelwise(node, source, None)
+            return None
+        rank = len(self.shapes[source])
+        chosen = given(node, "input", "dim", "keepdim")
+        dim = chosen.get("dim")
+        if dim is None or not set(chosen) <= {"input", "self", "dim", "keepdim"}:
+            return "averages over everything"
+        dims = [d % rank for d in (dim if isinstance(dim, (tuple, list)) else (dim,))]
+        if any(facts.ids.shape[d] > 1 or d in self._varies(source) for d in dims):
+            return "averages over channels or the batch"
+        squeeze = tuple(dims)
+        keep = bool(chosen.get("keepdim"))
+        self._move(node, source, (lambda a: a) if keep else (lambda a: a.squeeze(squeeze)))
+        if operation(node) == "sum":
+            found = self.facts[node]
+            count = np.prod([self.shapes[source][d] for d in dims])  # of maps of this size; other sizes: only 0
+            self.facts[node] = Facts(found.ids, found.const & (found.value == 0), found.value * count)
+        return None
+
+    def _softmax(self, node: fx.Node) -> str | None:
+        source = self._source(node)
+        facts = self.facts.get(source)
+        if facts is None:
+            self._channelwise(node, source, None)
+            return None
+        dim = self._module(node).dim if node.op == "call_module" else given(node, "input", "dim").get("dim")
+        if not isinstance(dim, int) or facts.ids.shape[dim] > 1:
+            return "normalises over channels"
+        self._channelwise(node, source, facts.vary())
+        if dim % facts.ids.ndim == facts.ids.ndim - 1 and "log" not in self._kind(node).lower():
+            self.averages.add(node)
+        return None

@@ -1,0 +1,347 @@
+"""What the rules of channel tracking share: facts about tensors and layers, and the tables that the rules fill.
+
+Every channel of every tensor has an *id*, in an array that broadcasts against the tensor's shape: dimensions along
+which the channel does not change, the batch among them, have size 1. The rules for one family of operations each are in
+pointwise.py, movement.py and mixing.py; channels.py puts them together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx, nn
+
+from .trace import Traced
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+
+# What an operation reads of one of its inputs: the node, the channels wanted (None: all), and those of them that it
+# wants even where they are constant (None: no more).
+Reading = tuple[fx.Node, "Bools | None", "Bools | None"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a tensor's channels: arrays that broadcast against its shape (untracked dimensions 1).
+
+    ids: the channel's id. const: the channel holds `value` everywhere, whatever the input; value: meaningful where
+    const.
+    """
+
+    ids: Ints
+    const: Bools
+    value: Floats
+
+    def map(self, move: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Facts:
+        return Facts(move(self.ids), move(self.const), move(self.value))
+
+    def vary(self) -> Facts:
+        """The same channels with nothing known of their values."""
+        return Facts(self.ids, np.zeros_like(self.const), np.zeros_like(self.value))
+
+
+@dataclass
+class Layer:
+    """A convolution or linear layer: [O] filters in `groups` conv groups, each of which reads Cg of the [groups*Cg]
+    input channels.
+
+    weight [O, Cg, K], in a transposed convolution a permuted view. reads [O, Cg]: the filter has a nonzero weight on
+    the channel; border [O, Cg]: one that can lie on zero padding. shift: where a constant can be added to the output:
+    "bias", "norm" (the mean of the BatchNorm behind), "new" (a bias that compact creates), or None. silent [O]: filters
+    that emit a constant by their bias alone, and so read nothing. direct: `ins` are the
+    channels of the source, in their order. needed [O]: filters whose output is. merges: removed
+    input channel -> the one that takes over its constant.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    groups: int
+    weight: Tensor
+    ins: Facts
+    outs: Facts
+    reads: Bools
+    border: Bools
+    bias: Floats
+    shift: str | None
+    silent: Bools
+    direct: bool = True
+    needed: Bools | None = None
+    merges: dict[int, int] = field(default_factory=dict)
+
+    def response(self, amount: Floats) -> Floats:
+        """[O] output, away from the border, for input channels that hold `amount` [groups*Cg]: no bias."""
+        at = np.flatnonzero(amount)
+        if not at.size:
+            return np.zeros(len(self.weight))
+        x = torch.from_numpy(amount).to(self.weight.device)
+        if self.groups == 1:  # few columns of what may be a huge weight
+            index = torch.from_numpy(at).to(self.weight.device)
+            return (self.weight[:, index].double().sum(2) @ x[index]).cpu().numpy()
+        total = self.weight.double().sum(2).reshape(self.groups, -1, self.weight.shape[1])
+        return (total @ x.reshape(self.groups, -1, 1)).reshape(-1).cpu().numpy()
+
+
+def flat(facts: Facts) -> Facts:
+    return facts.map(lambda a: a.reshape(-1))
+
+
+def filters(m: Any, groups: int = 1) -> Tensor:
+    """The weight of a convolution or linear layer as [groups, O/groups, Cg, *K]; a view, so writing to it writes to
+    the layer."""
+    w: Tensor = m.weight.detach().unflatten(0, (groups, -1))
+    return w.transpose(1, 2) if isinstance(m, nn.modules.conv._ConvTransposeNd) else w
+
+
+def function_name(target: Any) -> str:
+    """The name of a torch or operator function; '' for functions from elsewhere, which may do anything under a known
+    name."""
+    module = getattr(target, "__module__", None) or ""
+    ours = module.split(".")[0] in ("torch", "_operator", "operator") or isinstance(target, type(torch.relu))
+    return getattr(target, "__name__", "") if ours else ""
+
+
+def operation(node: fx.Node) -> str:
+    """The name of the function or method that a node calls."""
+    return function_name(node.target) if node.op == "call_function" else str(node.target)
+
+
+def given(node: fx.Node, *names: str) -> dict[str, Any]:
+    """The arguments of a node by name, positional ones as `names` call them."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def title(node: fx.Node) -> str:
+    """How messages call a node: a module's path, or the operation and the node's name."""
+    if node.op == "call_module":
+        return str(node.target)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
+    return f"{name} ({node.name})"
+
+
+def attribute(module: nn.Module, path: str) -> Any:
+    """What a get_attr node reads."""
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def axes_of(a: npt.NDArray[Any]) -> list[int]:
+    """The dimensions that the channels lie along."""
+    return [d for d, n in enumerate(a.shape) if n > 1]
+
+
+def by_rows(ids: Ints, axes: Sequence[int]) -> Ints:
+    """[rows, rest]: the given dimensions in front, as one."""
+    order = [*axes, *(d for d in range(ids.ndim) if d not in axes)]
+    return ids.transpose(order).reshape(math.prod(ids.shape[d] for d in axes), -1)
+
+
+class Tracker:
+    """The state of tracking, and what every rule needs of it. A rule takes a node and returns None or the reason why
+    it leaves what the node touches whole."""
+
+    def __init__(self, traced: Traced, create_bias: bool = True) -> None:
+        self.traced = traced
+        self.module = traced.module
+        self.shapes = traced.shapes
+        self.create_bias = create_bias
+        self.n_ids = 0
+        self.facts: dict[fx.Node, Facts] = {}
+        # Nodes without facts: the reason.
+        self.why: dict[fx.Node, str] = {}
+        self.layers: dict[fx.Node, Layer] = {}
+        # BatchNorm -> its input; other modules with one set of parameters a channel -> the names of these.
+        self.norms: dict[fx.Node, fx.Node] = {}
+        self.affine: dict[fx.Node, tuple[str, ...]] = {}
+        # Embeddings and parameters of the network used as operands -> the dimension that their channels lie along.
+        self.tables: dict[fx.Node, int] = {}
+        # Channelwise operations: per source the position of each output channel in it (-1: not from it) and where it
+        # matters (None: everywhere).
+        self.sources: dict[fx.Node, list[tuple[fx.Node, Ints, Bools | None]]] = {}
+        # Operations that mix channels: what they read for the channels needed of them.
+        self.readers: dict[fx.Node, Callable[[Bools], list[Reading]]] = {}
+        # Data movement that does to the remaining channels what it does to all.
+        self.moves: dict[fx.Node, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {}
+        # split, chunk, unbind: source, positions per part.
+        self.parts: dict[fx.Node, tuple[fx.Node, list[Ints]]] = {}
+        # Integers computed from shapes: ids of the dimensions that they come from.
+        self.sizes: dict[fx.Node, list[Ints]] = {}
+        # Operations that need the remaining channels in some order or number, by kind (layout.py).
+        self.edits: dict[fx.Node, str] = {}
+        # Results of softmax over an untracked last dimension, which sum to 1.
+        self.averages: set[fx.Node] = set()
+        self.edges: list[tuple[Ints, Ints]] = []
+        self.locks: list[tuple[Ints, str]] = []
+        # Channels spread over several dimensions: in every row that has channels left, as many must be left.
+        self.grids: list[tuple[fx.Node, Ints]] = []
+        # Arrays of ids with equal numbers of rows: where one has channels left, all must.
+        self.together: list[tuple[fx.Node, list[Ints]]] = []
+        # Operations left whole: title -> reason.
+        self.whole: dict[str, str] = {}
+        self._calls: dict[str, int] = {}
+        owners: dict[int, list[str]] = {}
+        for name, module in self.module.named_modules():
+            for p in module.parameters(recurse=False):
+                owners.setdefault(id(p), []).append(name)
+        for node in self.module.graph.nodes:
+            if node.op == "call_module":
+                self._calls[node.target] = self._calls.get(node.target, 0) + 1
+            elif node.op == "get_attr":
+                owners.setdefault(id(attribute(self.module, node.target)), []).append(node.target)
+        self._tied = {n: o for names in owners.values() if len(names) > 1 for n in names for o in names if o != n}
+
+    def _module(self, node: fx.Node) -> Any:
+        """The module that a call_module node calls."""
+        return self.module.get_submodule(str(node.target))
+
+    def _kind(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return type(self._module(node)).__name__
+        return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))
+
+    def _unshared(self, node: fx.Node) -> str | None:
+        name = str(node.target)
+        if self._calls[name] > 1:
+            return f"the module is called {self._calls[name]} times"
+        return f"its weights are tied to {self._tied[name]}'s" if name in self._tied else None
+
+    def _fresh(self, n: int) -> Ints:
+        self.n_ids += n
+        return np.arange(self.n_ids - n, self.n_ids)
+
+    def _lock(self, ids: Ints, reason: str) -> None:
+        self.locks.append((ids.reshape(-1), reason))
+
+    def _tie(self, ids: Iterable[Ints]) -> None:
+        """The ids of several arrays of one shape go together, position by position."""
+        first, *rest = ids
+        self.edges += [(first, other) for other in rest if other is not first]
+
+    def _by_head(self, node: fx.Node, arrays: Sequence[tuple[Ints, Sequence[int]]]) -> None:
+        """Rows of several arrays of ids, along the given dimensions of each, have channels left in all or in none."""
+        if all(axes for _, axes in arrays):
+            self.together.append((node, [by_rows(ids, axes) for ids, axes in arrays]))
+
+    def _varies(self, node: fx.Node) -> set[int]:
+        """Dimensions whose size depends on the batch."""
+        return self.traced.varies.get(node, {0})
+
+    def _adopt(self, node: fx.Node, axis: int) -> Facts:
+        """Facts of `node` spread along `axis` only, flattened; channels of anything else are whole."""
+        shape = self.shapes[node]
+        axis %= len(shape)
+        facts = self.facts.get(node)
+        if facts is None:
+            n = shape[axis]
+            ids = self._fresh(n).reshape([-1 if d == axis else 1 for d in range(len(shape))])
+            facts = Facts(ids, np.zeros(ids.shape, bool), np.zeros(ids.shape))
+            self.facts[node] = facts
+            self.sources[node] = []
+            self._lock(ids, self.why.pop(node, "not tracked"))
+        if facts.ids.size == facts.ids.shape[axis] == shape[axis]:
+            return flat(facts)
+        self._lock(facts.ids, f"{title(node)} is read along another dimension than its channels'")
+        ids = self._fresh(shape[axis])
+        self._lock(ids, "read along another dimension")
+        return Facts(ids, np.zeros(ids.shape, bool), np.zeros(ids.shape))
+
+    def _like(self, vector: Facts, rank: int, axis: int) -> Facts:
+        return vector.map(lambda a: a.reshape([-1 if d == axis % rank else 1 for d in range(rank)]))
+
+    def _table(self, node: fx.Node, rank: int, tracked: Sequence[int]) -> Facts | None:
+        """Facts of a parameter or buffer, an operand of a tensor of `rank` dimensions of which `tracked` have channels;
+        they vary over the others. None where its channels lie along several dimensions or it is used elsewhere too."""
+        if node in self.facts:
+            return self.facts[node]
+        t = attribute(self.module, str(node.target)) if node.op == "get_attr" else None
+        if not isinstance(t, Tensor) or not t.is_floating_point() or len(node.users) > 1:
+            return None
+        if str(node.target) in self._tied or t.dim() > rank:
+            return None
+        own = [d - (rank - t.dim()) for d in tracked if d >= rank - t.dim()]
+        own = [d for d in own if t.shape[d] > 1]
+        if len(own) > 1:
+            return None
+        v = t.detach().double().cpu().numpy()
+        rest = tuple(d for d in range(v.ndim) if d not in own)
+        low, high = (np.asarray(f(v, axis=rest, keepdims=True)) for f in (np.min, np.max))
+        ids = self._fresh(low.size).reshape(low.shape)
+        const = (low == high) & np.isfinite(low)
+        self.facts[node] = Facts(ids, const, np.where(const, low, 0.0))
+        self.sources[node] = []
+        self.why.pop(node, None)
+        if own:
+            self.tables[node] = own[0]
+        else:
+            self._lock(ids, "one value for all channels")
+        return self.facts[node]
+
+    def _source(self, node: fx.Node) -> fx.Node:
+        """The tensor that a one-tensor operation works on."""
+        arg: Any = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+        return arg if isinstance(arg, fx.Node) else node.all_input_nodes[0]
+
+    def _channelwise(self, node: fx.Node, source: fx.Node, facts: Facts | None, matters: Bools | None = None) -> None:
+        """`node` has the channels of `source` in their places, with these facts; without facts it is as untracked as
+        its source."""
+        if facts is None:
+            self.why[node] = self.why.get(source, "not tracked")
+            return
+        self.facts[node] = facts
+        positions = np.arange(facts.ids.size).reshape(facts.ids.shape)
+        self.sources[node] = [(source, positions, matters)]
+
+    def _move(self, node: fx.Node, source: fx.Node, move: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> None:
+        facts = self.facts[source]
+        self.facts[node] = facts.map(move)
+        self.sources[node] = [(source, move(np.arange(facts.ids.size).reshape(facts.ids.shape)), None)]
+        self.moves[node] = move
+
+    def _evaluate(self, node: fx.Node, values: dict[fx.Node, Floats]) -> Floats:
+        """The node's own operation in float64 on arrays of constants."""
+        tensors = {n: torch.from_numpy(np.array(v)) for n, v in values.items()}
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: tensors[n].clone())
+        with torch.no_grad():
+            if node.op == "call_module":
+                out = self._module(node)(*args, **kwargs)
+            elif node.op == "call_method":
+                out = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                out = node.target(*args, **kwargs)  # type: ignore[operator]
+        return out.double().numpy()
+
+    def _constants(self, node: fx.Node, ids: Ints, const: Bools, values: dict[fx.Node, Floats]) -> Facts:
+        """Facts of an elementwise operation; what is constant but not finite (1/0) counts as varying."""
+        out = self._evaluate(node, values)
+        const = const & np.isfinite(out)
+        return Facts(ids, const, np.where(const, out, 0.0))
+
+
+def blocks(s: Sequence[int], t: Sequence[int]) -> list[tuple[int, int, int, int]] | None:
+    """Shortest runs s[i0:i1], t[j0:j1] of equal products that together make up a reshape from s to t; None if there are
+    none."""
+    if math.prod(s) != math.prod(t) or 0 in s:
+        return None
+    out, i, j = [], 0, 0
+    while i < len(s) or j < len(t):
+        i0, j0, p, q = i, j, 1, 1
+        if i < len(s):
+            p, i = p * s[i], i + 1
+        if j < len(t):
+            q, j = q * t[j], j + 1
+        while p != q:
+            if p < q:
+                p, i = p * s[i], i + 1
+            else:
+                q, j = q * t[j], j + 1
+        out.append((i0, i, j0, j))
+    return out

@@ -1,0 +1,462 @@
+"""Random networks made of every operation that the tracker knows and some that it does not, and random zeros for them.
+
+`python tests/random_graphs.py FIRST LAST` compares masked and compacted networks for these seeds and prints those that
+fail; the test suite runs a few.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTS: list[Any] = [nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Tanh, nn.Softplus, nn.PReLU]
+
+
+def pick(r: random.Random, words: str) -> str:
+    return r.choice(words.split())
+
+
+class Attention(nn.Module):
+    """Self-attention as timm writes it (fused), or with separate projections and a softmax in sight."""
+
+    def __init__(self, c: int, heads: int, how: str, kv_heads: int | None = None) -> None:
+        super().__init__()
+        self.heads, self.how = heads, how
+        self.kv = kv_heads or heads
+        self.d = c // heads
+        if how == "fused":
+            self.qkv = nn.Linear(c, 3 * c)
+        else:
+            self.q = nn.Linear(c, c)
+            self.k, self.v = (nn.Linear(c, self.kv * self.d, bias=how != "plain") for _ in range(2))
+        self.proj = nn.Linear(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        if self.how == "fused":
+            qkv = self.qkv(x).reshape(b, n, 3, self.heads, self.d).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.unbind(0)
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif self.how == "plain":
+            q = self.q(x).view(b, n, self.heads, self.d).transpose(1, 2) * self.d**-0.5
+            k, v = (m(x).view(b, n, self.heads, self.d).transpose(1, 2) for m in (self.k, self.v))
+            y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        else:  # grouped queries
+            q = self.q(x).view(b, n, self.heads, self.d).transpose(1, 2)
+            k, v = (m(x).view(b, n, self.kv, self.d).transpose(1, 2) for m in (self.k, self.v))
+            times = self.heads // self.kv
+            k, v = (
+                t[:, :, None].expand(b, self.kv, times, n, self.d).reshape(b, self.heads, n, self.d) for t in (k, v)
+            )
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(y.transpose(1, 2).reshape(b, n, c))
+
+
+class Gated(nn.Module):
+    def __init__(self, c: int, hidden: int, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.w1 = nn.Linear(c, 2 * hidden if fused else hidden)
+        self.w2 = nn.Identity() if fused else nn.Linear(c, hidden)
+        self.w3 = nn.Linear(hidden, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            gate, up = self.w1(x).chunk(2, -1)
+        else:
+            gate, up = self.w1(x), self.w2(x)
+        return self.w3(F.silu(gate) * up)
+
+
+class Scale(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Prefix(nn.Module):
+    """A class token in front, a position embedding on top."""
+
+    def __init__(self, n: int, c: int) -> None:
+        super().__init__()
+        self.token, self.position = nn.Parameter(torch.randn(1, 1, c)), nn.Parameter(torch.randn(1, n + 1, c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
+
+
+class Recurrent(nn.Module):
+    def __init__(self, c: int, kind: Any) -> None:
+        super().__init__()
+        self.rnn = kind(c, c, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
+class RandomNet(nn.Module):
+    """A program of random steps on two kinds of tensors: maps [B, C, H, W] and tokens [B, N, C]."""
+
+    def __init__(self, seed: int, steps: int = 9) -> None:
+        super().__init__()
+        self.rng = r = random.Random(seed)
+        self.layers = nn.ModuleList()
+        self.program: list[tuple[Any, ...]] = []
+        kind, shape = "map", [3, 8, 8]
+        self.conv(shape, r.choice([8, 12, 16]), 3, padding=1)
+        saved: list[tuple[int, list[int]]] = []
+        for _ in range(steps):
+            if kind == "map" and r.random() < 0.12:
+                self.step("tokens")
+                kind, shape = "tokens", [shape[1] * shape[2], shape[0]]
+                saved = []
+            elif kind == "tokens" and r.random() < 0.08 and int(shape[0] ** 0.5) ** 2 == shape[0]:
+                side = int(shape[0] ** 0.5)
+                self.step("maps", side)
+                kind, shape = "map", [shape[1], side, side]
+                saved = []
+            if saved and saved[-1][1] == shape and r.random() < 0.35:
+                self.step(r.choice(["add", "add", "mul"]), saved[-1][0])
+            elif saved and kind == "map" and saved[-1][1][1:] == shape[1:] and r.random() < 0.3:
+                self.step("cat", saved[-1][0])
+                shape = [shape[0] + saved[-1][1][0], *shape[1:]]
+            else:
+                shape = self.map_step(shape) if kind == "map" else self.token_step(shape)
+            if r.random() < 0.5:
+                self.step("save")
+                saved.append((len(saved), list(shape)))
+                self.program[-1] = ("save", None)
+                saved[-1] = (sum(p[0] == "save" for p in self.program) - 1, list(shape))
+        if kind == "map":
+            self.step(r.choice(["pooled", "flat"]))
+            n = shape[0] if self.program[-1][0] == "pooled" else shape[0] * shape[1] * shape[2]
+        else:
+            self.step("average")
+            n = shape[1]
+        self.layer(nn.Linear(n, 4))
+        del self.rng
+
+    def step(self, name: str, *rest: Any) -> None:
+        self.program.append((name, *rest))
+
+    def layer(self, m: nn.Module) -> None:
+        self.layers.append(m)
+        self.step("layer", len(self.layers) - 1)
+
+    def conv(self, shape: list[int], out: int, k: int, **kwargs: Any) -> None:
+        self.layer(nn.Conv2d(shape[0], out, k, **kwargs))
+        shape[0] = out
+
+    def map_step(self, shape: list[int]) -> list[int]:
+        r = self.rng
+        c, h, w = shape
+        choice = pick(
+            r,
+            "conv conv conv grouped depthwise transposed norm norm group instance layernorm act act prelu pool avg up "
+            "shuffle unshuffle channels channels2 se slice parts padc padm scale stack twice roll single rot spatial"
+            " softmax whole index squeeze",
+        )
+        if choice == "conv":
+            k = r.choice([1, 3])
+            mode = r.choice(["zeros", "zeros", "reflect", "circular"]) if k == 3 and h > 3 else "zeros"
+            self.conv(shape, r.choice([8, 12, 16]), k, padding=k // 2, bias=r.random() < 0.6, padding_mode=mode)
+        elif choice == "grouped":
+            g = r.choice([g for g in (2, 4) if c % g == 0] or [1])
+            self.conv(shape, r.choice([2, 3]) * 4, 3, padding=1, groups=g)
+        elif choice == "depthwise":
+            self.conv(shape, c, 3, padding=1, groups=c, bias=r.random() < 0.5)
+        elif choice == "transposed" and h <= 8:
+            g = 2 if c % 2 == 0 and r.random() < 0.4 else 1
+            k, stride, padding = r.choice([(2, 2, 0), (3, 1, 1), (1, 1, 0)])
+            self.layer(nn.ConvTranspose2d(c, 12, k, stride, padding, groups=g))
+            return [12, h * stride, w * stride]
+        elif choice == "norm":
+            self.layer(nn.BatchNorm2d(c))
+        elif choice == "group":
+            self.layer(nn.GroupNorm(r.choice([g for g in (1, 2, 4) if c % g == 0]), c))
+        elif choice == "instance":
+            if h > 1:
+                self.layer(nn.InstanceNorm2d(c, affine=r.random() < 0.5))
+        elif choice == "layernorm":
+            self.step("permuted", len(self.layers))
+            self.layers.append(nn.LayerNorm(c))
+        elif choice == "act":
+            m = r.choice(ACTS)
+            self.layer(m())
+        elif choice == "prelu":
+            self.layer(nn.PReLU(c))
+        elif choice in ("pool", "avg") and h >= 4 and h % 2 == 0:
+            pad = int(r.random() < 0.3)
+            self.layer(nn.MaxPool2d(2) if choice == "pool" else nn.AvgPool2d(3, 2, 1) if pad else nn.AvgPool2d(2))
+            return [c, h // 2, w // 2]
+        elif choice == "up" and h <= 4:
+            self.step("up", r.choice(["nearest", "bilinear"]))
+            return [c, 2 * h, 2 * w]
+        elif choice == "shuffle" and c % 4 == 0 and h <= 4 and c > 4:
+            self.step("pixel_shuffle")
+            return [c // 4, 2 * h, 2 * w]
+        elif choice == "unshuffle" and h % 2 == 0 and c <= 12:
+            self.layer(nn.PixelUnshuffle(2))
+            return [4 * c, h // 2, w // 2]
+        elif choice in ("channels", "channels2") and c % 2 == 0:
+            if choice == "channels":
+                self.layer(nn.ChannelShuffle(2))
+            else:
+                self.step("shuffled", r.choice([g for g in (2, 4) if c % g == 0]))
+        elif choice == "se":
+            self.step("se", len(self.layers))
+            self.layers.append(nn.Sequential(nn.Conv2d(c, 4, 1), nn.ReLU(), nn.Conv2d(4, c, 1), nn.Sigmoid()))
+        elif choice == "slice" and c >= 8:
+            a = r.randrange(0, c // 2)
+            self.step("slice", a, a + c // 2)
+            return [c // 2, h, w]
+        elif choice == "parts" and c % 2 == 0:
+            self.step("parts", r.choice(["swap", "product"]))
+            return [c if self.program[-1][1] == "swap" else c // 2, h, w]
+        elif choice == "padc":
+            self.step("padc", 1, 2)
+            return [c + 3, h, w]
+        elif choice == "padm" and h <= 8:
+            self.step("padm", r.choice(["constant", "reflect"] if h > 2 else ["constant"]))
+            return [c, h + 2, w + 2]
+        elif choice == "scale":
+            self.layer(Scale(c, 1, 1))
+        elif choice == "stack" and c % 2 == 0:
+            self.step("stack", r.choice(["sum", "interleave"]))
+        elif choice == "twice":
+            m = nn.Conv2d(c, c, 1)
+            self.layer(m)
+            self.step("layer", len(self.layers) - 1)
+        elif choice == "roll":
+            self.step("roll")
+        elif choice == "single":
+            self.step("single", len(self.layers))
+            self.layers.append(nn.Conv2d(c, 1, 1))
+        elif choice == "rot" and h == w:
+            self.step("rot")
+        elif choice == "spatial" and r.random() < 0.5:
+            self.step("spatial")
+        elif choice == "softmax" and r.random() < 0.5:
+            self.step("softmax")
+        elif choice == "whole" and r.random() < 0.5:
+            self.step("cumsum")
+        elif choice == "index":
+            self.step("index", r.randrange(c))
+        elif choice == "squeeze":
+            self.step("fold")
+        return [shape[0], h, w]
+
+    def token_step(self, shape: list[int]) -> list[int]:
+        r = self.rng
+        n, c = shape
+        choice = pick(
+            r,
+            "linear linear norm rms attention attention attention mha gated gated mlp mix scale prefix rnn act heads "
+            "attend",
+        )
+        heads = r.choice([h for h in (1, 2, 4) if c % h == 0])
+        if choice == "linear":
+            self.layer(nn.Linear(c, 12, bias=r.random() < 0.7))
+            return [n, 12]
+        if choice == "norm":
+            self.layer(nn.LayerNorm(c))
+        elif choice == "rms":
+            self.layer(nn.RMSNorm(c))
+        elif choice == "attention":
+            how = r.choice(["fused", "plain", "grouped"])
+            self.layer(Attention(c, heads, how, max(1, heads // 2) if how == "grouped" else None))
+        elif choice == "mha":
+            self.step("mha", len(self.layers))
+            self.layers.append(nn.MultiheadAttention(c, heads, batch_first=True))
+        elif choice == "gated":
+            self.layer(Gated(c, 10, r.random() < 0.5))
+        elif choice == "mlp":
+            self.layer(nn.Sequential(nn.Linear(c, 14), r.choice(ACTS[:6])(), nn.Dropout(0.1), nn.Linear(14, c)))
+        elif choice == "mix":
+            self.step("mix", len(self.layers))
+            self.layers.append(nn.Linear(n, n))
+        elif choice == "scale":
+            self.layer(Scale(c))
+        elif choice == "prefix" and n < 70:
+            self.layer(Prefix(n, c))
+            return [n + 1, c]
+        elif choice == "rnn" and r.random() < 0.3:
+            self.layer(Recurrent(c, r.choice([nn.LSTM, nn.GRU])))
+        elif choice == "act":
+            self.layer(r.choice(ACTS[:6])())
+        elif choice == "heads" and c % 2 == 0:
+            self.step("heads", 2)
+        elif choice == "attend":
+            self.step("attend", len(self.layers))
+            self.layers.append(nn.Linear(c, 8))
+        return [n, c]
+
+    def forward(self, x: Tensor) -> Tensor:
+        saved: list[Tensor] = []
+        for name, *rest in self.program:
+            x = self.run(x, saved, name, *rest)
+        return x
+
+    def run(self, x: Tensor, saved: list[Tensor], name: str, *rest: Any) -> Tensor:
+        if name == "layer":
+            return self.layers[rest[0]](x)
+        if name == "save":
+            saved.append(x)
+            return x
+        if name in ("add", "mul", "cat"):
+            other = saved[rest[0]]
+            return x + other if name == "add" else x * other if name == "mul" else torch.cat([other, x], 1)
+        if name == "tokens":
+            return x.flatten(2).transpose(1, 2)
+        if name == "maps":
+            return x.transpose(1, 2).reshape(x.shape[0], -1, rest[0], rest[0])
+        if name == "permuted":
+            return self.layers[rest[0]](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if name == "up":
+            return F.interpolate(x, scale_factor=2, mode=rest[0])
+        if name == "pixel_shuffle":
+            return F.pixel_shuffle(x, 2)
+        if name == "shuffled":
+            b, c, h, w = x.size()
+            x = x.view(b, rest[0], c // rest[0], h, w)
+            return torch.transpose(x, 1, 2).contiguous().view(b, -1, h, w)
+        if name == "se":
+            return x * self.layers[rest[0]](F.adaptive_avg_pool2d(x, 1))
+        if name == "slice":
+            return x[:, rest[0] : rest[1]]
+        if name == "parts":
+            a, b = x.chunk(2, 1)
+            return torch.cat([b, a], 1) if rest[0] == "swap" else a * torch.sigmoid(b)
+        if name == "padc":
+            return F.pad(x, (0, 0, 0, 0, rest[0], rest[1]))
+        if name == "padm":
+            return F.pad(x, (1, 1, 1, 1), rest[0])
+        if name == "stack":
+            y = torch.stack([x, torch.relu(x)], 1)
+            if rest[0] == "sum":
+                return y.sum(1)
+            return y.flatten(1, 2)[:, : x.shape[1]]
+        if name == "roll":
+            return torch.roll(x, shifts=(1, 1), dims=(2, 3))
+        if name == "single":
+            return x * torch.sigmoid(self.layers[rest[0]](x))
+        if name == "rot":
+            return x.transpose(2, 3)
+        if name == "spatial":
+            return x - x.amax((2, 3), keepdim=True)
+        if name == "softmax":
+            return x.flatten(2).softmax(-1).view(x.shape) * 10
+        if name == "cumsum":
+            return x.cumsum(1) * 0.1
+        if name == "index":
+            return x + x[:, rest[0]].unsqueeze(1)
+        if name == "fold":
+            return x.flatten(1).unflatten(1, (x.shape[1], x.shape[2], x.shape[3]))
+        if name == "mha":
+            return self.layers[rest[0]](x, x, x, need_weights=False)[0]
+        if name == "mix":
+            return self.layers[rest[0]](x.transpose(1, 2)).transpose(1, 2)
+        if name == "heads":
+            b, n, c = x.shape
+            return x.view(b, n, rest[0], c // rest[0]).transpose(2, 3).reshape(b, n, c)
+        if name == "attend":
+            y = self.layers[rest[0]](x)
+            return torch.softmax(torch.bmm(y, y.transpose(1, 2)), -1) @ x
+        if name == "pooled":
+            return x.mean((2, 3))
+        if name == "flat":
+            return x.flatten(1)
+        return x.mean(1)
+
+
+@torch.no_grad()
+def zero_at_random(model: nn.Module, rate: float, seed: int, leak: bool = True) -> nn.Module:
+    """Random weights and statistics; in every layer a share of about `rate` of filters and of columns set to zero.
+
+    leak: zero filters keep their bias; otherwise it is zero too, with the scale and shift of a norm behind it.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def gone(n: int) -> Tensor:
+        return torch.rand(n, generator=g) < rate
+
+    previous: Any = None
+    for m in model.modules():
+        if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)):
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                t = getattr(m, name, None)
+                if isinstance(t, Tensor):
+                    away = {"weight": 1.0, "running_var": 1.0}.get(name, 0.0)
+                    t.copy_(away + 0.3 * torch.rand(t.shape, generator=g) * (1 if away else 2) - (0 if away else 0.3))
+            if previous is not None and not leak and getattr(m, "num_features", 0) == previous.numel():
+                for t in (m.running_mean, m.bias):
+                    if t is not None:
+                        t[previous] = 0
+        elif isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)):
+            w: Any = m.weight
+            w.copy_(torch.randn(w.shape, generator=g) * (2.0 / w[0].numel()) ** 0.5)
+            transposed = isinstance(m, nn.modules.conv._ConvTransposeNd)
+            outs, ins = (w.transpose(0, 1), w) if transposed else (w, w.transpose(0, 1))
+            previous = gone(outs.shape[0])
+            outs[previous] = 0
+            ins[gone(ins.shape[0]) if ins.shape[0] > 1 else torch.zeros(1, dtype=torch.bool)] = 0
+            if m.bias is not None:
+                m.bias.copy_(torch.randn(m.bias.shape, generator=g) * 0.3)
+                if not leak and not transposed:
+                    m.bias[previous] = 0
+            if transposed:
+                previous = None
+        elif isinstance(m, nn.MultiheadAttention):
+            w = m.in_proj_weight
+            if w is not None:
+                w[gone(w.shape[0])] = 0
+                if m.in_proj_bias is not None and leak:
+                    m.in_proj_bias.copy_(torch.randn(m.in_proj_bias.shape, generator=g) * 0.3)
+    return model
+
+
+def check(seed: int) -> tuple[int, int]:
+    """Compact one random network; weights before and after. Raises where the two differ."""
+    import structadmm as sa
+
+    rate = (0.3, 0.7)[seed % 2]
+    torch.manual_seed(seed)
+    model = zero_at_random(RandomNet(seed).double().eval(), rate, seed, leak=seed % 3 > 0)
+    example = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    small = sa.compact(model, example, columns="never")
+    misread = [why for why in small.report.whole.values() if "not understood" in why]
+    if misread:
+        raise AssertionError(f"seed {seed}: {misread[0]}")
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        a, b = model(x), small(x)
+    scale = max(1.0, a.abs().max().item())
+    if not (a - b).abs().max().item() <= 1e-10 * scale:
+        raise AssertionError(f"seed {seed}: outputs differ by {(a - b).abs().max().item():.3g} of {scale:.3g}")
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    return before, after
+
+
+if __name__ == "__main__":
+    import traceback
+
+    torch.set_num_threads(1)
+    first, last = int(sys.argv[1]), int(sys.argv[2])
+    failed, totals = [], [0, 0]
+    for number in range(first, last):
+        try:
+            totals = [t + n for t, n in zip(totals, check(number), strict=True)]
+        except Exception as error:
+            failed.append(number)
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            print(f"seed {number}: {type(error).__name__} at {at.name}:{at.lineno}: {str(error)[:300]}", flush=True)
+    passed = last - first - len(failed)
+    print(f"{passed} of {last - first} passed; parameters {totals[0]} -> {totals[1]}; failed: {failed}")

@@ -1,0 +1,251 @@
+"""Plans against torch: random networks of every node that a segment holds, batches, threads, layouts, dtypes.
+
+What is random comes from a seed that the test's name shows. f32 tolerance: both sides sum the same products in another
+order, so outputs differ by a few roundings per layer relative to the largest magnitude of the tensor (1e-4 of it leaves
+room for 2000-term sums over a dozen layers). bf16 keeps 8 bits per value, and errors of layers add up like a walk.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import structadmm as sa
+from structadmm import _core, artefact
+from structadmm.trace import trace
+
+ACTIVATIONS = [nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.Identity]
+
+
+class ConvBlock(nn.Module):
+    """Convolution, BatchNorm, activation, in which some columns, filters or single weights are zero."""
+
+    def __init__(self, r: random.Random, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        k = r.choice([1, 1, 3, 3, 3, 5])
+        dilation = r.choice([1, 1, 2])
+        groups = r.choice([g for g in (1, 1, 2, 4, inputs) if inputs % g == 0 and outputs % g == 0])
+        padding = r.choice([dilation * (k - 1) // 2] * 3 + [k - 1])
+        self.conv = nn.Conv2d(inputs, outputs, k, stride, padding, dilation, groups, bias=r.random() < 0.5)
+        self.norm = nn.BatchNorm2d(outputs) if r.random() < 0.7 else nn.Identity()
+        self.act = r.choice(ACTIVATIONS)()
+        with torch.no_grad():
+            w = self.conv.weight
+            how = r.choice(["dense", "column", "block", "filter", "element"])
+            if how == "column":
+                w *= torch.rand(1, *w.shape[1:]) < 0.4
+            elif how == "block":
+                w *= (torch.rand(-(-outputs // 8), *w.shape[1:]) < 0.4).repeat_interleave(8, 0)[:outputs]
+            elif how == "filter":
+                w *= torch.rand(outputs, 1, 1, 1) < 0.5
+            elif how == "element":
+                w *= torch.rand_like(w) < 0.2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class Residual(nn.Module):
+    def __init__(self, r: random.Random, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.relu_after = r.random() < 0.7
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x)) + x
+        return F.relu(y) if self.relu_after else y
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.down = nn.Conv2d(channels, max(1, channels // 4), 1)
+        self.up = nn.Conv2d(max(1, channels // 4), channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.up(F.relu(self.down(self.pool(x)))))
+
+
+class Concat(nn.Module):
+    def __init__(self, r: random.Random, channels: int, more: int) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(channels, more, 3, padding=1)
+        self.b = nn.Conv2d(channels, more, 1)
+        self.keeps = r.random() < 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = F.relu(self.a(x)), self.b(x)
+        return torch.cat([x, a, b] if self.keeps else [a, b], 1)
+
+
+class Net(nn.Module):
+    """A random chain of blocks, and one of three heads."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        r = random.Random(seed)
+        torch.manual_seed(seed)
+        self.size = r.choice([(7, 7), (8, 8), (9, 13), (14, 14), (16, 16), (33, 20)])
+        self.inputs = channels = r.choice([1, 3, 8])
+        blocks: list[nn.Module] = []
+        for _ in range(r.randint(2, 5)):
+            kind = r.choice(["conv", "conv", "stride", "residual", "excite", "concat", "pool", "act"])
+            if kind in ("conv", "stride"):
+                outputs = r.choice([4, 8, 12, 16, 24, 40])
+                blocks.append(ConvBlock(r, channels, outputs, 2 if kind == "stride" else 1))
+                channels = outputs
+            elif kind == "residual":
+                blocks.append(Residual(r, channels))
+            elif kind == "excite":
+                blocks.append(SqueezeExcite(channels))
+            elif kind == "concat":
+                more = r.choice([4, 6, 16])
+                blocks.append(Concat(r, channels, more))
+                channels = (channels if blocks[-1].keeps else 0) + 2 * more
+            elif kind == "pool":
+                pools = [
+                    nn.MaxPool2d(2, 1),
+                    nn.MaxPool2d(3, 2, 1),
+                    nn.AvgPool2d(2, 1),
+                    nn.AvgPool2d(3, 2, 1, count_include_pad=r.random() < 0.5),
+                    nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+                ]
+                blocks.append(r.choice(pools))
+            else:
+                blocks.append(r.choice(ACTIVATIONS)())
+        self.blocks = nn.Sequential(*blocks)
+        self.head = r.choice(["map", "mean", "flat"])
+        features = channels
+        if self.head == "flat":
+            with torch.no_grad():
+                features = self.blocks.eval()(torch.zeros(1, self.inputs, *self.size)).flatten(1).shape[1]
+        self.fc = nn.Linear(features, 10)
+        for m in self.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                nn.init.uniform_(m.running_mean, -0.5, 0.5)
+                nn.init.uniform_(m.running_var, 0.5, 2.0)
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.uniform_(m.bias, -0.5, 0.5)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(x)
+        if self.head == "map":
+            return x
+        x = x.mean((2, 3)) if self.head == "mean" else torch.flatten(x, 1)
+        return self.fc(x)
+
+    def example(self, batch: int) -> Tensor:
+        return torch.randn(batch, self.inputs, *self.size)
+
+
+def engine(net: nn.Module, x: Tensor, dtype: str = "float32") -> sa.Engine:
+    return sa.Engine(artefact.to_bytes(trace(net, x).module), dtype=dtype)
+
+
+def close(got: np.ndarray, want: np.ndarray, share: float) -> None:
+    assert got.shape == want.shape and got.dtype == want.dtype
+    np.testing.assert_allclose(got, want, rtol=0, atol=share * max(1e-3, float(np.abs(want).max())))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_networks(seed: int) -> None:
+    net = Net(seed)
+    x = net.example(5)
+    e = engine(net, x)
+    with torch.no_grad():
+        want = net(x).numpy()
+    got = e.run(x.numpy())
+    close(got, want, 1e-4)
+    last = x.contiguous(memory_format=torch.channels_last).numpy()
+    np.testing.assert_array_equal(e.run(last), got)
+    for batch in (1, 2, 3):
+        np.testing.assert_array_equal(e.run(x[:batch].numpy()), got[:batch], err_msg=f"batch {batch}")
+    threads = _core.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            _core.set_num_threads(n)
+            np.testing.assert_array_equal(e.run(x.numpy()), got, err_msg=f"{n} threads")
+    finally:
+        _core.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("seed", range(0, 60, 3))
+def test_random_networks_in_bf16(seed: int) -> None:
+    net = Net(seed)
+    x = net.example(3)
+    with torch.no_grad():
+        want = net(x).numpy()
+    e = engine(net, x, dtype="bfloat16")
+    got = e.run(x.numpy())
+    close(got, want, 0.05)
+    np.testing.assert_array_equal(e.run(x[1:2].numpy()), got[1:2])
+
+
+@pytest.mark.parametrize("isa", _core.supported_isas())
+@pytest.mark.parametrize("seed", [0, 7, 11])
+def test_every_isa(seed: int, isa: str) -> None:
+    net = Net(seed)
+    x = net.example(2)
+    with torch.no_grad():
+        want = net(x).numpy()
+    _core.set_isa(isa)
+    try:
+        close(engine(net, x).run(x.numpy()), want, 1e-4)
+        close(engine(net, x, dtype="bfloat16").run(x.numpy()), want, 0.05)
+    finally:
+        _core.set_isa("")
+
+
+def test_large_batches_go_in_chunks() -> None:
+    """More images than fit the caches at a time: several stages, chunks not full, uneven shares per thread."""
+    torch.manual_seed(0)
+    small = [layer for _ in range(5) for layer in (nn.Conv2d(256, 256, 3, padding=1), nn.ReLU())]
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, 2, 1), nn.Conv2d(64, 256, 3, 4, 1), *small),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10)),
+    ).eval()
+    x = torch.randn(13, 3, 64, 64)
+    e = engine(net, x)
+    with torch.no_grad():
+        want = net(x).numpy()
+    threads = _core.get_num_threads()
+    try:
+        for n in (1, 2, 4):
+            _core.set_num_threads(n)
+            for batch in (13, 7, 1):
+                close(e.run(x[:batch].numpy()), want[:batch], 1e-4)
+    finally:
+        _core.set_num_threads(threads)
+    assert len({row["images"] for row in e.describe(tuple(x.shape))}) > 1
+
+
+def test_several_callers_at_once() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    net = Net(3)
+    xs = [net.example(b) for b in (1, 2, 3, 4) for _ in range(4)]
+    e = engine(net, xs[0])
+    want = [e.run(x.numpy()) for x in xs]
+    with ThreadPoolExecutor(4) as pool:
+        for got, w in zip(pool.map(lambda x: e.run(x.numpy()), xs), want, strict=True):
+            np.testing.assert_array_equal(got, w)
+
+
+def test_bad_inputs_are_errors_that_name_what_was_got() -> None:
+    net = Net(0)
+    x = net.example(2)
+    e = engine(net, x)
+    for bad in (x[0].numpy(), x.double().numpy(), torch.cat([x, x], 1).numpy()):
+        with pytest.raises(ValueError, match="got"):
+            e.run(bad)
+    with pytest.raises(ValueError, match="inputs got"):
+        e.run(x.numpy(), x.numpy())
+    assert e.run(x[:0].numpy()).shape[0] == 0
