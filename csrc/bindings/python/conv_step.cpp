@@ -49,9 +49,8 @@ constexpr Family kFamilies[] = {
     {"nonzeros", [](const ConvSpec& spec, Dtype, Isa isa) { return pack_conv_nonzeros(spec, isa); }},
     {"linear_nonzeros",
      [](const ConvSpec& s, Dtype, Isa isa) -> std::shared_ptr<const PackedConv> {
-       return std::make_shared<LinearAsConv>(
-           pack_linear_nonzeros({s.in_channels, s.out_channels, s.weight, s.bias, s.taps, s.block_filters,
-                                 s.block_taps, s.epilogue}, isa));
+       return std::make_shared<LinearAsConv>(pack_linear_nonzeros(
+           {s.in_channels, s.out_channels, s.weight, s.bias, s.taps, s.block_filters, s.block_taps, s.epilogue}, isa));
      }},
 };
 
