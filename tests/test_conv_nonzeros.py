@@ -1,4 +1,4 @@
-"""The family "nonzeros" and its linear layer: single weights at random against F.conv2d in f64, on every instruction set."""
+"""The family "nonzeros" and its linear layer: single weights at random against F.conv2d in f64, on every ISA."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 // The family "nonzeros": convolution and linear layer over single weights, through csrc/kernels/conv_nonzeros.
 //
-// Outputs are cut three times. A *region* is the rectangle of one image that one lane computes: the whole map where there
-// are images enough to fill the lanes, else a part of it. A *block* is a part of the regions, the same of every lane,
-// whose sums and patches stay in the level-2 cache. A *tile* of it is what registers hold. Channels come in chunks whose
-// patch of one tile stays in the level-1 cache, for all filters, while the sums go by.
+// Outputs are cut three times. A *region* is the rectangle of one image that one lane computes: the whole map where
+// there are images enough to fill the lanes, else a part of it. A *block* is a part of the regions, the same of every
+// lane, whose sums and patches stay in the level-2 cache. A *tile* of it is what registers hold. Channels come in
+// chunks whose patch of one tile stays in the level-1 cache, for all filters, while the sums go by.
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -32,9 +32,9 @@ using kernels::kMostTileCols;
 using kernels::kMostTileRows;
 using kernels::Nonzero;
 
-constexpr int64_t kTilePatchVectors = 576;  // of a chunk: 36 of 48 KiB in AVX-512; the sums go through the rest
+constexpr int64_t kTilePatchVectors = 576;   // of a chunk: 36 of 48 KiB in AVX-512; the sums go through the rest
 constexpr int64_t kBlockSumVectors = 10240;  // of all filters: 640 KiB in AVX-512, a third of level 2
-constexpr int64_t kSerialMacs = 1 << 20;     // some ten microseconds of work: waking threads would cost as much
+constexpr int64_t kSerialMacs = 1 << 22;     // some seventy microseconds of work: waking a pool costs as much
 
 int64_t div_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -129,8 +129,8 @@ Weights nonzeros(const char* op, const ConvSpec& s) {
   return w;
 }
 
-// One axis of a patch that serves `out` outputs: inputs are split by phase (index modulo stride), so that the next output
-// reads the next place whatever the stride; phases that no kernel position reads are left out.
+// One axis of a patch that serves `out` outputs: inputs are split by phase (index modulo stride), so that the next
+// output reads the next place whatever the stride; phases that no kernel position reads are left out.
 struct Axis {
   int64_t in = 0, size = 0;     // inputs that are read; places
   std::vector<int32_t> place;   // [in], negative where no kernel position reads
@@ -196,8 +196,8 @@ Cut best_cut(const Sizes& s, const ConvNonzeros& k) {
     }
     c.chunk = std::clamp<int64_t>(kTilePatchVectors / places, 1, std::max<int64_t>(s.channels, 1));
     c.chunk = div_up(s.channels, std::max<int64_t>(1, div_up(s.channels, c.chunk)));
-    // The block grows by tiles while its sums fit, to the right first: whole rows of planes are read and written at once
-    // (measured: 10 % of a network of 3 x 3 convolutions).
+    // The block grows by tiles while its sums fit, to the right first: whole rows of planes are read and written at
+    // once (measured: 10 % of a network of 3 x 3 convolutions).
     for (int side = 1; side >= 0; --side) {
       const int64_t line = c.block[1 - side] * s.filters;
       while (c.block[side] < c.region[side] && (c.block[side] + c.tile[side]) * line <= kBlockSumVectors) {
@@ -283,9 +283,11 @@ class NonzerosStep final : public Step {
     const int64_t units = lane_groups * blocks * groups_;
     const int64_t macs = static_cast<int64_t>(weights_->ones.size()) * y_.height * y_.width * images;
     const bool serial = macs < kSerialMacs || parallel.threads() == 1;
-    // Filters are split where there are too few units to share out evenly; each part packs its patches again.
-    const int64_t parts =
-        serial ? 1 : std::min(filters_, div_up(4 * parallel.threads(), std::max<int64_t>(units, 1)));
+    // Filters are split where there are too few units to share out evenly: as little as will do, for each part packs
+    // its patches again.
+    const int64_t threads = serial ? 1 : parallel.threads();
+    int64_t parts = 1;
+    while (units * parts < 4 * threads && units * parts % threads != 0 && parts < filters_) ++parts;
     const auto task = [&](int64_t i) {
       const int64_t part = i % parts, block = i / parts % blocks, unit = i / parts / blocks;
       run_block(inputs, static_cast<float*>(output), images, unit / groups_, unit % groups_, block,

@@ -3,15 +3,15 @@
 //   sum[f, p] = bias[f] + sum over nonzeros i of filter f: weight[i] * patch[offset[i] + p]
 //
 // A *lane* is a rectangle of outputs of one image; vector element l belongs to lane l, and neighbours in memory are the
-// same pixel of `lanes` rectangles. So a tap moves a vector's address by whole vectors: every load is aligned, whatever the
-// tap, the stride or the width of the map, and no lane holds a halo.
+// same pixel of `lanes` rectangles. So a tap moves a vector's address by whole vectors: every load is aligned, whatever
+// the tap, the stride or the width of the map, and no lane holds a halo.
 //
 //   pack     rows of all lanes from planes into a *patch*: [channel][row][column][lane]
-//   sum      one tile of rows x columns vectors in registers, filter after filter, over the nonzeros of a chunk of channels
-//   unpack   sums of a tile back to planes, through the epilogue
+//   sum      one tile of rows x columns vectors in registers, filter after filter, over the nonzeros of a chunk of
+//   channels unpack   sums of a tile back to planes, through the epilogue
 //
-// Every output is one chain of multiply-adds over its filter's nonzeros in order, begun with the bias. Patches and sums are
-// aligned to vectors; planes need no alignment, and nothing is read or written of them but what the arguments name.
+// Every output is one chain of multiply-adds over its filter's nonzeros in order, begun with the bias. Patches and sums
+// are aligned to vectors; planes need no alignment, and nothing is read or written of them but what the arguments name.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,8 @@ namespace structadmm::kernels {
 inline constexpr int kMostLanes = 16;
 inline constexpr int kMostTileRows = 4, kMostTileCols = 8;
 
-// Filters side by side in a sum kernel for small tiles: an accumulator's next multiply-add waits for its last, four cycles.
+// Filters side by side in a sum kernel for small tiles: an accumulator's next multiply-add waits for its last, four
+// cycles.
 constexpr int filters_at_once(int vectors) {
   return vectors <= 2 ? 4 : vectors <= 6 ? 2 : 1;
 }
@@ -56,7 +57,8 @@ struct NonzerosPackArgs {
 };
 
 struct NonzerosUnpackArgs {
-  // A row of tiles side by side, each [filters][rows][tile_cols][lanes], the last perhaps narrower: [..][cols of it][..]
+  // A row of tiles side by side, each [filters][rows][tile_cols][lanes], the last perhaps narrower: [..][cols of
+  // it][..]
   const float* sums;
   int64_t filters, rows, cols, tile_cols;  // cols: of all tiles
   float* y;

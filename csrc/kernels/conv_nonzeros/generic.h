@@ -1,8 +1,8 @@
 // The kernels over a type V of vectors, included by the ISA files inside their anonymous namespaces.
 //
-// V's *pieces*: a vector is kLanes / 4 pieces of four elements. load_pieces(p, lane) makes piece k from the four floats at
-// p + lane[4 * k]; transpose(r) turns four vectors, as 4 x 4 in each piece: r[i] with four pixels of lanes i, 4 + i, 8 + i ..
-// become four vectors of one pixel of every lane in order, and back.
+// V's *pieces*: a vector is kLanes / 4 pieces of four elements. load_pieces(p, lane) makes piece k from the four floats
+// at p + lane[4 * k]; transpose(r) turns four vectors, as 4 x 4 in each piece: r[i] with four pixels of lanes i, 4 + i,
+// 8 + i .. become four vectors of one pixel of every lane in order, and back.
 
 template <class V, int R, int Q>
 inline void multiply_add(const float* patch, int64_t row_stride, float weight, typename V::Reg (&acc)[R][Q]) {
@@ -24,8 +24,7 @@ inline void sum_filters(const NonzerosSumArgs& a, int64_t first) {
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) {
-        acc[m][r][q] =
-            a.bias ? V::broadcast(a.bias[first + m]) : V::load(sums + ((m * R + r) * Q + q) * V::kLanes);
+        acc[m][r][q] = a.bias ? V::broadcast(a.bias[first + m]) : V::load(sums + ((m * R + r) * Q + q) * V::kLanes);
       }
     }
   }
@@ -114,8 +113,8 @@ __attribute__((noinline)) typename V::Reg curve(typename V::Reg r, const Epilogu
 
 // Four pixels, or fewer where `bits` says so, of every lane.
 template <class V, bool Whole>
-inline void unpack_pixels(const NonzerosUnpackArgs& a, const float* sums, int64_t count, float* y, const float* residual,
-                          const uint8_t* bits, typename V::Reg low, typename V::Reg high) {
+inline void unpack_pixels(const NonzerosUnpackArgs& a, const float* sums, int64_t count, float* y,
+                          const float* residual, const uint8_t* bits, typename V::Reg low, typename V::Reg high) {
   const bool clamp = a.epilogue->activation == Activation::kClamp;
   typename V::Reg r[4];
 #pragma GCC unroll 4
@@ -155,12 +154,12 @@ void unpack(NonzerosUnpackArgs a) {
           a.residual ? a.residual + (f * a.residual_filter_stride + row * a.residual_row_stride) : nullptr;
       for (int64_t tile = 0; tile < a.cols; tile += a.tile_cols) {
         const int64_t cols = a.cols - tile < a.tile_cols ? a.cols - tile : a.tile_cols;
-        const float* const sums =
-            a.sums + (tile * a.filters * a.rows + (f * a.rows + row) * cols) * V::kLanes;
+        const float* const sums = a.sums + (tile * a.filters * a.rows + (f * a.rows + row) * cols) * V::kLanes;
         for (int64_t col = 0; col < cols; col += 4) {
           const int64_t count = cols - col < 4 ? cols - col : 4, at = tile + col;
           if (a.whole && count == 4) {
-            unpack_pixels<V, true>(a, sums + col * V::kLanes, 4, y + at, residual ? residual + at : nullptr, nullptr, low, high);
+            unpack_pixels<V, true>(a, sums + col * V::kLanes, 4, y + at, residual ? residual + at : nullptr, nullptr,
+                                   low, high);
             continue;
           }
           const uint8_t* b = bits[count % 4];
@@ -172,7 +171,8 @@ void unpack(NonzerosUnpackArgs a) {
             }
             b = owned;
           }
-          unpack_pixels<V, false>(a, sums + col * V::kLanes, count, y + at, residual ? residual + at : nullptr, b, low, high);
+          unpack_pixels<V, false>(a, sums + col * V::kLanes, count, y + at, residual ? residual + at : nullptr, b, low,
+                                  high);
         }
       }
     }
@@ -182,13 +182,14 @@ void unpack(NonzerosUnpackArgs a) {
 // Tiles of at most `most` vectors; the rest of the registers hold the weight and what the compiler needs.
 template <class V, int most, int R, int... Q>
 constexpr void fill_row(NonzerosSum (&row)[kMostTileCols], std::integer_sequence<int, Q...>) {
-  ((row[Q] = [] {
-     if constexpr (R * (Q + 1) <= most) {
-       return &sum<V, R, Q + 1>;
-     } else {
-       return static_cast<NonzerosSum>(nullptr);
-     }
-   }()),
+  ((row[Q] =
+        [] {
+          if constexpr (R * (Q + 1) <= most) {
+            return &sum<V, R, Q + 1>;
+          } else {
+            return static_cast<NonzerosSum>(nullptr);
+          }
+        }()),
    ...);
 }
 

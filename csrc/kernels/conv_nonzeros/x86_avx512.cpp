@@ -25,16 +25,15 @@ struct Vec16 {
   static void store(float* p, Reg r) { _mm512_store_ps(p, r); }
 
   static Reg load_pieces(const float* p, const int64_t* lane) {
-    const __m512 low = _mm512_castps256_ps512(_mm256_insertf128_ps(
-        _mm256_castps128_ps256(_mm_loadu_ps(p + lane[0])), _mm_loadu_ps(p + lane[4]), 1));
+    const __m512 low = _mm512_castps256_ps512(
+        _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + lane[0])), _mm_loadu_ps(p + lane[4]), 1));
     const __m256 high =
         _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + lane[8])), _mm_loadu_ps(p + lane[12]), 1);
     return _mm512_insertf32x8(low, high, 1);
   }
   static Reg load_pieces(const float* p, const int64_t* lane, const uint8_t* bits) {
-    const __m512 low = _mm512_castps256_ps512(
-        _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_maskz_loadu_ps(bits[0], p + lane[0])),
-                             _mm_maskz_loadu_ps(bits[4], p + lane[4]), 1));
+    const __m512 low = _mm512_castps256_ps512(_mm256_insertf128_ps(
+        _mm256_castps128_ps256(_mm_maskz_loadu_ps(bits[0], p + lane[0])), _mm_maskz_loadu_ps(bits[4], p + lane[4]), 1));
     const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_maskz_loadu_ps(bits[8], p + lane[8])),
                                              _mm_maskz_loadu_ps(bits[12], p + lane[12]), 1);
     return _mm512_insertf32x8(low, high, 1);
