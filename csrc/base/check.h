@@ -7,10 +7,14 @@
 
 namespace structadmm {
 
-class Error : public std::invalid_argument {
+// As include/structadmm/engine.h has it, with the same linkage: one class for the core and for its callers.
+#ifndef STRUCTADMM_ERROR
+#define STRUCTADMM_ERROR
+class [[gnu::visibility("default")]] Error : public std::invalid_argument {
  public:
   using std::invalid_argument::invalid_argument;
 };
+#endif
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
