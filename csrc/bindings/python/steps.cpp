@@ -137,7 +137,7 @@ class Door {
         pool_(std::make_unique<ThreadPool>(threads)),
         spare_(spare_images) {
     const auto found = isa_from_name(isa);
-    SADMM_CHECK(found, "StepDoor: isa got an unknown one");
+    SADMM_CHECK(found && isa_supported(*found), "StepDoor: isa got one that is unknown or that this CPU lacks");
     isa_ = *found;
   }
 
