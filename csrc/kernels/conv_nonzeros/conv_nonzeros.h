@@ -57,8 +57,7 @@ struct NonzerosPackArgs {
 };
 
 struct NonzerosUnpackArgs {
-  // A row of tiles side by side, each [filters][rows][tile_cols][lanes], the last perhaps narrower: [..][cols of
-  // it][..]
+  // A row of tiles side by side, each [filters][rows][its columns][lanes]: tile_cols columns, the last perhaps fewer.
   const float* sums;
   int64_t filters, rows, cols, tile_cols;  // cols: of all tiles
   float* y;
