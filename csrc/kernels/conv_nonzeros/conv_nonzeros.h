@@ -7,8 +7,8 @@
 // the tap, the stride or the width of the map, and no lane holds a halo.
 //
 //   pack     rows of all lanes from planes into a *patch*: [channel][row][column][lane]
-//   sum      one tile of rows x columns vectors in registers, filter after filter, over the nonzeros of a chunk of
-//   channels unpack   sums of a tile back to planes, through the epilogue
+//   sum      one tile of rows x columns vectors in registers, over the nonzeros of a chunk of channels, all filters
+//   unpack   sums of tiles back to planes, through the epilogue
 //
 // Every output is one chain of multiply-adds over its filter's nonzeros in order, begun with the bias. Patches and sums
 // are aligned to vectors; planes need no alignment, and nothing is read or written of them but what the arguments name.
@@ -24,8 +24,7 @@ namespace structadmm::kernels {
 inline constexpr int kMostLanes = 16;
 inline constexpr int kMostTileRows = 4, kMostTileCols = 8;
 
-// Filters side by side in a sum kernel for small tiles: an accumulator's next multiply-add waits for its last, four
-// cycles.
+// Filters side by side in a sum kernel for small tiles: an accumulator's next multiply-add waits four cycles.
 constexpr int filters_at_once(int vectors) {
   return vectors <= 2 ? 4 : vectors <= 6 ? 2 : 1;
 }
@@ -57,8 +56,7 @@ struct NonzerosPackArgs {
 };
 
 struct NonzerosUnpackArgs {
-  // A row of tiles side by side, each [filters][rows][tile_cols][lanes], the last perhaps narrower: [..][cols of
-  // it][..]
+  // A row of tiles side by side, each [filters][rows][its columns][lanes]: tile_cols columns, the last perhaps fewer.
   const float* sums;
   int64_t filters, rows, cols, tile_cols;  // cols: of all tiles
   float* y;
