@@ -1,10 +1,11 @@
 #include "format/artefact.h"
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -691,11 +692,11 @@ Artefact read(std::span<const std::byte> data, const std::string& file) {
 }
 
 std::vector<std::byte> read_file(const std::string& path) {
-  namespace fs = std::filesystem;
-  std::error_code error;
-  const fs::file_status status = fs::status(path, error);
-  SADMM_CHECK(fs::exists(status), path, ": file got none, wanted an artefact");
-  SADMM_CHECK(!fs::is_directory(status), path, ": path got a folder, wanted a file");
+  // Not std::filesystem, some of whose symbols no version of libstdc++ promises.
+  struct stat about = {};
+  SADMM_CHECK(stat(path.c_str(), &about) == 0, path, ": file got none, wanted an artefact");
+  SADMM_CHECK(!S_ISDIR(about.st_mode), path, ": path got a folder, wanted a file");
+  SADMM_CHECK(S_ISREG(about.st_mode), path, ": path got a device or a pipe, wanted a file");
   std::ifstream in(path, std::ios::binary | std::ios::ate);
   const auto size = in ? static_cast<std::streamoff>(in.tellg()) : -1;
   SADMM_CHECK(size >= 0, path, ": file got no permission, wanted one that can be read");
