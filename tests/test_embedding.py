@@ -1,4 +1,4 @@
-"""The engine in a C++ program: examples/cpp, found by find_package in the installed package, built, run without Python."""
+"""The engine in a C++ program: examples/cpp, found by find_package, built, run without Python."""
 
 import os
 import shutil
@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import ResNet, randomise
 
 import structadmm as sa
+from networks import ResNet, randomise
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = Path(sa.__file__).resolve().parent

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import VGG, InvertedResidual, ResNet, randomise
 from test_artefact import columns, mutate, parts, trained, write
 from torch import fx, nn
 
+from networks import VGG, InvertedResidual, ResNet, randomise
 from structadmm import _core, save
 from structadmm.allowed import FUNCTIONS, KINDS, METHODS
 from structadmm.artefact import DIGEST_KEY, load
@@ -269,9 +269,7 @@ def test_additions_go_into_the_last_producer(tmp_path):
     got = rows(lambda m, x: torch.sigmoid(F.relu(m.a(x)) + x), a=conv())
     assert got[1:] == [("conv", [0], RELU), ("copy", [1, 0], {"activation": "sigmoid", "residual": True})]
     got = rows(lambda m, x: m.a(x) - x, a=conv())
-    assert [k for k, _, _ in got] == ["input", "scale_shift", "conv"] or [k for k, _, _ in got] == ["input", "conv"] + [
-        "scale_shift"
-    ]
+    assert [(k, i) for k, i, _ in got] == [("input", []), ("scale_shift", [0]), ("conv", [0, 1])]
 
 
 def test_gates_shortcuts_and_constants(tmp_path):
@@ -357,7 +355,6 @@ def test_refusals_name_the_node_and_the_reason(tmp_path):
     # structadmm.trace has no such graph, torch.fx does.
     model = fx.symbolic_trace(Net(lambda m, x: (y := m.a(x), F.relu(y, inplace=True) + y)[1], a=conv()))
     assert "overwritten in place" in refusals(model, MAPS, tmp_path)[0]
-    assert "output got" in reason(lambda m, x: {"a": x}) or True
     # What is behind a refused node is judged by itself.
     model = Net(lambda m, x: F.relu(m.b(torch.softmax(m.a(x), 1))), a=conv(), b=conv())
     reasons = _core.why_not(artefact(model, MAPS, tmp_path))
@@ -369,4 +366,5 @@ def test_whole_networks_are_lowered(kind, tmp_path):
     model = randomise(ResNet(kind), 0.4, 1)
     rows, nodes = lowered(model, torch.zeros(2, 3, 8, 8), tmp_path)
     assert {k for k, _, _ in rows} <= {"input", "conv", "multiply", "adaptive_pool", "flatten", "linear"}
-    assert sum("residual" in e for _, _, e in rows) == sum(m in ("A", "B") for m in kind) * 3 or kind not in "AB"
+    additions = {"A": 3, "B": 3, "bottleneck": 2, "grouped": 2, "mobile": 2, "se": 2}
+    assert sum("residual" in e for _, _, e in rows) == additions[kind]

@@ -4,9 +4,9 @@ import threading
 
 import pytest
 import torch
-from networks import ResNet, randomise
 from torch import nn
 
+from networks import ResNet, randomise
 from structadmm import artefact, ops
 from structadmm.trace import trace
 
@@ -130,12 +130,7 @@ def test_errors(segment):
     assert "dtype got 'float16'" in error([x], code, "float16", shapes)
     assert "3 channels" in error([torch.zeros(1, 4, 8, 8)], code, "float32", shapes)
     assert "inputs got 2 tensors, wanted 1" in error([x, x], code, "float32", shapes)
-    assert "inputs got none" in error([], code, "float32", shapes) or True
     assert "f64" in error([x.double()], code, "float32", shapes)
     assert "bytes of an artefact" in error([x], code.float(), "float32", shapes)
-    broken = code.clone()
-    broken[-1] ^= 1
-    broken[len(code) // 2] ^= 1
-    torch.ops.structadmm.run_segment([x], code, "float32", shapes)
     assert "whole safetensors file" in error([x], code[:100].clone(), "float32", shapes)
-    assert "whole safetensors file" in error([x], torch.zeros(0, dtype=torch.uint8), "float32", shapes) or True
+    assert "whole safetensors file" in error([x], torch.full((40,), 255, dtype=torch.uint8), "float32", shapes)

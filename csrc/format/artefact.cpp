@@ -1,12 +1,12 @@
 #include "format/artefact.h"
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <bit>
-#include <cerrno>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
-#include <memory>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -691,20 +691,19 @@ Artefact read(std::span<const std::byte> data, const std::string& file) {
   return within(file, [&] { return restore(open(data), file); });
 }
 
-// C's files, not std::filesystem: the op library may need no C++ symbol that some libstdc++ lacks.
 std::vector<std::byte> read_file(const std::string& path) {
-  struct Close {
-    void operator()(std::FILE* f) const { std::fclose(f); }
-  };
-  const std::unique_ptr<std::FILE, Close> file(std::fopen(path.c_str(), "rb"));
-  SADMM_CHECK(file || errno != ENOENT, path, ": file got none, wanted an artefact");
-  SADMM_CHECK(file, path, ": file got no permission, wanted one that can be read");
-  std::vector<std::byte> bytes;
-  std::byte block[1 << 16];
-  errno = 0;
-  while (const size_t n = std::fread(block, 1, sizeof block, file.get())) bytes.insert(bytes.end(), block, block + n);
-  SADMM_CHECK(errno != EISDIR || std::ferror(file.get()) == 0, path, ": path got a folder, wanted a file");
-  SADMM_CHECK(std::ferror(file.get()) == 0, path, ": file got an error in reading, wanted all of it");
+  // Not std::filesystem, some of whose symbols no version of libstdc++ promises.
+  struct stat about = {};
+  SADMM_CHECK(stat(path.c_str(), &about) == 0, path, ": file got none, wanted an artefact");
+  SADMM_CHECK(!S_ISDIR(about.st_mode), path, ": path got a folder, wanted a file");
+  SADMM_CHECK(S_ISREG(about.st_mode), path, ": path got a device or a pipe, wanted a file");
+  std::ifstream in(path, std::ios::binary | std::ios::ate);
+  const auto size = in ? static_cast<std::streamoff>(in.tellg()) : -1;
+  SADMM_CHECK(size >= 0, path, ": file got no permission, wanted one that can be read");
+  std::vector<std::byte> bytes(static_cast<size_t>(size));
+  in.seekg(0);
+  if (size > 0) in.read(reinterpret_cast<char*>(bytes.data()), size);
+  SADMM_CHECK(in.gcount() == size, path, ": file got ", in.gcount(), " bytes, wanted ", size);
   return bytes;
 }
 
