@@ -11,10 +11,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import VGG, ResNet, random_chain, randomise
 from torch import Tensor, nn
 
 import structadmm as sa
+from networks import VGG, ResNet, random_chain, randomise
 from structadmm import decisions, forms, segments
 from structadmm.trace import trace
 

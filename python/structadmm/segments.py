@@ -19,11 +19,11 @@ from torch import Tensor, fx, nn
 
 from . import _core, ops
 from .artefact import OPTIMIZED, from_bytes, to_bytes
-from .channels import given
 from .errors import OptimizeError
 from .forms import COMPILED, FORMS, Form, VendorConv2d, make, use_vendor
 from .nn import ChannelBias, CompactConv2d, CompactLinear
 from .trace import Shape, Traced
+from .tracking import given
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
