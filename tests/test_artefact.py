@@ -189,6 +189,7 @@ def test_every_kind_of_layer(tmp_path):
         "MaxPool3d": (2,), "AvgPool1d": (3, 2, 1, True, False), "AvgPool2d": (3, (2, 1), 1, True, False, 5),
         "AvgPool3d": (2,), "AdaptiveAvgPool1d": (3,), "AdaptiveAvgPool2d": ((None, 2),), "AdaptiveAvgPool3d": (1,),
         "AdaptiveMaxPool1d": (3,), "AdaptiveMaxPool2d": ((2, None),), "ZeroPad2d": ((1, 2, 0, 1),),
+        "PixelUnshuffle": (2,),
         "PixelShuffle": (2,), "ChannelShuffle": (2,), "Flatten": (0, 1), "Dropout": (0.25,), "Dropout1d": (0.1,),
         "Dropout2d": (0.1, True), "ReLU": (True,),
     }  # fmt: skip

@@ -16,7 +16,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"errors", "files"},
     {"decisions", "engine", "groups", "layers", "reference", "timing"},
     {"_load", "ops"},
-    {"constraints", "masks", "plan", "schedules", "nn", "symbolic", "plain"},
+    {"constraints", "masks", "plan", "schedules", "nn", "symbolic", "plain", "unpack"},
     {"admm", "trace"},
     {"tracking", "pointwise", "movement", "mixing", "channels", "analysis"},
     {"layout", "rewrite", "paths", "purify", "compact", "forms"},

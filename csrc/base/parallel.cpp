@@ -12,15 +12,38 @@
 #include "base/check.h"
 
 namespace structadmm {
+namespace {
+
+// How long a thread looks before it sleeps: to be woken costs as much as a small layer, and the next layer follows
+// within microseconds. Some tens of microseconds in all.
+constexpr int kLooks = 1000;
+
+void pause() {
+#if SADMM_X86
+  __builtin_ia32_pause();
+#endif
+}
+
+template <class Condition>
+bool look(const Condition& condition) {
+  for (int i = 0; i < kLooks; ++i) {
+    if (condition()) return true;
+    pause();
+  }
+  return condition();
+}
+
+}  // namespace
 
 struct ThreadPool::State {
   std::vector<std::thread> workers;
   std::mutex busy;  // held by the caller whose tasks the workers do
   std::mutex mutex;
   std::condition_variable wake, done;
-  uint64_t round = 0;
-  int working = 0;
-  bool stop = false;
+  std::atomic<uint64_t> round{0};
+  std::atomic<int> working{0};
+  std::atomic<bool> stop{false};
+  int asleep = 0;  // guarded by mutex
   int64_t n = 0;
   const void* task = nullptr;
   TaskFn fn = nullptr;
@@ -32,16 +55,21 @@ struct ThreadPool::State {
 
   void work() {
     uint64_t seen = 0;
+    const auto called = [&] { return stop || round != seen; };
     for (;;) {
-      {
+      if (!look(called)) {
         std::unique_lock lock(mutex);
-        wake.wait(lock, [&] { return stop || round != seen; });
-        if (stop) return;
-        seen = round;
+        ++asleep;
+        wake.wait(lock, called);
+        --asleep;
       }
+      if (stop) return;
+      seen = round;
       drain();
-      std::lock_guard lock(mutex);
-      if (--working == 0) done.notify_one();
+      if (--working == 0) {
+        const std::lock_guard lock(mutex);
+        done.notify_one();
+      }
     }
   }
 };
@@ -70,19 +98,23 @@ void ThreadPool::run_tasks(int64_t n, const void* task, TaskFn fn) {
     for (int64_t i = 0; i < n; ++i) fn(task, i);
     return;
   }
+  bool sleepers = false;
   {
-    std::lock_guard lock(state_->mutex);
+    const std::lock_guard lock(state_->mutex);
     state_->n = n;
     state_->task = task;
     state_->fn = fn;
     state_->next.store(0);
     state_->working = static_cast<int>(state_->workers.size());
     ++state_->round;
+    sleepers = state_->asleep > 0;
   }
-  state_->wake.notify_all();
+  if (sleepers) state_->wake.notify_all();
   state_->drain();
+  const auto finished = [&] { return state_->working == 0; };
+  if (look(finished)) return;
   std::unique_lock lock(state_->mutex);
-  state_->done.wait(lock, [&] { return state_->working == 0; });
+  state_->done.wait(lock, finished);
 }
 
 namespace {

@@ -180,7 +180,13 @@ class Planner {
     for (size_t k = 0; k < g_.inputs.size(); ++k) {
       Value& v = values_[g_.inputs[k]];
       input_of_[g_.inputs[k]] = static_cast<int>(k);
-      if (v.root == g_.inputs[k] && !is_parent_[g_.inputs[k]] && !is_output_[g_.inputs[k]] && describes(in_[k], v)) {
+      // Depthwise kernels read whole vectors behind the rows, for which a caller's tensor has no room.
+      const bool slack = std::any_of(readers_[g_.inputs[k]].begin(), readers_[g_.inputs[k]].end(), [&](int r) {
+        const auto& conv = g_.nodes[r].conv;
+        return conv && conv->groups > 1 && conv->groups == conv->in_channels;
+      });
+      if (!slack && v.root == g_.inputs[k] && !is_parent_[g_.inputs[k]] && !is_output_[g_.inputs[k]] &&
+          describes(in_[k], v)) {
         v.direct = true;
         v.operand = {.where = Operand::Where::kInput, .index = static_cast<int>(k)};
         v.planes = planes_of(in_[k], v);

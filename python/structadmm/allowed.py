@@ -355,6 +355,7 @@ KINDS: dict[str, Kind] = {
         Kind(nn.AdaptiveMaxPool2d, {"output_size": _adaptive(2)}, fixed={"return_indices": False}),
         _plain(nn.ZeroPad2d, padding=_sizes(4, 0)),
         _plain(nn.PixelShuffle, upscale_factor=COUNT),
+        _plain(nn.PixelUnshuffle, downscale_factor=COUNT),
         _plain(nn.ChannelShuffle, groups=COUNT),
         _plain(nn.Flatten, start_dim=DIM, end_dim=DIM),
         _plain(nn.Dropout, p=PROBABILITY, inplace=BOOL),
@@ -387,14 +388,15 @@ def _named(prefix: str, owner: Any, names: str) -> dict[str, Callable[..., Any]]
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **_named("operator", operator, "add sub mul truediv floordiv mod neg iadd isub imul getitem"),
+    **_named("operator", operator, "add sub mul truediv floordiv mod neg iadd isub imul getitem matmul pow"),
     **_named("torch", torch, "add sub mul div neg maximum minimum clamp abs exp sqrt rsqrt square pow matmul"),
     **_named("torch", torch, "relu relu_ sigmoid tanh softmax log_softmax dropout"),
     **_named("torch", torch, "cat concat stack chunk split flatten reshape permute transpose squeeze unsqueeze"),
-    **_named("torch", torch, "mean sum amax argmax"),
+    **_named("torch", torch, "mean sum amax argmax bmm roll unbind unflatten swapaxes movedim flip tile erf log where"),
     **_named("F", F, "relu relu_ relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh softplus prelu"),
     **_named("F", F, "sigmoid tanh softmax log_softmax dropout dropout2d pad conv1d conv2d linear layer_norm"),
-    **_named("F", F, "max_pool1d max_pool2d avg_pool1d avg_pool2d pixel_shuffle"),
+    **_named("F", F, "max_pool1d max_pool2d avg_pool1d avg_pool2d pixel_shuffle pixel_unshuffle channel_shuffle"),
+    **_named("F", F, "scaled_dot_product_attention interpolate group_norm rms_norm normalize selu celu logsigmoid"),
     **_named("F", F, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d"),
     "getattr": getattr,  # of `shape` alone, see artefact.py
 }
@@ -402,6 +404,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 _WORDS = (
     "add add_ sub sub_ mul mul_ div div_ neg clamp abs exp sqrt rsqrt square pow matmul relu relu_ sigmoid tanh",
     "softmax log_softmax flatten view reshape permute transpose squeeze unsqueeze chunk split contiguous mean sum amax",
-    "argmax size dim",
+    "argmax size dim bmm roll unbind unflatten swapaxes movedim flip expand repeat amin erf log type_as select narrow",
 )
 METHODS = frozenset(word for line in _WORDS for word in line.split())

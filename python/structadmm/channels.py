@@ -27,6 +27,7 @@ from .pointwise import (
     POINTWISE_NAMES,
     Pointwise,
 )
+from .symbolic import is_identity
 from .trace import Shape, Traced
 from .tracking import function_name, given, title
 
@@ -159,7 +160,8 @@ class Channels(Pointwise, Movement, Mixing):
     def _handler(self, node: fx.Node) -> Callable[[fx.Node], str | None] | None:
         name: str | None
         if node.op == "call_module":
-            name = _MODULES.get(type(self._module(node)))
+            m = self._module(node)
+            name = _MODULES.get(type(m)) or ("_identity" if is_identity(m) else None)
         elif node.op == "call_function":
             if node.target in CONST_POOL_FUNCTIONS or node.target in AVG_POOL_FUNCTIONS:
                 return self._pool

@@ -148,7 +148,7 @@ def compact(
     if columns not in COLUMNS:
         raise CompactError(f"compact: columns got {columns!r}, wanted one of {', '.join(COLUMNS)}")
     check_weights(model, "compact")
-    traced = trace(model, example, "compact")
+    traced = trace(model, example, "compact", unpacked=True)
     _densify(traced.module)
     for note in traced.notes:
         if "hooks" in note:

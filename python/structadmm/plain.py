@@ -92,6 +92,7 @@ def modules_for_functions(root: nn.Module, *graphs: fx.Graph) -> None:
                 _replace(root, graph, node, made)
         if made:
             _drop_counters(graph, made)
+    _move_children(root, graphs, made)
 
 
 def _replace(root: nn.Module, graph: fx.Graph, node: fx.Node, made: dict[str, nn.Module]) -> None:
@@ -132,6 +133,24 @@ def _replace(root: nn.Module, graph: fx.Graph, node: fx.Node, made: dict[str, nn
     for v in own.values():
         if isinstance(v, fx.Node) and not v.users:
             graph.erase_node(v)
+
+
+def _move_children(root: nn.Module, graphs: tuple[fx.Graph, ...], made: dict[str, nn.Module]) -> None:
+    """Layers inside what is now a layer, such as the activation of a normalisation, go beside it."""
+    for path, plain in made.items():
+        for name, child in list(plain.named_children()):
+            parent, _, last = path.rpartition(".")
+            owner, new = root.get_submodule(parent), f"{last}_{name}"
+            while hasattr(owner, new):
+                new += "_"
+            delattr(plain, name)
+            owner.add_module(new, child)
+            old, prefix = f"{path}.{name}", f"{parent}.{new}" if parent else new
+            for graph in graphs:
+                for node in graph.nodes:
+                    target = str(node.target)
+                    if node.op in ("call_module", "get_attr") and (target == old or target.startswith(old + ".")):
+                        node.target = prefix + target[len(old) :]
 
 
 def _drop_counters(graph: fx.Graph, made: dict[str, nn.Module]) -> None:

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import _symbolic_trace
 from torch.fx.proxy import Proxy
+from torch.utils import _pytree as pytree
 
 from .errors import TraceError
 
@@ -53,6 +55,20 @@ class Ghost:
             return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
 
+def is_identity(m: nn.Module) -> bool:
+    """Whether a module without tensors hands its input on in evaluation mode: stochastic depth, kinds of dropout."""
+    if type(m).__module__.startswith("torch.") or next(m.parameters(), None) is not None:
+        return False
+    if next(m.buffers(), None) is not None or next(m.children(), None) is not None:
+        return False
+    x = torch.zeros(1, 1, 1, 1)
+    try:
+        with mode(m, False), torch.no_grad():
+            return m.forward(x) is x  # not a call, which a tracer may have taken over
+    except Exception:
+        return False
+
+
 class _Tracer(fx.Tracer):
     """torch.fx's tracer with the package's layers as leaves and the path to the module that fails."""
 
@@ -62,7 +78,8 @@ class _Tracer(fx.Tracer):
         self.at: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__module__ == "structadmm.nn" or super().is_leaf_module(m, module_qualified_name)
+        ours = type(m).__module__ == "structadmm.nn"
+        return ours or super().is_leaf_module(m, module_qualified_name) or is_identity(m)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Not popped on an exception: what is left names the culprit.
@@ -72,6 +89,19 @@ class _Tracer(fx.Tracer):
         return out
 
 
+@contextlib.contextmanager
+def _untraced() -> Iterator[None]:
+    """Calls of modules are calls again, within a trace."""
+    cls: Any = nn.Module
+    call, attribute = cls.__call__, cls.__getattr__
+    cls.__call__, cls.__getattr__ = _symbolic_trace._orig_module_call, _symbolic_trace._orig_module_getattr
+    try:
+        yield
+    finally:
+        cls.__call__, cls.__getattr__ = call, attribute
+
+
+_NEW = ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout)
 _ASKED = ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad", "itemsize", "nbytes", "is_sparse")
 
@@ -110,7 +140,8 @@ class _ShapeTracer(_Tracer):
     def __init__(self, ghost: Ghost, inputs: Sequence[Sequence[Tensor]], defaults: dict[str, Any]) -> None:
         super().__init__()
         self.ghost, self.defaults = ghost, defaults
-        self.waiting = [tuple(ghost.tensor(t) for t in pair) for pair in zip(*inputs, strict=True)]
+        self.seen: dict[fx.Node, tuple[Any, Any]] = {}
+        self.waiting = [(ghost.tensor(a), ghost.tensor(b)) for a, b in zip(*inputs, strict=True)]
 
     def proxy(self, node: fx.Node) -> Proxy:
         return _Known(node, self)
@@ -124,20 +155,34 @@ class _ShapeTracer(_Tracer):
         *rest: Any,
         **options: Any,
     ) -> Any:
+        if kind == "call_method" and target in _NEW:
+            made = self._constant(target, args, kwargs)
+            if made is not None:
+                return made
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         if kind == "placeholder":
             if self.waiting and str(target).lstrip("*") not in self.defaults:
-                proxy.values = self.waiting.pop(0)
+                proxy.values = self.seen[proxy.node] = self.waiting.pop(0)
             return proxy
         values = []
         try:
-            with self.ghost.fake, torch.no_grad():
+            with self.ghost.fake, torch.no_grad(), _untraced():
                 for i in (0, 1):
                     values.append(self._value(kind, target, args, kwargs, i))
         except Exception:
             return proxy  # nothing is known of it; what needs to know says so
-        proxy.values = (values[0], values[1])
+        proxy.values = self.seen[proxy.node] = (values[0], values[1])
         return self._settled(proxy)
+
+    def _constant(self, target: str, args: Any, kwargs: Any) -> Tensor | None:
+        """A tensor made of numbers that are known, such as a mask that is then written into."""
+        like = args[0].values if isinstance(args[0], _Known) else None
+        rest = [*args[1:], *kwargs.values()]
+        if like is None or any(isinstance(p, Proxy) for p in pytree.tree_leaves(rest)):
+            return None
+        base = torch.empty(0, dtype=like[0].dtype, device=like[0].device)
+        made: Tensor = getattr(base, target)(*args[1:], **kwargs)
+        return made
 
     def _settled(self, proxy: Any) -> Any:
         a, b = proxy.values
@@ -152,10 +197,10 @@ class _ShapeTracer(_Tracer):
         def known(p: Any) -> Any:
             if not isinstance(p, Proxy):
                 return p
-            values: Any = getattr(p, "values", None)
-            if values is None:
+            # By the node: what an attribute of a proxy stands for is a proxy of another kind.
+            if p.node not in self.seen:
                 raise LookupError
-            return values[i]
+            return self.seen[p.node][i]
 
         aggregate: Any = fx.node.map_aggregate
         args, kwargs = aggregate((args, kwargs), known)
@@ -200,37 +245,67 @@ def defaults_of(model: nn.Module, n_inputs: int, who: str) -> dict[str, Any]:
     return {p.name: p.default for p in positional[n_inputs:]}
 
 
+class Untraceable(TraceError):
+    """A forward that a tracer can't follow."""
+
+
 def symbolic(
-    model: nn.Module, inputs: Sequence[Sequence[Tensor]], defaults: dict[str, Any], who: str
-) -> tuple[fx.Graph, fx.Graph, bool]:
-    """Graphs of the network in evaluation and in training, and whether shapes had to be known for them.
+    model: nn.Module, probes: Sequence[Sequence[Tensor]] | None, defaults: dict[str, Any], who: str
+) -> tuple[fx.Graph, fx.Graph]:
+    """Graphs of the network in evaluation and in training.
 
-    inputs: the network's, at two batch sizes. Raises TraceError naming module and source line where neither tracer can
-    follow.
+    probes: its inputs at two batch sizes, for the tracer that knows shapes; None: torch.fx's own. Raises Untraceable
+    naming the module and the source line where the tracer can't follow.
     """
-    tracers: list[_Tracer] = []
-
-    def graph_in(training: bool, ghost: Ghost | None) -> fx.Graph:
-        with mode(model, training), mode(ghost.module, training) if ghost else contextlib.nullcontext():
-            tracers.append(_ShapeTracer(ghost, inputs, defaults) if ghost else _Tracer())
-            graph = tracers[-1].trace(model, concrete_args=defaults or None)
-        _drop_defaults(graph, defaults)
-        return graph
-
+    ghost = None if probes is None else Ghost(model)
+    tracer: _Tracer | None = None
+    graphs = []
     try:
-        return graph_in(False, None), graph_in(True, None), False
-    except Exception:
-        ghost = Ghost(model)
-    try:
-        return graph_in(False, ghost), graph_in(True, ghost), True
+        for training in (False, True):
+            quiet = contextlib.nullcontext()
+            with (
+                mode(model, training),
+                mode(ghost.module, training) if ghost else quiet,
+                _unwrapped() if ghost else quiet,
+            ):
+                tracer = _ShapeTracer(ghost, probes, defaults) if ghost and probes is not None else _Tracer()
+                graph = tracer.trace(model, concrete_args=defaults or None)
+            _drop_defaults(graph, defaults)
+            graphs.append(graph)
     except Exception as error:
-        path = next((p for p in reversed(tracers[-1].at) if p), "")
+        path = next((p for p in reversed(tracer.at) if p), "") if tracer else ""
         module = model.get_submodule(path)
         name = f"{path} ({type(module).__name__})" if path else type(module).__name__
-        raise TraceError(
+        raise Untraceable(
             f"{who}: {name} got {type(error).__name__}{culprit(error)}: {first_line(error)}; "
             "wanted a forward that torch.fx traces: no branches on the values of tensors, no item assignment"
         ) from error
+    return graphs[0], graphs[1]
+
+
+def opaque(graph: fx.Graph) -> bool:
+    """Whether parameters go into functions that torch.fx was told not to look into."""
+    for node in graph.nodes:
+        if node.op == "call_function" and any(n.op == "get_attr" for n in node.all_input_nodes):
+            origin = (getattr(node.target, "__module__", None) or "torch").split(".")[0]
+            if origin not in ("torch", "_operator", "operator", "builtins", "math"):
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Functions marked by torch.fx.wrap are followed, since shapes are known inside; builtins are not."""
+    table: Any = _symbolic_trace._wrapped_fns_to_patch
+    saved = dict(table)
+    for key, scope in saved.items():
+        if inspect.isfunction(scope.get(key[1])):
+            table.pop(key)
+    try:
+        yield
+    finally:
+        table.clear()
+        table.update(saved)
 
 
 def _drop_defaults(graph: fx.Graph, defaults: dict[str, Any]) -> None:

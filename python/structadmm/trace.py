@@ -25,7 +25,8 @@ from torch.utils import _pytree as pytree
 
 from .errors import TraceError
 from .plain import modules_for_functions
-from .symbolic import Ghost, culprit, defaults_of, first_line, mode, symbolic
+from .symbolic import Ghost, Untraceable, culprit, defaults_of, first_line, mode, opaque, symbolic
+from .unpack import unpack
 
 # Shapes are propagated at this batch size, which no channel count, conv group or head count is likely to equal: a
 # reshape that mixes the batch with channels then shows.
@@ -249,7 +250,7 @@ def _rebind_mutated(graph: fx.Graph, who: str) -> None:
             users = [u for base in source.all_input_nodes for u in base.users if order[u] > order[node]]
             later = [u for u in users if u.target not in ("size", "dim", getattr)]
             if kind in _VIEWS and later:
-                raise TraceError(
+                raise Untraceable(
                     f"{who}: {node.name} got a view ({source.name}) to overwrite while {later[0].name} still uses "
                     "what it is a view of, wanted an operation that is not in place"
                 )
@@ -300,10 +301,11 @@ _DROPOUTS: dict[Any, type[nn.Module]] = {
 }
 
 
-def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trace") -> Traced:
+def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trace", unpacked: bool = False) -> Traced:
     """Trace a copy of `model` on `example` (a tensor or a tuple of tensors, batch first, any batch size).
 
-    The model is left as it is. Every module keeps its train/eval flag. Errors begin with `who`.
+    The model is left as it is. Every module keeps its train/eval flag. Errors begin with `who`. unpacked: attention
+    modules of torch are taken apart where that works (unpack.py), under other names then.
 
     Raises TraceError: the example does not fit the model's dtype or device; forward cannot be traced (the message names
     the module and the source line); forward fails on the example.
@@ -314,17 +316,43 @@ def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trac
             raise TraceError(f"{who}: model got a {type(model).__name__}, wanted the module inside it: .{attribute}")
     inputs = as_inputs(model, example, who)
     defaults = defaults_of(model, len(inputs), who)
+    # Torch's own attention is taken apart if that can be traced; shapes are only known where they have to be, or where
+    # parameters go into functions that torch.fx alone does not look into.
+    fallback: Traced | None = None
+    failure: TraceError | None = None
+    for apart in (True, False) if unpacked else (False,):
+        for shaped in (False, True):
+            try:
+                found = _attempt(model, inputs, defaults, who, apart, shaped)
+            except Untraceable as error:
+                failure = error
+                continue
+            if shaped or not opaque(found.module.graph):
+                return found
+            fallback = fallback or found
+        if fallback is not None:
+            return fallback
+    assert failure is not None
+    raise TraceError(str(failure)) from failure.__cause__
+
+
+def _attempt(
+    model: nn.Module, inputs: tuple[Tensor, ...], defaults: dict[str, Any], who: str, apart: bool, shaped: bool
+) -> Traced:
     notes = [f"{name}: its hooks are not part of the traced network" for name in hooked(model)]
     root = clone(model)
     for module in root.modules():  # what is left are hooks of the user's; the note says that they are gone
         for kind in _HOOKS:
             getattr(module, kind).clear()
-
+    if apart and not unpack(root):
+        apart = False
     probes = [rebatch(inputs, PROBE_BATCH), rebatch(inputs, PROBE_BATCH + 2)]
-    graph, training, shaped = symbolic(root, probes, defaults, who)
+    graph, training = symbolic(root, probes if shaped else None, defaults, who)
     if shaped:
         notes.append("forward computes with shapes: the traced network takes inputs of the example's size, any batch")
     modules_for_functions(root, graph, training)
+    for g in (graph, training):
+        _drop_assertions(g)
     graph._tracer_cls = None  # unpickling wants an importable tracer: torch.fx's own
     module = fx.GraphModule(root, graph, type(model).__name__)
     training.owning_module = module
@@ -362,6 +390,13 @@ def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trac
             other = _propagate(module, rebatch(inputs, PROBE_BATCH + 2))
             varies = {n: _differing(s, other[n]) for n, s in shapes.items() if isinstance(s, Shape)}
     return Traced(module, shapes, inputs, batch, notes, varies)
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    """What a network asserts of its input, the example has passed."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch._assert and not node.users:
+            graph.erase_node(node)
 
 
 class _Failed(Exception):

@@ -188,16 +188,25 @@ class Tracker:
         # Operations left whole: title -> reason.
         self.whole: dict[str, str] = {}
         self._calls: dict[str, int] = {}
-        owners: dict[int, list[str]] = {}
+        # Modules, and parameters used directly, whose tensors are used under another name too: name -> the other one.
+        self._tied: dict[str, str] = {}
+        users: dict[int, list[str]] = {}
         for name, module in self.module.named_modules():
-            for p in module.parameters(recurse=False):
-                owners.setdefault(id(p), []).append(name)
+            for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                users.setdefault(id(t), []).append(name)
         for node in self.module.graph.nodes:
             if node.op == "call_module":
                 self._calls[node.target] = self._calls.get(node.target, 0) + 1
-            elif node.op == "get_attr":
-                owners.setdefault(id(attribute(self.module, node.target)), []).append(node.target)
-        self._tied = {n: o for names in owners.values() if len(names) > 1 for n in names for o in names if o != n}
+        for node in self.module.graph.nodes:
+            if node.op == "get_attr":
+                names = users.setdefault(id(attribute(self.module, node.target)), [])
+                owner = str(node.target).rpartition(".")[0]
+                if owner in names and owner not in self._calls:
+                    names.remove(owner)  # nothing but the home of the parameter
+                names.append(node.target)
+        for names in users.values():
+            if len(names) > 1:
+                self._tied.update({n: names[i - 1] for i, n in enumerate(names)})
 
     def _module(self, node: fx.Node) -> Any:
         """The module that a call_module node calls."""

@@ -1,0 +1,276 @@
+"""Does compaction hold on the networks that people use? torchvision's classification models and timm's families.
+
+    PYTHONPATH=python python bench/zoo.py [--set torchvision|timm|all] [--rates 0.3 0.7] [--only NAME...] [--seconds N]
+
+Every model gets random weights, and in every layer a share of filters and of columns set to zero; then it is compacted,
+compared with the masked model on another batch size (float32), saved and loaded, and trained for a step. Results are
+added to results/zoo.json one by one, models that have one are skipped, so the sweep goes on where it stopped. Needs
+torchvision and timm; beside a CPU build of torch they can be installed with --no-deps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from random_graphs import zero_at_random  # noqa: E402
+
+import structadmm as sa  # noqa: E402
+from structadmm.files import atomic_write_text  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "zoo.json"
+# One model of each of these families of timm, the smallest or nearly.
+TIMM_NAMES = """
+resnet18 resnetv2_18d resnext26ts seresnext26d_32x4d ecaresnet26t skresnet18 res2net50_26w_4s resnest14d regnetx_002
+regnety_002 regnetz_b16 densenet121 dla34 dpn48b vovnet39a ese_vovnet19b_dw cspresnet50 cspdarknet53 darknet53
+hrnet_w18_small mobilenetv2_050 mobilenetv3_small_050 mobilenetv4_conv_small mnasnet_050 fbnetc_100 spnasnet_100
+efficientnet_b0 efficientnet_lite0 tf_efficientnetv2_b0 mixnet_s ghostnet_050 ghostnetv2_100 hardcorenas_a lcnet_035
+tinynet_e rexnet_100 repvgg_a0 repghostnet_050 mobileone_s0 inception_v3 inception_v4 inception_resnet_v2 xception41
+nasnetalarge pnasnet5large selecsls42b vgg11 vgg11_bn gernet_s convnext_atto convnextv2_atto convmixer_768_32
+edgenext_xx_small hgnetv2_b0 fasternet_t0 inception_next_atto starnet_s1 vit_tiny_patch16_224 deit_tiny_patch16_224
+deit3_small_patch16_224 cait_xxs24_224 beit_base_patch16_224 eva02_tiny_patch14_224 swin_tiny_patch4_window7_224
+swinv2_tiny_window8_256 mixer_s32_224 resmlp_12_224 gmixer_24_224 gmlp_ti16_224 coat_tiny coatnet_nano_rw_224
+maxvit_tiny_tf_224 crossvit_tiny_240 levit_128s pit_ti_224 poolformer_s12 caformer_s18 convformer_s18 pvt_v2_b0
+twins_pcpvt_small twins_svt_small tnt_s_patch16_224 visformer_tiny volo_d1_224 xcit_nano_12_p16_224 mobilevit_xxs
+mobilevitv2_050 efficientformer_l1 efficientformerv2_s0 efficientvit_b0 efficientvit_m0 fastvit_t8 focalnet_tiny_srf
+davit_tiny gcvit_xxtiny nest_tiny sequencer2d_s tiny_vit_5m_224 repvit_m0_9 hiera_tiny_224 mvitv2_tiny nextvit_small
+rdnet_tiny shvit_s1 swiftformer_xs tresnet_m vitamin_small_224 bat_resnext26ts botnet26t_256 halonet26t
+lambda_resnet26t lamhalobotnet50ts_256 mambaout_femto
+"""
+TIMM = [name for line in TIMM_NAMES.splitlines() for name in line.split()]
+
+
+def torchvision() -> Any:
+    """The module; without its compiled operators, which a CPU build of torch can't load."""
+    try:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        torchvision.library = library  # type: ignore[attr-defined]
+    except RuntimeError:
+        pass  # defined already
+    import torchvision as module
+
+    return module
+
+
+def names(which: str) -> list[str]:
+    found = []
+    vision = torchvision()
+    if which in ("torchvision", "all"):
+        found += [f"torchvision/{n}" for n in vision.models.list_models(module=vision.models)]
+    if which in ("timm", "all"):
+        found += [f"timm/{n}" for n in TIMM]
+    return found
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """The model with random weights, and the smallest input that it was found to take."""
+    source, _, short = name.partition("/")
+    vision = torchvision()
+    if source == "timm":
+        import timm
+
+        model = timm.create_model(short, pretrained=False)
+        size = 64
+        if model.default_cfg.get("fixed_input_size", False):
+            size = model.default_cfg.get("input_size", (3, 224, 224))[-1]
+    else:
+        options: dict[str, Any] = {}
+        size = 64
+        if short.startswith("vit_"):
+            size = int(short.split("_")[-1]) * 4
+            options = {"image_size": size}
+        elif short.startswith("maxvit"):
+            size, options = 224, {}
+        elif short.startswith("inception"):
+            size = 96
+        elif "swin_v2" in short:
+            size = 64
+        if short.startswith(("inception", "googlenet")):
+            options |= {"aux_logits": False, "init_weights": False}
+            make = getattr(vision.models, short)
+            model = make(weights=None, **options)
+        else:
+            model = vision.models.get_model(short, weights=None, **options)
+    model.eval()
+    sizes = sorted({size, 96, 128, 224, 256}) if size <= 96 else [size]
+    for s in [n for n in sizes if n >= size]:
+        x = torch.randn(2, 3, s, s)
+        try:
+            with torch.no_grad():
+                model(x)
+            return model, x
+        except Exception as error:
+            last = error
+    raise last
+
+
+def in_float64(model: nn.Module, x: Tensor, fresh: Tensor, single: Tensor) -> dict[str, float]:
+    """The same comparison in float64, and the rounding error of the masked network itself in float32: a deep network
+    with random weights may multiply a rounding error by thousands."""
+    exact = copy.deepcopy(model).double()
+    small = sa.compact(exact, x.double(), columns="never", tolerance=float("inf"))
+    with torch.no_grad():
+        a, b = first(exact(fresh.double())), first(small.eval()(fresh.double()))
+    scale = a.abs().max()
+    difference, rounding = ((t - a).abs().max() / scale for t in (b, single.double()))
+    return {"float64_difference": float(f"{difference:.3g}"), "rounding": float(f"{rounding:.3g}")}
+
+
+def parameters(m: nn.Module) -> int:
+    return sum(p.numel() for p in m.parameters())
+
+
+def judge(name: str, rate: float) -> dict[str, Any]:
+    """One row of the results: what went, and the first check that failed."""
+    torch.manual_seed(0)
+    row: dict[str, Any] = {"ok": False}
+    started = time.monotonic()
+    stage = "build"
+    try:
+        model, x = build(name)
+        row["input"] = x.shape[-1]
+        fill(model)
+        zero_at_random(model, rate, seed=1)
+        calibrate(model, x)
+        before = parameters(model)
+        stage, began = "compact", time.monotonic()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            small = sa.compact(model, x, columns="never", tolerance=float("inf"))
+        row |= {"seconds_compact": round(time.monotonic() - began, 2), "parameters": before}
+        row |= {"parameters_after": parameters(small), "nonzero": nonzeros(model), "whole": reasons(small)}
+        stage = "compare"
+        fresh = torch.randn(3, *x.shape[1:], generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            a, b = first(model.eval()(fresh)), first(small.eval()(fresh))
+        row["relative_difference"] = float(f"{((a - b).abs().max() / a.abs().max()).item():.3g}")
+        if not row["relative_difference"] <= 1e-4:
+            row |= in_float64(model, x, fresh, a)
+            if not (row["float64_difference"] <= 1e-10 and row["relative_difference"] <= 10 * row["rounding"]):
+                raise AssertionError(f"differs by {row['relative_difference']} of the largest output")
+        stage = "save and load"
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                sa.save(small, Path(folder) / "net.safetensors")
+                loaded = sa.load(Path(folder) / "net.safetensors")
+            with torch.no_grad():
+                same = torch.equal(first(loaded.eval()(fresh)), b)
+            if not same:
+                raise AssertionError("the loaded network gives other outputs")
+            row["saved"] = "structadmm"
+        except sa.ArtefactError as error:  # an operation that the file format does not hold: torch's own pickle
+            row["saved"], row["not_saved"] = "torch", str(error)[:200]
+            with tempfile.TemporaryFile() as file:
+                torch.save(small, file)
+                file.seek(0)
+                loaded = torch.load(file, weights_only=False)
+            with torch.no_grad():
+                if not torch.equal(first(loaded.eval()(fresh)), b):
+                    raise AssertionError("the loaded network gives other outputs") from None
+        stage = "train"
+        small.train()
+        optimizer = torch.optim.SGD(small.parameters(), 1e-3)
+        first(small(fresh)).square().mean().backward()
+        optimizer.step()
+        if not any(p.grad is not None and bool(p.grad.any()) for p in small.parameters()):
+            raise AssertionError("no gradient")
+        row["ok"] = True
+    except Exception as error:
+        row |= {"stage": stage, "error": f"{type(error).__name__}: {str(error)[:400]}"}
+    row["seconds"] = round(time.monotonic() - started, 1)
+    return row
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Random values for parameters that begin as constants (layer scales of 1e-6, position tables of 0): untrained,
+    whole branches would have no effect on the output."""
+    for m in model.modules():
+        if not isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)):
+            for p in m.parameters(recurse=False):
+                if p.numel() > 1 and bool((p == p.flatten()[0]).all()):
+                    p.normal_(0.0, 0.02) if p.dim() > 1 and not bool(p.any()) else p.uniform_(0.2, 1.0)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, x: Tensor) -> None:
+    """Statistics of the normalisations from one pass, so that values neither vanish nor explode on their way."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momentum = [m.momentum for m in norms]
+    for m in norms:
+        m.train()
+        m.momentum = 1.0
+    model(torch.cat([x, x.flip(2), x * 0.5, torch.randn_like(x)]))
+    for m, value in zip(norms, momentum, strict=True):
+        m.eval()
+        m.momentum = value
+        # Channels without variance would be blown up by 1/sqrt(eps), with rounding errors.
+        if m.running_var is not None:
+            m.running_var.clamp_(min=0.05)
+
+
+def first(out: Any) -> Tensor:
+    while not isinstance(out, Tensor):
+        out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+    return out
+
+
+def nonzeros(model: nn.Module) -> int:
+    return sum(int(torch.count_nonzero(p)) for p in model.parameters())
+
+
+def reasons(small: Any) -> dict[str, int]:
+    """Why operations were left whole -> how many."""
+    out: dict[str, int] = {}
+    for why in small.report.whole.values():
+        out[why[:120]] = out.get(why[:120], 0) + 1
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", default="all", choices=("torchvision", "timm", "all"))
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.3, 0.7])
+    parser.add_argument("--only", nargs="+", default=None, help="names such as timm/resnet18; done again")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no model after this time")
+    parser.add_argument("--failed", action="store_true", help="do those again that failed")
+    options = parser.parse_args()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    started = time.monotonic()
+    table: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in options.only or names(options.set):
+        for rate in options.rates:
+            key = f"{name} {rate}"
+            known = table.get(key)
+            if known is not None and not options.only and (known["ok"] or not options.failed):
+                continue
+            if time.monotonic() - started > options.seconds:
+                print("time is up")
+                return
+            row = judge(name, rate)
+            # Another process may have added rows meanwhile.
+            table = {**(json.loads(RESULTS.read_text()) if RESULTS.exists() else {}), key: row}
+            atomic_write_text(RESULTS, json.dumps(dict(sorted(table.items())), indent=1) + "\n")
+            shrunk = f"{row.get('parameters', 0):,} -> {row.get('parameters_after', 0):,}"
+            verdict = "ok" if row["ok"] else f"{row['stage']}: {row['error']}"
+            print(f"{key}: {verdict} {shrunk} {row['seconds']} s", flush=True)
+    done = [r for r in table.values() if r["ok"]]
+    print(f"{len(done)} of {len(table)} pass")
+
+
+if __name__ == "__main__":
+    main()

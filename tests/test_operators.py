@@ -1,0 +1,421 @@
+"""What goes from networks of the operations that mix, move and normalise channels, and what stays with a reason."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from random_graphs import Attention, Gated, Recurrent, Scale
+from torch import Tensor, nn
+
+import structadmm as sa
+from structadmm.errors import TraceError
+from structadmm.trace import trace
+
+torch.set_num_threads(1)  # tiny networks
+
+
+def maps(n: int, c: int = 3, size: int = 8) -> Tensor:
+    return torch.randn(n, c, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+
+
+def tokens(n: int, c: int = 16, length: int = 5) -> Tensor:
+    return torch.randn(n, length, c, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+
+
+@torch.no_grad()
+def filled(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random parameters, also where they begin as ones and zeros."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        if p.is_floating_point():
+            p.copy_(torch.randn(p.shape, generator=g).to(p) * (0.5 if p.dim() > 1 else 0.3))
+            if p.dim() == 1 and name.endswith(("weight", "running_var")):
+                p.abs_().add_(0.5)
+    return model.double().eval()
+
+
+def compacted(model: nn.Module, x: Tensor, other: Tensor) -> nn.Module:
+    """compact, with the checks that hold for every network: the same outputs at another batch, copies, a step."""
+    small = sa.compact(model, x, columns="never")
+    with torch.no_grad():
+        a, b = model(other), small(other)
+    assert (a - b).abs().max() <= 1e-10 * max(1.0, a.abs().max().item())
+    again = pickle.loads(pickle.dumps(copy.deepcopy(small)))
+    with torch.no_grad():
+        assert torch.equal(again(other), b)
+    small.train()
+    small(other).square().mean().backward()
+    assert any(p.grad is not None and p.grad.any() for p in small.parameters())
+    small.zero_grad()
+    return small.eval()
+
+
+def weight(model: nn.Module, name: str) -> tuple[int, ...]:
+    return tuple(model.get_submodule(name).weight.shape)
+
+
+# Attention
+
+
+@pytest.mark.parametrize("how", ["fused", "plain", "grouped"])
+def test_channels_of_every_head_go(how: str) -> None:
+    """The same number in each head, from other places; the scale stays that of the whole head."""
+    model = filled(nn.Sequential(nn.Linear(16, 16), Attention(16, 4, how), nn.Linear(16, 2)))
+    a = model[1]
+    gone = torch.tensor([0, 5, 10, 15])  # one of four in each head, another one each time
+    with torch.no_grad():
+        if how == "fused":
+            for part in range(3):
+                a.qkv.weight[16 * part + gone] = 0
+                a.qkv.bias[16 * part + gone] = 0
+        else:
+            for m in (a.q, a.k, a.v):
+                m.weight[gone] = 0
+                if m.bias is not None:
+                    m.bias[gone] = 0
+    small = compacted(model, tokens(2), tokens(3))
+    assert weight(small, "1.proj") == (16, 12)
+    if how == "fused":
+        assert weight(small, "1.qkv") == (36, 16)
+    else:
+        assert weight(small, "1.q") == weight(small, "1.k") == weight(small, "1.v") == (12, 16)
+    assert small.report.whole == {}
+
+
+@pytest.mark.parametrize("how", ["fused", "plain"])
+def test_heads_without_values_go(how: str) -> None:
+    """A head whose values are constant, or read by nobody, goes with its queries and keys."""
+    model = filled(nn.Sequential(nn.Linear(16, 16), Attention(16, 4, how), nn.Linear(16, 2)))
+    a = model[1]
+    with torch.no_grad():
+        rows = a.qkv.weight[32:36] if how == "fused" else a.v.weight[:4]
+        rows.zero_()  # values of head 0: their bias is left
+        a.proj.weight[:, 12:] = 0  # head 3
+    small = compacted(model, tokens(2), tokens(3))
+    assert weight(small, "1.proj") == (16, 8)
+    assert weight(small, "1.qkv" if how == "fused" else "1.q")[0] == (24 if how == "fused" else 8)
+
+
+def test_a_constant_key_changes_no_weights() -> None:
+    """It adds the same to the scores of all keys, so its query goes too; a constant query does not."""
+    model = filled(nn.Sequential(nn.Linear(8, 8), Attention(8, 1, "grouped"), nn.Linear(8, 2)))
+    a = model[1]
+    with torch.no_grad():
+        a.k.weight[:3] = 0
+        a.q.weight[5:] = 0
+    small = compacted(model, tokens(2, 8), tokens(3, 8))
+    assert weight(small, "1.q") == weight(small, "1.k") == (5, 8)
+
+
+def test_grouped_queries_keep_whole_groups() -> None:
+    model = filled(nn.Sequential(nn.Linear(16, 16), Attention(16, 4, "grouped", 2), nn.Linear(16, 2)))
+    a = model[1]
+    with torch.no_grad():
+        a.v.weight[:4] = a.v.bias[:4, None] = 0
+    small = compacted(model, tokens(2), tokens(3))
+    assert weight(small, "1.q") == (8, 16) and weight(small, "1.k") == weight(small, "1.v") == (4, 16)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multihead_attention_is_taken_apart(batch_first: bool, need_weights: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.fc = nn.MultiheadAttention(16, 4, batch_first=batch_first), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x if batch_first else x.transpose(0, 1)
+            y = self.attn(x, x, x, need_weights=need_weights)[0]
+            return self.fc(y if batch_first else y.transpose(0, 1))
+
+    model = filled(Net())
+    with torch.no_grad():
+        model.attn.in_proj_weight[32:40] = 0  # two heads' values
+    small = compacted(model, tokens(2), tokens(3))
+    assert weight(small, "attn.in_proj") == (24, 16) and weight(small, "attn.out_proj") == (16, 8)
+    cleared = sa.remove_unused_paths(model, tokens(2))
+    assert type(cleared.attn) is nn.MultiheadAttention
+
+
+def test_masked_attention_stays_with_a_reason() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.fc = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 2)
+            self.register_buffer("mask", torch.zeros(5, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.attn(x, x, x, attn_mask=self.mask)[0])
+
+    small = compacted(filled(Net()), tokens(2), tokens(3))
+    assert "packed" in small.report.whole["attn"]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_gated_units_shrink(fused: bool) -> None:
+    model = filled(nn.Sequential(nn.Linear(16, 16), Gated(16, 10, fused), nn.Linear(16, 2)))
+    m = model[1]
+    with torch.no_grad():
+        gate = m.w1.weight[:3] if fused else m.w1.weight[:3]
+        gate.zero_()  # silu(bias) times the other half: not constant, stays
+        up = (m.w1.weight, m.w1.bias) if fused else (m.w2.weight, m.w2.bias)
+        for t in up:
+            t[(10 if fused else 0) + 5 : (10 if fused else 0) + 8] = 0
+        m.w3.weight[:, 9] = 0
+    small = compacted(model, tokens(2), tokens(3))
+    assert weight(small, "1.w3") == (16, 6)
+    assert weight(small, "1.w1")[0] == (12 if fused else 6)
+
+
+# Normalisation and embeddings
+
+
+def test_layer_norm_keeps_its_channels_and_frees_the_rest() -> None:
+    model = filled(nn.Sequential(nn.Linear(16, 12), nn.LayerNorm(12), nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 2)))
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+        model[2].weight[:5] = 0
+    small = compacted(model, tokens(2), tokens(3))
+    assert weight(small, "0") == (12, 16) and weight(small, "2") == (15, 12)
+    assert any("normalises over all channels" in why for why in small.report.notes["0"])
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(4, 12), lambda: nn.InstanceNorm2d(12, affine=True)])
+def test_groups_of_a_norm_go_together(norm) -> None:
+    model = filled(nn.Sequential(nn.Conv2d(3, 12, 3), norm(), nn.ReLU(), nn.Conv2d(12, 4, 3), nn.Flatten()))
+    with torch.no_grad():
+        model[0].weight[3:7] = 0
+    small = compacted(model, maps(2), maps(3))
+    assert small.get_submodule("0").out_channels == (9 if isinstance(model[1], nn.GroupNorm) else 8)
+
+
+def test_an_embedding_loses_columns() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.position = nn.Embedding(11, 8), nn.Parameter(torch.randn(1, 5, 8))
+            self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.relu(self.fc(self.embed(x) + self.position)))
+
+    model = filled(Net())
+    with torch.no_grad():
+        model.fc.weight[:, 2:5] = 0
+    x = torch.randint(0, 11, (2, 5))
+    small = sa.compact(model, x)
+    assert torch.allclose(small(x), model(x), atol=1e-12)
+    assert tuple(small.embed.weight.shape) == (11, 5) and tuple(small.position.shape) == (1, 5, 5)
+    model.out = nn.Linear(8, 11, bias=False).double()
+    model.out.weight = model.embed.weight
+    tied = sa.compact(model, x)
+    assert tied.embed.weight is tied.out.weight and "tied" in str(tied.report.whole)
+
+
+# Shapes
+
+
+def test_transposed_convolutions() -> None:
+    model = filled(
+        nn.Sequential(
+            nn.ConvTranspose2d(3, 8, 2, 2),
+            nn.ReLU(),
+            nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, groups=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 3),
+            nn.Flatten(),
+        )  # fmt: skip
+    )
+    with torch.no_grad():
+        model[0].weight[:, [0, 5]] = 0
+        model[0].bias[[0, 5]] = -1  # relu: 0
+        model[2].weight[:, 2] = 0  # the third filter of each conv group
+    small = compacted(model, maps(2, size=4), maps(3, size=4))
+    assert weight(small, "0") == (3, 6, 2, 2) and weight(small, "2") == (6, 3, 3, 3)
+
+
+def test_shuffles() -> None:
+    model = filled(
+        nn.Sequential(
+            nn.Conv2d(3, 16, 3),
+            nn.ChannelShuffle(4),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 1),
+            nn.PixelShuffle(2),
+            nn.Conv2d(4, 4, 3),
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(16, 4, 1),
+            nn.Flatten(),
+        )  # fmt: skip
+    )
+    with torch.no_grad():
+        for i in (0, 6, 9, 15):  # one in each group
+            model[0].weight[i] = 0
+            model[0].bias[i] = -1
+        model[3].weight[4:8] = 0  # all that makes up one channel
+        model[3].bias[4:8] = 0.5
+        model[7].weight[:, 8:12] = 0
+    small = compacted(model, maps(2, size=8), maps(3, size=8))
+    assert small.get_submodule("0").out_channels == 12
+    assert small.get_submodule("3").out_channels == 12
+    assert small.get_submodule("5").out_channels == 3
+
+
+def test_stacked_branches_keep_as_many_channels() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.stack([F.relu(self.a(x)), F.relu(self.b(x))], 2).flatten(1, 2)).flatten(1)
+
+    model = filled(Net())
+    with torch.no_grad():
+        model.a.weight[:3] = 0
+        model.b.weight[2:4] = 0
+    small = compacted(model, maps(2), maps(3))
+    assert small.a.out_channels == small.b.out_channels and small.a.out_channels >= 6
+
+
+def test_one_and_three_dimensions() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.n, self.b = nn.Conv1d(3, 8, 3, padding=1), nn.BatchNorm1d(8), nn.Conv1d(8, 4, 3)
+            self.c, self.d = nn.Conv3d(1, 6, 3, padding=1), nn.Conv3d(6, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(F.gelu(self.n(self.a(x.flatten(2)))))
+            z = self.d(F.silu(self.c(x.unsqueeze(1))))
+            return torch.cat([y.mean(2), z.mean((2, 3, 4))], 1)
+
+    model = filled(Net())
+    with torch.no_grad():
+        model.b.weight[:, 1:3] = 0
+        model.c.weight[0] = model.c.bias[0] = 0
+    small = compacted(model, maps(2), maps(3))
+    assert small.a.out_channels == 6 and small.c.out_channels == 5
+
+
+def test_layer_scale_and_activations_that_are_not_zero_at_zero() -> None:
+    model = filled(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.Softplus(),
+            Scale(8, 1, 1),
+            nn.PReLU(8),
+            nn.Conv2d(8, 4, 3),
+            nn.Sigmoid(),
+            nn.Flatten(),
+            nn.Linear(64, 2),
+        )  # fmt: skip
+    )
+    with torch.no_grad():
+        model[0].weight[:2] = 0
+        model[2].gamma[5] = 0
+    small = compacted(model, maps(2), maps(3))
+    assert small.get_submodule("0").out_channels == 5
+    assert small.get_submodule("2").gamma.shape[0] == 5 and small.get_submodule("3").num_parameters == 5
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_stay_whole_with_a_reason(kind) -> None:
+    model = filled(nn.Sequential(nn.Linear(16, 16), Recurrent(16, kind), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 2)))
+    with torch.no_grad():
+        model[0].weight[:4] = 0
+        model[2].weight[:2] = 0
+    small = compacted(model, tokens(2), tokens(3))
+    assert weight(small, "0") == (16, 16) and weight(small, "2") == (4, 16)
+    assert "gates" in small.report.whole["1.rnn"]
+
+
+# Tracing
+
+
+class Branching(nn.Module):
+    """Branches on shapes, iterates over a tensor, writes into a mask: too much for torch.fx alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        if h % 4:
+            x = F.pad(x, (0, 0, 0, 4 - h % 4))
+        if b > 0 and len(x.shape) > 3:
+            x = self.a(x)
+        mask = x.new_zeros(x.shape[2:])
+        mask[1:, 1:] = 1
+        y = F.relu(x) * mask
+        return sum(t for t in self.b(y).flatten(2).unbind(1)) + (1 if x.dim() == 4 else 0)
+
+
+def test_branches_on_shapes_are_followed() -> None:
+    model = filled(Branching())
+    with torch.no_grad():
+        model.a.weight[:3] = 0
+        model.a.bias[:3] = -1
+    small = compacted(model, maps(2, size=6), maps(5, size=6))
+    assert small.a.out_channels == 5
+    assert any("computes with shapes" in remark for remark in small.report.remarks)
+
+
+def test_what_no_tracer_follows_is_named() -> None:
+    class Values(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * int(x.sum())
+
+    with pytest.raises(TraceError, match=r"1 \(Values\) got .*test_operators.py:\d+ `return x \* int\(x.sum\(\)\)`"):
+        trace(nn.Sequential(nn.Linear(3, 3), Values()), torch.randn(2, 3))
+
+
+def test_normalisation_with_an_activation_inside_trains() -> None:
+    """A subclass that torch.fx goes into, as timm has them: it becomes a module again, and keeps its names."""
+
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self, n: int) -> None:
+            super().__init__(n)
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training and self.track_running_stats:
+                self.num_batches_tracked.add_(1)
+            training = self.training or self.running_mean is None
+            return self.act(F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training))
+
+    model = filled(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), NormAct(8), nn.Conv2d(8, 4, 1), nn.Flatten()))
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+    small = compacted(model, maps(2), maps(3))
+    assert small.get_submodule("0").out_channels == 5 and type(small.get_submodule("1")) is nn.BatchNorm2d
+    assert "1.running_mean" in small.state_dict() and small.report.remarks == []
+    before = small.get_submodule("1").running_mean.clone()
+    small.train()(maps(4))
+    assert not torch.equal(before, small.get_submodule("1").running_mean)
+
+
+def test_layers_that_hand_on_in_evaluation_stay_layers() -> None:
+    class DropPath(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                return x
+            return x * torch.empty(x.shape[0], 1, 1, 1, dtype=x.dtype).bernoulli_(0.5)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.path = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), DropPath()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + self.path(self.b(F.relu(self.a(x))))).flatten(1)
+
+    traced = trace(Net(), torch.randn(2, 3, 4, 4))
+    assert any(n.target == "path" for n in traced.module.graph.nodes) and traced.notes == []

@@ -1,0 +1,15 @@
+"""Masked == compacted on random networks made of every operation; `python tests/random_graphs.py` does thousands."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from random_graphs import check
+
+torch.set_num_threads(1)  # tiny networks
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_networks(seed: int) -> None:
+    before, after = check(seed)
+    assert after <= before + 200  # a layer may get a bias that it did not have
