@@ -19,7 +19,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"constraints", "masks", "plan", "schedules", "nn", "symbolic", "plain", "unpack"},
     {"admm", "trace"},
     {"tracking", "pointwise", "movement", "mixing", "channels", "analysis"},
-    {"layout", "rewrite", "paths", "purify", "compact"},
+    {"layout", "rewrite", "paths", "purify", "compact", "carry"},
     {"allowed"},
     {"artefact"},
     {"data", "models", "report"},

@@ -25,6 +25,8 @@ _PARTS = {
     "purify": "purify",
     "remove_unused_paths": "paths",
     "compact": "compact",
+    "carry_state": "carry",
+    "carry_tensors": "carry",
     "save": "artefact",
     "load": "artefact",
     "CompactConv2d": "nn",

@@ -161,7 +161,7 @@ def compact(
 
     small = traced.module
     fold(analysis, small)
-    cut(layouts)
+    kept = cut(layouts)
     edit_graph(layouts)
     small.graph.eliminate_dead_code()
     small.graph.lint()
@@ -185,6 +185,7 @@ def compact(
     small.meta["structadmm"] = {
         "inputs": [((None, *t.shape[1:]), t.dtype) for t in traced.inputs],
         "original": _original(model) or dense,
+        "kept": kept,  # for carry_state
     }
     return small
 
