@@ -17,7 +17,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"groups", "layers", "reference", "timing"},
     {"_load", "ops"},
     {"constraints", "masks", "plan", "schedules", "nn", "symbolic", "plain", "unpack"},
-    {"admm", "trace"},
+    {"admm", "trace", "importers"},
     {"tracking", "pointwise", "movement", "mixing", "channels", "analysis"},
     {"layout", "rewrite", "paths", "purify", "compact", "carry"},
     {"allowed"},

@@ -25,6 +25,8 @@ _PARTS = {
     "purify": "purify",
     "remove_unused_paths": "paths",
     "compact": "compact",
+    "import_masks_": "importers",
+    "load_masked_": "importers",
     "carry_state": "carry",
     "carry_tensors": "carry",
     "save": "artefact",
