@@ -19,7 +19,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"constraints", "masks", "plan", "schedules", "nn", "symbolic", "plain", "unpack"},
     {"admm", "trace", "importers"},
     {"tracking", "pointwise", "movement", "mixing", "channels", "analysis"},
-    {"layout", "rewrite", "paths", "purify", "compact", "carry"},
+    {"layout", "rewrite", "paths", "purify", "compact", "carry", "structure"},
     {"allowed"},
     {"artefact"},
     {"data", "models", "report"},

@@ -23,6 +23,8 @@ _PARTS = {
     "LayerPlan": "plan",
     "Constraint": "plan",
     "purify": "purify",
+    "coupled_layers": "structure",
+    "plan_for": "structure",
     "remove_unused_paths": "paths",
     "compact": "compact",
     "import_masks_": "importers",
