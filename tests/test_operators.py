@@ -8,11 +8,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import ResNet, randomise
 from random_graphs import Attention, Gated, Recurrent, Scale
 from torch import Tensor, nn
 
 import structadmm as sa
-from structadmm.errors import TraceError
+from structadmm.errors import CompactError, TraceError
 from structadmm.trace import trace
 
 torch.set_num_threads(1)  # tiny networks
@@ -419,3 +420,19 @@ def test_layers_that_hand_on_in_evaluation_stay_layers() -> None:
 
     traced = trace(Net(), torch.randn(2, 3, 4, 4))
     assert any(n.target == "path" for n in traced.module.graph.nodes) and traced.notes == []
+
+
+@pytest.mark.parametrize("kind", ["B", "grouped", "mobile", "se"])
+def test_widths_are_rounded_up(kind: str) -> None:
+    model = randomise(ResNet(kind, width=16).double(), 0.4, 2).eval()
+    x, other = maps(2, size=12), maps(3, size=12)
+    plain = sa.compact(model, x, columns="never")
+    small = sa.compact(model, x, columns="never", round_to=4)
+    with torch.no_grad():
+        assert (small(other) - model(other)).abs().max() < 1e-10
+    full = dict(model.named_modules())
+    widths = {n: m.out_channels for n, m in small.named_modules() if isinstance(m, nn.Conv2d)}
+    assert all(w % 4 == 0 or w == full[n].out_channels for n, w in widths.items())
+    assert plain.report.weights_after <= small.report.weights_after < small.report.weights_before
+    with pytest.raises(CompactError, match="round_to got 0, wanted an integer of at least 1"):
+        sa.compact(model, x, round_to=0)
