@@ -8,10 +8,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from random_graphs import Attention, Gated, Recurrent, Scale
 from torch import Tensor, nn
 
 import structadmm as sa
+from random_graphs import Attention, Gated, Recurrent, Scale
 from structadmm.errors import TraceError
 from structadmm.trace import trace
 
