@@ -167,6 +167,7 @@ std::vector<LayerKind> make_kinds() {
       {"AdaptiveMaxPool2d", adaptive(2), none},
       {"ZeroPad2d", {{"padding", Type::kNaturals, 4}}, none},
       {"PixelShuffle", {{"upscale_factor", Type::kCount}}, none},
+      {"PixelUnshuffle", {{"downscale_factor", Type::kCount}}, none},
       {"ChannelShuffle", {{"groups", Type::kCount}}, none},
       {"Flatten", {{"start_dim", Type::kDim}, {"end_dim", Type::kDim}}, none},
       {"Dropout", kDropoutFields, none},
