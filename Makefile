@@ -52,7 +52,7 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc' | xargs $(BIN)/clang-format --dry-run --Werror
+	@find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc' | xargs $(BIN)/clang-format --dry-run --Werror
 
 bench: setup
 	$(BIN)/python bench/main_job.py --seeds 0,1,2 --json bench/results/main_job.json

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from random_graphs import zero_at_random  # noqa: E402
-
 import structadmm as sa  # noqa: E402
+from random_graphs import zero_at_random  # noqa: E402
 from structadmm.files import atomic_write_text  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "zoo.json"

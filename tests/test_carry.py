@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import ResNet, randomise
-from test_operators import filled
 from torch import Tensor, nn
 
 import structadmm as sa
+from networks import ResNet, randomise
 from structadmm.errors import CompactError
+from test_operators import filled
 
 torch.set_num_threads(1)  # tiny networks
 

@@ -10,10 +10,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import VGG, ResNet, random_chain, randomise
 from torch import Tensor, nn
 
 import structadmm as sa
+from networks import VGG, ResNet, random_chain, randomise
 from structadmm.errors import CompactError
 from structadmm.groups import expand_keep, n_groups
 from structadmm.trace import clone

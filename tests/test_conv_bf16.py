@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_conv_steps import CASE, inputs, make_spec, steps
 from torch import Tensor
 
 import structadmm
 from structadmm import _core, reference
+from test_conv_steps import CASE, inputs, make_spec, steps
 
 ISAS = _core.supported_isas()
 

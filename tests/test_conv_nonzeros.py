@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_conv_steps import CASE, check_close, curves, inputs, make_spec, run, steps
 
 from structadmm import _core
+from test_conv_steps import CASE, check_close, curves, inputs, make_spec, run, steps
 
 ISAS = _core.supported_isas()
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_artefact import Residual, trained
 from torch import nn
 
 import structadmm as sa
@@ -19,6 +18,7 @@ from networks import VGG, ResNet, random_chain, randomise
 from structadmm import _core
 from structadmm.errors import ArtefactError
 from structadmm.nn import CompactConv2d
+from test_artefact import Residual, trained
 
 
 def engine(model, x, tmp_path, **options):

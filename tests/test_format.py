@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_artefact import columns, mutate, parts, trained, write
 from torch import fx, nn
 
 from networks import VGG, InvertedResidual, ResNet, randomise
@@ -18,6 +17,7 @@ from structadmm.allowed import FUNCTIONS, KINDS, METHODS
 from structadmm.artefact import DIGEST_KEY, load
 from structadmm.errors import ArtefactError
 from structadmm.nn import ChannelBias, CompactConv2d, CompactLinear
+from test_artefact import columns, mutate, parts, trained, write
 
 
 def artefact(model, x, tmp_path):

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_operators import filled
 from torch import nn
 from torch.nn.utils import prune
 
@@ -16,6 +15,7 @@ import structadmm as sa
 from structadmm.errors import PlanError
 from structadmm.importers import import_masks_, load_masked_
 from structadmm.models import LeNet5
+from test_operators import filled
 
 
 def net() -> nn.Sequential:

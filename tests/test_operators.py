@@ -8,11 +8,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import ResNet, randomise
-from random_graphs import Attention, Gated, Recurrent, Scale
 from torch import Tensor, nn
 
 import structadmm as sa
+from networks import ResNet, randomise
+from random_graphs import Attention, Gated, Recurrent, Scale
 from structadmm.errors import CompactError, TraceError
 from structadmm.trace import trace
 

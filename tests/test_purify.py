@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import VGG, ResNet, random_chain, randomise
 from torch import Tensor, nn
 
 import structadmm as sa
+from networks import VGG, ResNet, random_chain, randomise
 from structadmm.errors import CompactError
 from structadmm.paths import report_of
 

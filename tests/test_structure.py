@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import ResNet, randomise
 from torch import Tensor
 
 import structadmm as sa
+from networks import ResNet, randomise
 from structadmm.constraints import Constraint, coupled_masks
 from structadmm.errors import PlanError
 

@@ -7,9 +7,9 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import ResNet
 from torch import Tensor, fx, nn
 
+from networks import ResNet
 from structadmm.errors import TraceError
 from structadmm.trace import PROBE_BATCH, clone, hooked, rebatch, trace
 

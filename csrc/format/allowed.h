@@ -2,7 +2,8 @@
 // python/structadmm/allowed.py; tests/test_format.py compares them.
 #pragma once
 
-#include <map>
+#include <functional>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -14,6 +15,10 @@ namespace structadmm::format {
 
 // A file's text for an error: short, and printable ASCII.
 std::string cut(std::string_view text);
+
+inline int64_t whole(const Config& c, const char* name) {
+  return c.at(name).integer;
+}
 
 struct Field {
   enum class Type {
@@ -54,10 +59,13 @@ struct LayerKind {
 
 std::span<const LayerKind> layer_kinds();
 const LayerKind* layer_kind(std::string_view name);
-std::span<const std::string_view> functions();
-std::span<const std::string_view> methods();
+using NameSet = std::set<std::string, std::less<>>;
+const NameSet& functions();
+const NameSet& methods();
 bool allowed_function(std::string_view name);
 bool allowed_method(std::string_view name);
+
+// In check_layer.cpp.
 
 // What is wrong with a configuration, "what got ..., wanted ...", or an empty text.
 std::string wrong_config(const LayerKind& kind, const Config& config);

@@ -84,8 +84,8 @@ def interleave(
     changes from round to round, because a callable pays for the caches that its predecessor left.
     `sync` waits for the device at the end of a measurement (torch.cuda.synchronize). `settle`: seconds to sleep before
     each turn, followed by a call that does not count: thread pools spin for milliseconds after their last work, and
-    would take cores from the next callable's. `limit`: seconds after which no further round begins, three apart that are
-    always made. The garbage collector rests.
+    would take cores from the next callable's. `limit`: seconds after which no further round begins, but
+    for the first three. The garbage collector rests.
     """
     if not callables or repeats < 1:
         raise ValueError(

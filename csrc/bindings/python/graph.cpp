@@ -152,8 +152,8 @@ py::dict allowed() {
   py::dict d;
   d["kinds"] = kinds;
   py::list functions, methods;
-  for (const std::string_view name : format::functions()) functions.append(std::string(name));
-  for (const std::string_view name : format::methods()) methods.append(std::string(name));
+  for (const std::string& name : format::functions()) functions.append(name);
+  for (const std::string& name : format::methods()) methods.append(name);
   d["functions"] = functions;
   d["methods"] = methods;
   return d;
