@@ -63,10 +63,11 @@ class Mixing(Tracker):
         n_filters, cg, _ = w.shape
         rank = len(self.shapes[source])
         ins = self._adopt(source, axis)
-        border = np.broadcast_to(np.False_, (n_filters, cg))
+        reads: Bools
+        border: Bools = np.broadcast_to(np.False_, (n_filters, cg))
         if w.is_meta:  # no values: all are read, and nothing is constant
             reads = np.broadcast_to(np.True_, (n_filters, cg))
-            border = np.broadcast_to(np.bool_(bad.any()), (n_filters, cg))
+            border = np.broadcast_to(np.array(bool(bad.any())), (n_filters, cg))
         else:
             nonzero = w != 0
             reads = nonzero.any(2).cpu().numpy()
