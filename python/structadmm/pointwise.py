@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .trace import Shape
-from .tracking import Bools, Facts, Tracker, axes_of, given, operation, title
+from .tracking import Bools, Facts, Tracker, axes_of, given, operation, title, values_of
 
 # fmt: off
 # Elementwise operations of one tensor; the identities are identities in eval mode.
@@ -73,7 +73,7 @@ class Pointwise(Tracker):
         facts = self.facts.get(source)
         if reason := self._unshared(node):
             return reason
-        slope = m.weight.detach().double().cpu().numpy()
+        slope = values_of(m.weight)
         if facts is None:
             self._channelwise(node, source, None)
             return None
