@@ -93,7 +93,7 @@ class Mixing(Tracker):
             varies |= border.reshape(per_group) & nonzero_constant
             constant = ~varies.any(2).reshape(-1)
         else:
-            constant = np.zeros(n_filters, bool) if layer.full else ~reads.any(1)
+            constant = np.zeros(n_filters, bool) if layer.full else np.asarray(~reads.any(1))
         emits = b + layer.response(np.where(ins.const, ins.value, 0.0))
         layer.outs = Facts(self._fresh(n_filters), constant, np.where(constant, emits, 0.0))
         layer.silent = constant & ((emits == b) | (shift is not None))
