@@ -1,7 +1,7 @@
-"""Smoke test of an installed structadmm: the op library loads under this torch and computes what plain torch computes, and
-the package holds what a C++ program needs.
+"""Smoke test of an installed structadmm: the op library loads under this torch and computes what plain torch computes.
 
-Run by the scripts beside it with the interpreter of the environment under test.
+Also that the package holds what a C++ program needs. Run by the scripts beside it with the interpreter of the
+environment under test.
 """
 
 import tempfile
