@@ -15,8 +15,6 @@ from random_graphs import Attention, Gated, Recurrent, Scale
 from structadmm.errors import TraceError
 from structadmm.trace import trace
 
-torch.set_num_threads(1)  # tiny networks
-
 
 def maps(n: int, c: int = 3, size: int = 8) -> Tensor:
     return torch.randn(n, c, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
