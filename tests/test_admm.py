@@ -17,15 +17,6 @@ from structadmm.reference import group_sumsq, topk_keep
 from structadmm.schedules import Constant, MultiStage, ResidualBalancing, Schedule
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are tiny: waking a second thread costs more than all the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def one_layer(rate=0.5, structure="column", name="0", rho=None, block=8):
     return Plan((Rule(name, (Spec(structure, rate, block),), rho=rho),))
 

@@ -90,6 +90,19 @@ def test_libraries_need_no_python_no_path_and_export_nothing_else():
     assert "libtorch" not in output(tool("readelf"), "-d", Path(_core.__file__))
 
 
+def test_the_cpp_library_exports_its_header_and_needs_the_system_alone():
+    library = Path(structadmm.__file__).resolve().parent / "lib/libstructadmm.so"
+    dynamic = output(tool("readelf"), "-d", library)
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+    needed = re.findall(r"NEEDED.*\[(.+?)\.so", dynamic)
+    assert set(needed) <= {"libstdc++", "libm", "libgcc_s", "libc", "libpthread", "ld-linux-x86-64", "ld-linux-aarch64"}
+    lines = output(tool("nm"), "-DC", "--defined-only", library).splitlines()
+    names = {re.sub(r"^\w+ \w (typeinfo (name )?for |vtable for )?", "", line) for line in lines}
+    engine = "Engine ~Engine operator= inputs outputs input_sizes output_sizes metadata run"
+    api = {"STRUCTADMM_0", *(f"structadmm::{n}" for n in ("version", "supported_isas", "Error"))}
+    assert {re.split(r"[@(\[]", n)[0] for n in names} == api | {f"structadmm::Engine::{n}" for n in engine.split()}
+
+
 def core_objects() -> list[Path]:
     """The objects of structadmm_core in the build tree that was written last."""
     places = [Path(os.environ["STRUCTADMM_BUILD"])] if "STRUCTADMM_BUILD" in os.environ else ROOT.glob("build/*")

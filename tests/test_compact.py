@@ -18,7 +18,6 @@ from structadmm.errors import CompactError
 from structadmm.groups import expand_keep, n_groups
 from structadmm.trace import clone
 
-torch.set_num_threads(1)  # tiny networks
 KINDS = ("A", "B", "bottleneck", "grouped", "mobile", "se")
 
 

@@ -19,12 +19,8 @@ ISAS = _core.supported_isas()
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors on a busy machine wait longer for threads than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _best_isa() -> Iterator[None]:
     yield
-    torch.set_num_threads(threads)
     use("")
 
 

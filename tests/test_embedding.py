@@ -24,18 +24,8 @@ def classify(tmp_path_factory):
     if not (ROOT / "examples/cpp").is_dir():
         pytest.skip("no examples beside the tests")
     build = tmp_path_factory.mktemp("build")
-    for command in (
-        [
-            "cmake",
-            "-S",
-            ROOT / "examples/cpp",
-            "-B",
-            build,
-            f"-DCMAKE_PREFIX_PATH={PREFIX}",
-            "-DCMAKE_BUILD_TYPE=Release",
-        ],
-        ["cmake", "--build", build],
-    ):
+    configure = ["cmake", "-S", ROOT / "examples/cpp", "-B", build, f"-DCMAKE_PREFIX_PATH={PREFIX}"]
+    for command in (configure, ["cmake", "--build", build]):
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return build / "classify"
@@ -81,16 +71,3 @@ def test_errors_are_told_and_nothing_aborts(classify, network, tmp_path):
     bad.write_bytes(path.read_bytes()[:-4])
     done = run(classify, bad, image)
     assert done.returncode == 1 and "SHA-256 got" in done.stderr
-
-
-def test_the_library_exports_its_header_and_needs_no_python():
-    if shutil.which("nm") is None or shutil.which("readelf") is None:
-        pytest.skip("no nm or readelf (binutils) on this machine")
-    library = PREFIX / "lib/libstructadmm.so"
-    names = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
-    for line in names.splitlines():
-        assert (
-            line.split()[-1].split("@")[0].startswith(("_ZN10structadmm", "_ZNK10structadmm", "_ZTI", "_ZTS", "_ZTV"))
-        )
-    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
-    assert "python" not in needed and "torch" not in needed and "RPATH" not in needed and "RUNPATH" not in needed

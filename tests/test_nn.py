@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,12 +38,8 @@ def sparse_linear(density: float = 0.3, **kwargs: Any) -> nn.Linear:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+def _seed() -> None:
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small tensors on a busy machine wait longer for threads than they compute
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["conv", "linear"])

@@ -19,8 +19,6 @@ from structadmm.errors import CompactError, TraceError
 from structadmm.layout import settle
 from structadmm.trace import trace
 
-torch.set_num_threads(1)  # tiny networks
-
 
 def maps(n: int, c: int = 3, size: int = 8) -> Tensor:
     return torch.randn(n, c, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(n))

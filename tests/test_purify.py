@@ -15,8 +15,6 @@ from networks import VGG, ResNet, random_chain, randomise
 from structadmm.errors import CompactError
 from structadmm.paths import report_of
 
-torch.set_num_threads(1)  # tiny networks
-
 
 def images(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(n, 3, 12, 12, dtype=dtype, generator=torch.Generator().manual_seed(n))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from random_graphs import check
-
-torch.set_num_threads(1)  # tiny networks
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -1,7 +1,11 @@
 """Smoke test of an installed structadmm: the op library loads under this torch and computes what plain torch computes.
 
-Run by the scripts beside it with the interpreter of the environment under test.
+Also that the package holds what a C++ program needs. Run by the scripts beside it with the interpreter of the
+environment under test.
 """
+
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -24,6 +28,22 @@ def main() -> None:
         conv.weight.copy_(z)
         x = torch.randn(2, 8, 9, 9)
         torch.testing.assert_close(CompactConv2d.from_dense(conv).eval()(x), conv(x), rtol=1e-5, atol=1e-5)
+        net = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            structadmm.save(net, f"{folder}/net", example=x)
+            scores = torch.from_numpy(structadmm.Engine(f"{folder}/net").run(x.numpy()))
+        torch.testing.assert_close(scores, net(x), rtol=1e-5, atol=1e-5)
+
+    package = Path(structadmm.__file__).parent
+    for name in (
+        "include/structadmm/engine.h",
+        "lib/libstructadmm.so",
+        "lib/cmake/structadmm/structadmmConfig.cmake",
+        "lib/cmake/structadmm/structadmmConfigVersion.cmake",
+    ):
+        assert (package / name).is_file(), f"{name} is not in the package"
+    for library in (*package.glob("*.so"), package / "lib/libstructadmm.so"):
+        assert b".symtab" not in library.read_bytes(), f"{library.name} is not stripped"
     print(f"structadmm {structadmm.__version__} with torch {torch.__version__}: ok")
 
 
