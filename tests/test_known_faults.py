@@ -10,11 +10,11 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import randomise
-from test_operators import Attention, Gated, compacted, filled, maps, tokens, weight
 from torch import Tensor, nn
 
 import structadmm as sa
+from networks import randomise
+from test_operators import Attention, Gated, compacted, filled, maps, tokens, weight
 
 torch.set_num_threads(1)  # tiny networks
 
