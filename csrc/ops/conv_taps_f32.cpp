@@ -15,7 +15,7 @@ constexpr auto kOp = "conv_taps_f32";
 
 class TapsStep final : public Step {
  public:
-  TapsStep(std::shared_ptr<const std::vector<std::byte>> bytes, TapPlan plan)
+  TapsStep(std::shared_ptr<const PackedBytes> bytes, TapPlan plan)
       : bytes_(std::move(bytes)), packed_(unpack(kOp, *bytes_)), plan_(std::move(plan)) {}
 
   void run(std::span<const void* const> inputs, void* output, int64_t images, Parallel& parallel) const override {
@@ -34,7 +34,7 @@ class TapsStep final : public Step {
   }
 
  private:
-  std::shared_ptr<const std::vector<std::byte>> bytes_;
+  std::shared_ptr<const PackedBytes> bytes_;
   Packed packed_;
   TapPlan plan_;
 };
@@ -57,7 +57,7 @@ class TapsConv final : public PackedConv {
     t.kernel_size[0] = spec.kernel[0];
     t.kernel_size[1] = spec.kernel[1];
     t.conv_groups = spec.groups;
-    bytes_ = std::make_shared<const std::vector<std::byte>>(pack(kOp, t));
+    bytes_ = std::make_shared<const PackedBytes>(pack(kOp, t));
     const int32_t filters = unpack(kOp, *bytes_).header->out_channels;
     SADMM_CHECK(spec.out_channels == filters, kOp, ": out_channels got ", spec.out_channels, ", wanted the ", filters,
                 " filters of the weight");
@@ -76,7 +76,7 @@ class TapsConv final : public PackedConv {
   ConvGeometry geometry_;
   Epilogue epilogue_;
   Isa isa_;
-  std::shared_ptr<const std::vector<std::byte>> bytes_;
+  std::shared_ptr<const PackedBytes> bytes_;
 };
 
 }  // namespace

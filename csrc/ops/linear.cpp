@@ -69,7 +69,7 @@ class LinearStep : public Step {
 };
 
 struct PackedF32 {
-  std::vector<std::byte> bytes;
+  PackedBytes bytes;
   Packed packed;
   std::vector<std::pair<int64_t, int>> jobs;  // first panel, panels
   const kernels::GemmCompact& gemm;
@@ -80,7 +80,7 @@ class LinearF32Step final : public LinearStep {
  public:
   LinearF32Step(std::shared_ptr<const PackedF32> p, const Planes& x, const Planes& y, const Planes* residual)
       : LinearStep(x, y, residual), p_(std::move(p)) {
-    for (int i = 0; i < p_->gemm.pixels; ++i) {
+    for (int i = 0; i < p_->gemm.pixels[0][0]; ++i) {
       pixel_[i] = static_cast<int32_t>(i * x.image_stride);
       row_[i] = static_cast<int32_t>(i * y.image_stride);
       residual_row_[i] = static_cast<int32_t>(i * residual_.image_stride);
@@ -91,7 +91,7 @@ class LinearF32Step final : public LinearStep {
  private:
   int64_t jobs() const override { return static_cast<int64_t>(p_->jobs.size()); }
   int64_t weights() const override { return p_->packed.header->weights; }
-  int64_t tile_rows() const override { return p_->gemm.pixels; }
+  int64_t tile_rows() const override { return p_->gemm.pixels[0][0]; }
 
   void run_tile(int64_t job, int64_t row, int64_t rows, std::span<const void* const> inputs,
                 void* output) const override {
@@ -105,20 +105,22 @@ class LinearF32Step final : public LinearStep {
       out.residual = static_cast<const float*>(inputs[1]) + residual_.at(row, panel.first_filter, 0, 0);
       out.residual_stride = 1;
     }
-    p_->gemm.filters_kernel[kernels::width_class(panel.width)][panels - 1][rows - 1]({
-        .x = static_cast<const float*>(inputs[0]) + x_.at(row, 0, 0, 0),
-        .channel_stride = 1,
-        .position_offset = &position,
-        .taps = p_->packed.taps + panel.first_tap,
-        .n_taps = panel.n_taps,
-        .w = p_->packed.weights + panel.weight,
-        .bias = p_->packed.bias + panel.first_filter,
-        .filters = last.first_filter + last.filters - panel.first_filter,
-        .pixel = pixel_,
-        .row = row_,
-        .residual_row = residual_row_,
-        .out = out,
-    });
+    kernels::run_rows(p_->gemm, panels,
+                      {
+                          .x = static_cast<const float*>(inputs[0]) + x_.at(row, 0, 0, 0),
+                          .channel_stride = 1,
+                          .position_offset = &position,
+                          .taps = p_->packed.taps + panel.first_tap,
+                          .n_taps = panel.n_taps,
+                          .w = p_->packed.weights + panel.weight,
+                          .bias = p_->packed.bias + panel.first_filter,
+                          .filters = last.first_filter + last.filters - panel.first_filter,
+                          .pixel = pixel_,
+                          .row = row_,
+                          .residual_row = residual_row_,
+                          .out = out,
+                      },
+                      panel.width, static_cast<int>(rows));
   }
 
   std::shared_ptr<const PackedF32> p_;

@@ -41,33 +41,35 @@ void linear_compact(const LinearShape& s, const float* x, const Packed& packed, 
   for (int64_t i = 0; i < static_cast<int64_t>(packed.panels.size()); i += jobs.back().second) {
     jobs.emplace_back(i, next_panels(packed, i, k));
   }
-  const int64_t position = 0, tiles = (s.rows + k.pixels - 1) / k.pixels;
+  const int64_t position = 0, tile = k.pixels[0][0], tiles = (s.rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(jobs.size()) * tiles;
   const bool serial = packed.header->weights * s.rows < kSerialMacs || parallel.threads() == 1;
   const int64_t tasks = serial ? 1 : std::min<int64_t>(units, 4 * parallel.threads());
   int32_t pixel[kernels::kMaxPixels] = {}, out[kernels::kMaxPixels] = {};
-  for (int i = 0; i < k.pixels; ++i) {
+  for (int i = 0; i < kernels::kMaxPixels; ++i) {
     pixel[i] = static_cast<int32_t>(i * s.x_stride);
     out[i] = static_cast<int32_t>(i * filters);
   }
   parallel.run(tasks, [&](int64_t task) {
     for (int64_t u = task * units / tasks; u < (task + 1) * units / tasks; ++u) {
       const auto& [first, panels] = jobs[u / tiles];
-      const int64_t row = u % tiles * k.pixels, rows = std::min<int64_t>(k.pixels, s.rows - row);
+      const int64_t row = u % tiles * tile;
       const Panel &panel = packed.panels[first], &last = packed.panels[first + panels - 1];
-      k.filters_kernel[kernels::width_class(panel.width)][panels - 1][rows - 1]({
-          .x = x + row * s.x_stride,
-          .channel_stride = 1,
-          .position_offset = &position,
-          .taps = packed.taps + panel.first_tap,
-          .n_taps = panel.n_taps,
-          .w = packed.weights + panel.weight,
-          .bias = packed.bias + panel.first_filter,
-          .filters = last.first_filter + last.filters - panel.first_filter,
-          .pixel = pixel,
-          .row = out,
-          .out = {.y = y + row * filters + panel.first_filter, .y_stride = 1},
-      });
+      kernels::run_rows(k, panels,
+                        {
+                            .x = x + row * s.x_stride,
+                            .channel_stride = 1,
+                            .position_offset = &position,
+                            .taps = packed.taps + panel.first_tap,
+                            .n_taps = panel.n_taps,
+                            .w = packed.weights + panel.weight,
+                            .bias = packed.bias + panel.first_filter,
+                            .filters = last.first_filter + last.filters - panel.first_filter,
+                            .pixel = pixel,
+                            .row = out,
+                            .out = {.y = y + row * filters + panel.first_filter, .y_stride = 1},
+                        },
+                        panel.width, static_cast<int>(std::min(tile, s.rows - row)));
     }
   });
 }

@@ -21,18 +21,22 @@ using Tile = TapPlan::Tile;
 constexpr int64_t kStripFloats = 64 * 1024;  // of x, for which all panels are done before the next strip
 constexpr int64_t kSerialMacs = 1 << 20;     // ten microseconds of work: a parallel region costs as much
 constexpr int64_t kMaxPeriod = 16;           // images in one table of tiles
+constexpr int64_t kSpan = kernels::kMaxSpan;
 
 int64_t div_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
 // Cycles of a job of `taps` taps. What a tile costs besides its taps (its first sums, its stores) was measured in
-// AVX-512; a full filters tile transposes its 24 vectors.
+// AVX-512.
 double filters_cost(const GemmCompact& k, int width_class, int panels, int64_t pixels, double taps) {
-  const int64_t rest = pixels % k.pixels;
-  const double last = rest == 0 ? 0.0 : std::max(0.4, static_cast<double>(rest) / k.pixels);
-  const double tile = k.filters_cycles[width_class][panels - 1] * taps + 40 + 80 * panels;
-  return (static_cast<double>(pixels / k.pixels) + last) * tile;
+  const int most = k.pixels[width_class][panels - 1];
+  const int64_t tiles = div_up(pixels, most);
+  const double each = static_cast<double>(pixels) / static_cast<double>(tiles * most);
+  const double tap = k.filters_cycles[width_class][panels - 1] * std::max(0.4, each);
+  constexpr double kSpread = 280;  // of a vector of pixels and a panel
+  return static_cast<double>(tiles) * (tap * taps + 30) +
+         kSpread * panels * static_cast<double>(div_up(pixels, k.lanes));
 }
 
 double pixels_cost(const GemmCompact& k, int width, int64_t vectors, bool gather, double taps) {
@@ -40,7 +44,7 @@ double pixels_cost(const GemmCompact& k, int width, int64_t vectors, bool gather
   const int64_t tiles = div_up(vectors, k.nr[c]), least = vectors / tiles, more = vectors % tiles;
   const double cycles = static_cast<double>(tiles - more) * k.pixels_cycles[c][least - 1] +
                         (more == 0 ? 0.0 : static_cast<double>(more) * k.pixels_cycles[c][least]);
-  constexpr double kGather = 1.25;  // a second load and a permutation per vector
+  constexpr double kGather = 1.5;  // a second load and a permutation per vector
   return (cycles * (gather ? kGather : 1.0) * taps + 35.0 * static_cast<double>(vectors)) * (width / k.mr[c]);
 }
 
@@ -79,11 +83,12 @@ void add_to_stores(const Outputs& o, int lane, int lanes, size_t first, std::vec
     return s.image == o.image() && at >= 0 && at < lanes && o.residual() - s.residual == at;
   };
   if (stores.size() == first || !fits(stores.back())) {
-    stores.push_back({o.y(), o.residual(), 0, static_cast<int32_t>(o.image()), {}});
+    stores.push_back({o.y(), o.residual(), 0, static_cast<int32_t>(o.image()), {}, true});
   }
   PixelStore& s = stores.back();
   s.lanes |= 1u << (o.y() - s.y);
   s.from[o.y() - s.y] = static_cast<int8_t>(lane);
+  s.straight = s.straight && o.y() - s.y == lane;
 }
 
 // Calls lane(output, lane, offset) for every output, and begins(offset) before the first of each vector: without
@@ -166,19 +171,25 @@ void cut_vectors(TapPlan& plan, const ConvGeometry& g, int64_t limit) {
 void cut_pixels(TapPlan& plan, const ConvGeometry& g) {
   const GemmCompact& k = *plan.kernels;
   auto& t = plan.filters;
+  t.spans = div_up(t.period * plan.outputs, kSpan);
   int lane = 0;
-  for (Outputs o(plan, g, t.period); !o.done(); o.next(), lane = (lane + 1) % k.pixels) {
-    if (lane == 0) t.tiles.push_back({static_cast<int64_t>(t.stores.size()), 0});
-    Tile& tile = t.tiles.back();
+  for (Outputs o(plan, g, t.period); !o.done(); o.next(), lane = (lane + 1) % k.lanes) {
+    if (lane == 0) t.vectors.push_back({static_cast<int64_t>(t.stores.size()), 0});
+    kernels::StoreRange& vector = t.vectors.back();
     t.pixel.push_back(static_cast<int32_t>(o.x()));
-    add_to_stores(o, lane, k.across, static_cast<size_t>(tile.first), t.stores);
-    tile.count = static_cast<int>(static_cast<int64_t>(t.stores.size()) - tile.first);
+    add_to_stores(o, lane, k.lanes, static_cast<size_t>(vector.first), t.stores);
+    vector.count = static_cast<int>(static_cast<int64_t>(t.stores.size()) - vector.first);
   }
+}
+
+// The most pixels of a tile of these panels.
+int most_pixels(const TapPlan& plan, const Packed& packed, const Job& job) {
+  return plan.kernels->pixels[kernels::width_class(packed.panels[job.panel].width)][job.panels - 1];
 }
 
 // Tiles of one job over `images` images.
 int64_t job_units(const TapPlan& plan, const Packed& packed, const Job& job, int64_t images) {
-  if (job.panels > 0) return div_up(images, plan.filters.period) * static_cast<int64_t>(plan.filters.tiles.size());
+  if (job.panels > 0) return div_up(images, plan.filters.period) * plan.filters.spans;
   const int c = kernels::width_class(packed.panels[job.panel].width);
   return div_up(images, plan.pixels.period) * static_cast<int64_t>(plan.pixels.tiles[c].size());
 }
@@ -212,7 +223,7 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
   const auto& t = plan.filters;
   const Panel& panel = packed.panels[job.panel];
   const Panel& last = packed.panels[job.panel + job.panels - 1];
-  const auto tiles = static_cast<int64_t>(t.tiles.size());
+  const int most = most_pixels(plan, packed, job), filters = last.first_filter + last.filters - panel.first_filter;
   const auto& kernel = k.filters_kernel[kernels::width_class(panel.width)][job.panels - 1];
   const Output out = output_of(plan, data, panel.first_filter);
   FiltersArgs a{.x = nullptr,
@@ -222,23 +233,51 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
                 .n_taps = panel.n_taps,
                 .w = packed.weights + panel.weight,
                 .bias = packed.bias + panel.first_filter,
-                .filters = last.first_filter + last.filters - panel.first_filter,
+                .filters = filters,
                 .pixel = nullptr,
                 .row = nullptr,
+                .sums_stride = panel.width * job.panels,
                 .out = out};
+  // One span is spread, a panel at a time, between the tiles of the next: written in one go, its lines would fill the
+  // store buffer and nothing be left to compute meanwhile.
+  constexpr int64_t kSums = kSpan * kernels::kMaxPanel * kernels::kMaxPanels;
+  alignas(64) float sums[2 * kSums];
+  kernels::SpreadArgs waits{
+      .sums = nullptr, .sums_stride = a.sums_stride, .filters = 0, .vectors = 0, .stores = nullptr, .out = out};
+  waits.out.stores = t.stores.data();
+  int spread = filters;  // filters of it that are done
+  const auto spread_until = [&](int64_t end) {
+    for (; spread < end; spread += panel.width) {
+      kernels::SpreadArgs some = waits;
+      some.sums += spread;
+      some.filters = std::min(panel.width, filters - spread);
+      some.out.y += spread * some.out.y_stride;
+      if (some.out.residual) some.out.residual += spread * some.out.residual_stride;
+      k.spread(some);
+    }
+  };
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t image = u / tiles * t.period, first = u % tiles * k.pixels;
-    const int64_t images = std::min(t.period, data.images - image);
-    const int64_t n = std::min<int64_t>(k.pixels, images * plan.outputs - first);
-    if (n <= 0) continue;
-    const Tile& tile = t.tiles[u % tiles];
+    const int64_t image = u / t.spans * t.period, images = std::min(t.period, data.images - image);
+    const int64_t first = u % t.spans * kSpan, count = std::min(kSpan, images * plan.outputs - first);
+    if (count <= 0) continue;
     a.x = data.x + image * plan.x.image_stride;
-    a.pixel = t.pixel.data() + first;
-    a.stores = tile.count;
-    to_image(plan, out, image, images, a.out);
-    a.out.stores = t.stores.data() + tile.first;
-    kernel[n - 1](a);
+    const int64_t tiles = div_up(count, most);
+    float* const to = sums + (waits.sums == sums ? kSums : 0);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t at = i * count / tiles, n = (i + 1) * count / tiles - at;
+      a.pixel = t.pixel.data() + first + at;
+      a.sums = to + at * a.sums_stride;
+      kernel[n - 1](a);
+      spread_until(filters * (i + 1) / tiles);
+    }
+    spread_until(filters);
+    to_image(plan, out, image, images, waits.out);
+    waits.sums = to;
+    waits.vectors = static_cast<int>(div_up(count, k.lanes));
+    waits.stores = t.vectors.data() + first / k.lanes;
+    spread = 0;
   }
+  spread_until(filters);
 }
 
 void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, int64_t begin,
@@ -403,10 +442,10 @@ std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) 
     const int width = packed.panels[job.panel].width, c = kernels::width_class(width);
     int most = 0;
     for (const Tile& tile : plan.pixels.tiles[c]) most = std::max(most, tile.count);
-    const std::string by = job.panels > 0
-                               ? "filters_" + std::to_string(k.pixels) + "x" + std::to_string(job.panels * width)
-                               : "pixels_" + std::to_string(k.mr[c]) + "x" + std::to_string(most * k.lanes) +
-                                     (plan.pixels.gather ? "_gather" : "");
+    const std::string by = job.panels > 0 ? "filters_" + std::to_string(most_pixels(plan, packed, job)) + "x" +
+                                                std::to_string(job.panels * width)
+                                          : "pixels_" + std::to_string(k.mr[c]) + "x" + std::to_string(most * k.lanes) +
+                                                (plan.pixels.gather ? "_gather" : "");
     names.push_back("gemm_compact_f32_" + by + "__" + k.isa);
   }
   return names;

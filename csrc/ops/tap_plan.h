@@ -41,12 +41,12 @@ struct TapPlan {
     std::vector<kernels::PixelStore> stores;
     std::vector<Tile> tiles[3];  // per width class
   };
-  // The outputs of `period` images one by one, cut into tiles of GemmCompact::pixels.
+  // The outputs of `period` images one by one.
   struct FilterTiles {
-    int64_t period = 1;
+    int64_t period = 1, spans = 0;
     std::vector<int32_t> pixel;
     std::vector<kernels::PixelStore> stores;
-    std::vector<Tile> tiles;  // their stores
+    std::vector<kernels::StoreRange> vectors;
   };
 
   const kernels::GemmCompact* kernels;

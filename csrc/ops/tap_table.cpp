@@ -126,7 +126,7 @@ void check(const char* op, const TapTable& t) {
               " values, wanted ", filters);
 }
 
-std::vector<std::byte> pack(const char* op, const TapTable& t) {
+PackedBytes pack(const char* op, const TapTable& t) {
   check(op, t);
   const int64_t positions = t.kernel_size[0] * t.kernel_size[1];
   const int64_t group_channels = t.in_channels / t.conv_groups;
@@ -181,7 +181,7 @@ std::vector<std::byte> pack(const char* op, const TapTable& t) {
   h.bias_at = h.weights_at + aligned(h.weights * sizeof(float));
   h.bytes = h.bias_at + aligned((filters + kernels::kMaxPanel) * sizeof(float));
 
-  std::vector<std::byte> bytes(h.bytes);  // zeros
+  PackedBytes bytes(h.bytes);  // zeros
   std::byte* base = bytes.data();
   std::memcpy(base, &h, sizeof h);
   std::copy(panels.begin(), panels.end(), at<Panel>(base, h.panels_at));
@@ -234,14 +234,12 @@ int next_panels(const Packed& packed, int64_t i, const kernels::GemmCompact& k) 
   const Panel& first = packed.panels[i];
   const int most = k.nv[kernels::width_class(first.width)];
   int alike = 1;
-  while (alike <= most && i + alike < all && packed.panels[i + alike].block == first.block &&
+  while (i + alike < all && packed.panels[i + alike].block == first.block &&
          packed.panels[i + alike].width == first.width) {
     ++alike;
   }
-  const bool one_left =
-      alike == most + 1 && most == 3 &&
-      (i + 4 == all || packed.panels[i + 4].block != first.block || packed.panels[i + 4].width != first.width);
-  return one_left ? 2 : std::min(alike, most);
+  const int jobs = (alike + most - 1) / most;
+  return (alike + jobs - 1) / jobs;
 }
 
 }  // namespace structadmm

@@ -12,7 +12,9 @@
 // decoded and validated. All three instruction sets read the same layout; `layout` tells it from those to come.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <new>
 #include <span>
 #include <vector>
 
@@ -35,6 +37,18 @@ struct TapTable {
 using kernels::PackedHeader;
 using kernels::Panel;
 
+// Packed bytes begin at a cache line: a vector of weights that lies across two lines is two loads, and a kernel of four
+// panels then ran a third slower.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+  bool operator==(const LineAllocator&) const = default;
+};
+using PackedBytes = std::vector<std::byte, LineAllocator<std::byte>>;
+
 struct Packed {
   const PackedHeader* header;
   std::span<const Panel> panels;
@@ -54,10 +68,10 @@ TapTable tap_table(const char* op, const TensorView& weight, const TensorView* b
 void check(const char* op, const TapTable& table);
 
 // check() and pack().
-std::vector<std::byte> pack(const char* op, const TapTable& table);
+PackedBytes pack(const char* op, const TapTable& table);
 
-// How many panels from the i-th on one filters kernel should take: those of the same block, as wide, as many as the
-// kernel holds, but two and two rather than three and one.
+// How many panels from the i-th on one filters kernel should take: those of the same block, as wide, in as few jobs as
+// the kernels allow, of about the same size.
 int next_panels(const Packed& packed, int64_t i, const kernels::GemmCompact& kernels);
 
 // Throws Error if these bytes are not a whole packed form of this build.

@@ -37,9 +37,9 @@ TensorView view(const char* op, const char* name, const py::array& a) {
   return v;
 }
 
-std::vector<std::byte> packed_bytes(const char* op, const py::array& weight, const std::optional<py::array>& bias,
-                                    const py::array& taps, const py::array& block_filters, const py::array& block_taps,
-                                    int64_t in_channels, const Pair& kernel, int64_t groups) {
+PackedBytes packed_bytes(const char* op, const py::array& weight, const std::optional<py::array>& bias,
+                         const py::array& taps, const py::array& block_filters, const py::array& block_taps,
+                         int64_t in_channels, const Pair& kernel, int64_t groups) {
   const std::optional<TensorView> b = bias ? std::optional(view(op, "bias", *bias)) : std::nullopt;
   return pack(op, tap_table(op, view(op, "weight", weight), b ? &*b : nullptr, view(op, "taps", taps),
                             view(op, "block_filters", block_filters), view(op, "block_taps", block_taps), in_channels,

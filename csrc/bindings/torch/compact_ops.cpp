@@ -44,7 +44,7 @@ std::span<const std::byte> bytes_of(const char* op, const Tensor& packed) {
   return {static_cast<const std::byte*>(packed.data_ptr()), static_cast<size_t>(packed.numel())};
 }
 
-Tensor to_tensor(const Tensor& like, const std::vector<std::byte>& bytes) {
+Tensor to_tensor(const Tensor& like, const PackedBytes& bytes) {
   Tensor t = torch::stable::new_empty(like, {static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
   std::memcpy(t.data_ptr(), bytes.data(), bytes.size());
   return t;

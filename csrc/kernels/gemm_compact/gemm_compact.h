@@ -27,9 +27,10 @@ namespace structadmm::kernels {
 
 inline constexpr int kMaxPanel = 16;   // filters
 inline constexpr int kMaxLanes = 16;   // of any instruction set
+inline constexpr int kMaxSpan = 64;    // pixels whose sums wait in L1 to be spread
 inline constexpr int kMaxPixels = 8;   // P of any instruction set
 inline constexpr int kMaxVectors = 6;  // NR of any instruction set
-inline constexpr int kMaxPanels = 3;   // NV of any instruction set
+inline constexpr int kMaxPanels = 4;   // NV of any instruction set
 
 // One store of a vector of pixels, for each filter: y[i] = lane from[i] of it, for the bits i of `lanes`.
 struct PixelStore {
@@ -37,6 +38,7 @@ struct PixelStore {
   uint32_t lanes;
   int32_t image;  // stores of images that are not there (image >= Output::images) are left out
   int8_t from[kMaxLanes];
+  bool straight;  // whether from[i] = i for all of `lanes`
 };
 
 // A vector of pixels: lane i reads x at offset + i, with Gather at offset + lane[i], 0 <= lane[i] < 2 * lanes.
@@ -81,36 +83,68 @@ struct FiltersArgs {
   int filters;           // 1 to NV * width: those that exist
   const int32_t* pixel;  // [P] offsets in x
   // With `row`, filters are neighbours in y (y_stride = 1), and pixel p goes to y + row[p], plus residual +
-  // residual_row[p]. Otherwise the P pixels are the first lanes of a vector and go where `stores` says.
+  // residual_row[p]. Otherwise the sums of pixel p go to sums + p * sums_stride, a whole number of panels, and await
+  // SpreadArgs.
   const int32_t* row;
   const int32_t* residual_row = nullptr;
-  int stores = 0;
+  float* sums = nullptr;
+  int64_t sums_stride = 0;
+  Output out;
+};
+
+// The sums of a span of pixels, from filters kernels, to where the stores of its vectors say. A tile of pixels by
+// itself would write a few elements of a line, of as many pages as it has filters; the processor translates stores for
+// 16 pages at a time.
+struct StoreRange {
+  int64_t first;
+  int count;
+};
+struct SpreadArgs {
+  const float* sums;  // [vectors * lanes][sums_stride]
+  int64_t sums_stride;
+  int filters, vectors;      // 1 to kMaxSpan / lanes
+  const StoreRange* stores;  // [vectors], in out.stores
   Output out;
 };
 
 using PixelsKernel = void (*)(const PixelsArgs&);
 using FiltersKernel = void (*)(const FiltersArgs&);
+using SpreadKernel = void (*)(const SpreadArgs&);
 
 // The kernels of one instruction set, null where there is none, by width class (0, 1, 2 for panels 16, 8, 4 wide).
 struct GemmCompact {
   const char* isa;
-  int lanes;    // pixels in a vector
-  int pixels;   // largest P
-  int across;   // lanes of the vectors that filters stores: at least P
-  int mr[3];    // filters in a pixels kernel: a panel takes width / mr of them
-  int nr[3];    // largest NR
-  int nv[3];    // largest NV
-  bool gather;  // whether there are pixels kernels with Gather
+  int lanes;                  // pixels in a vector
+  int pixels[3][kMaxPanels];  // largest P: [width class][NV - 1]
+  int mr[3];                  // filters in a pixels kernel: a panel takes width / mr of them
+  int nr[3];                  // largest NR
+  int nv[3];                  // largest NV
+  bool gather;                // whether there are pixels kernels with Gather
   // Measured cycles per tap of a full tile, by which the kernel for a shape is chosen: [width class][NR - 1], [NV - 1].
   double pixels_cycles[3][kMaxVectors];
   double filters_cycles[3][kMaxPanels];
   PixelsKernel pixels_kernel[2][3][kMaxVectors];            // [gather][width class][NR - 1]
   FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]
+  SpreadKernel spread;
 };
 
 // 0, 1, 2 for panels 16, 8, 4 wide.
 constexpr int width_class(int width) {
   return width == 16 ? 0 : width == 8 ? 1 : 2;
+}
+
+// The filters kernel of `panels` panels over `rows` pixels that may be more than it takes, in pieces of about the same
+// size.
+inline void run_rows(const GemmCompact& k, int panels, FiltersArgs a, int width, int rows) {
+  const int most = k.pixels[width_class(width)][panels - 1], pieces = (rows + most - 1) / most;
+  for (int i = 0, begin = 0; i < pieces; ++i) {
+    const int end = (i + 1) * rows / pieces;
+    k.filters_kernel[width_class(width)][panels - 1][end - begin - 1](a);
+    a.pixel += end - begin;
+    a.row += end - begin;
+    if (a.residual_row) a.residual_row += end - begin;
+    begin = end;
+  }
 }
 
 // A pure function of the instruction set, which need not be this CPU's.

@@ -1,7 +1,7 @@
 // The two micro-kernels over a type V of vectors. Included by the ISA files inside their anonymous namespaces, so that
 // nothing compiled for one instruction set can be called by another.
 
-// One vector of sums per filter to where a PixelStore says.
+// Some vectors of sums, one per filter, to where a PixelStore says.
 template <class V>
 struct Placed {
   typename V::Index from;
@@ -9,6 +9,7 @@ struct Placed {
   typename V::Reg low, high;
   const float* residual;
   float* y;
+  bool straight, limited;
 
   Placed(const PixelStore& s, const Output& o)
       : from(V::index(s.from)),
@@ -16,14 +17,18 @@ struct Placed {
         low(V::broadcast(&o.epilogue.low)),
         high(V::broadcast(&o.epilogue.high)),
         residual(o.residual ? o.residual + s.residual : nullptr),
-        y(o.y + s.y) {}
+        y(o.y + s.y),
+        straight(s.straight),
+        limited(o.epilogue.high < __builtin_inff()) {}
 
   typename V::Reg sum(typename V::Reg r, const Output& o, int filter) const {
-    r = V::permute(r, from);
+    if (!straight) r = V::permute(r, from);
     return residual ? V::add(r, V::load_lanes(residual + filter * o.residual_stride, lanes)) : r;
   }
+  // max(low, r) and min(high, r) keep a NaN in r; without an upper limit the second is the identity.
   void put(typename V::Reg r, const Output& o, int filter) const {
-    V::store_lanes(y + filter * o.y_stride, lanes, V::clamp(sum(r, o, filter), low, high));
+    r = V::max(low, sum(r, o, filter));
+    V::store_lanes(y + filter * o.y_stride, lanes, limited ? V::min(high, r) : r);
   }
 };
 
@@ -34,13 +39,13 @@ __attribute__((noinline)) void put_all(const float* sums, int apart, int filters
   const bool curve = o.epilogue.activation != Activation::kClamp;
   for (const PixelStore* const end = s + stores; s != end && s->image < o.images; ++s) {
     const Placed<V> place(*s, o);
-    for (int f = 0; f < filters; ++f) {
-      const auto r = V::load(sums + f * apart);
-      if (curve) {
-        V::store_lanes(place.y + f * o.y_stride, place.lanes, V::curve(place.sum(r, o, f), o.epilogue));
-      } else {
-        place.put(r, o, f);
+    if (curve) {
+      for (int f = 0; f < filters; ++f) {
+        const auto r = place.sum(V::load(sums + f * apart), o, f);
+        V::store_lanes(place.y + f * o.y_stride, place.lanes, V::curve(r, o.epilogue));
       }
+    } else {
+      for (int f = 0; f < filters; ++f) place.put(V::load(sums + f * apart), o, f);
     }
   }
 }
@@ -127,6 +132,7 @@ inline void put_rows(const FiltersArgs& a, int first, const typename V::Reg (&r)
   for (int f = 0; f < n; f += A::kLanes) {
     const int some = n - f < A::kLanes ? n - f : A::kLanes;
     s.lanes = (1u << some) - 1;
+    s.straight = true;
     for (int p = 0; p < P; ++p) {
       s.y = first + f + a.row[p];
       if (a.out.residual) s.residual = first + f + a.residual_row[p];
@@ -140,7 +146,7 @@ inline void put_rows(const FiltersArgs& a, int first, const typename V::Reg (&r)
 // W is the width of a panel, kPer vectors.
 template <class V, int W, int NV, int P>
 void filters(const FiltersArgs& a) {
-  constexpr int kPer = W / V::kLanes, kVectors = kPer * NV;
+  constexpr int kPer = W / V::kLanes, kVectors = kPer * NV, kAhead = 8;
   typename V::Reg acc[P][kVectors];
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p) {
@@ -155,7 +161,12 @@ void filters(const FiltersArgs& a) {
       const int64_t offset = t->channel * a.channel_stride + a.position_offset[t->position];
       typename V::Reg wv[kVectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) wv[v] = V::load(w + (v / kPer) * panel_stride + (v % kPer) * V::kLanes);
+      for (int v = 0; v < kVectors; ++v) {
+        const float* const at = w + (v / kPer) * panel_stride + (v % kPer) * V::kLanes;
+        wv[v] = V::load(at);
+        // Several panels are more streams than the hardware prefetcher of L1 follows.
+        if constexpr (NV > 1) __builtin_prefetch(at + kAhead * W);
+      }
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
         const typename V::Reg xp = V::broadcast(place(p) + offset);
@@ -185,25 +196,49 @@ void filters(const FiltersArgs& a) {
       put_rows<V, P>(a, first, column);
       continue;
     }
-    using A = typename V::Across;
-    alignas(64) float sums[V::kLanes][A::kLanes];
-    V::transpose(column, sums);
-    Output o = a.out;
-    o.y += first * o.y_stride;
-    if (o.residual) o.residual += first * o.residual_stride;
-    put_all<A>(sums[0], A::kLanes, a.filters - first < V::kLanes ? a.filters - first : V::kLanes, o.stores, a.stores,
-               o);
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) V::store(a.sums + p * a.sums_stride + first, column[p]);
   }
 }
 
-// Pixel by pixel.
-template <int P, int kLanes, int kAcross, class V>
-inline void transpose_plainly(const typename V::Reg (&r)[P], float (&out)[kLanes][kAcross]) {
-  alignas(64) float tile[P][kLanes];
-#pragma GCC unroll 16
-  for (int p = 0; p < P; ++p) V::store(tile[p], r[p]);
-  for (int f = 0; f < kLanes; ++f) {
-    for (int p = 0; p < P; ++p) out[f][p] = tile[p][f];
+template <int N>
+inline void transpose_plainly(const float* sums, int64_t stride, float (&out)[N][N]) {
+  for (int p = 0; p < N; ++p) {
+    for (int f = 0; f < N; ++f) out[f][p] = sums[p * stride + f];
+  }
+}
+
+// Filter by filter, so that few pages are written at a time.
+template <class V>
+void spread(const SpreadArgs& a) {
+  constexpr int N = V::kLanes;
+  const Output& o = a.out;
+  const bool curve = o.epilogue.activation != Activation::kClamp, limited = o.epilogue.high < __builtin_inff();
+  const auto low = V::broadcast(&o.epilogue.low), high = V::broadcast(&o.epilogue.high);
+  for (int first = 0; first < a.filters; first += N) {
+    alignas(64) float block[kMaxSpan / N][N][N];
+    for (int v = 0; v < a.vectors; ++v) V::transpose(a.sums + first + v * N * a.sums_stride, a.sums_stride, block[v]);
+    const int filters = a.filters - first < N ? a.filters - first : N;
+    for (int f = 0; f < filters; ++f) {
+      float* const y = o.y + (first + f) * o.y_stride;
+      const float* const residual = o.residual ? o.residual + (first + f) * o.residual_stride : nullptr;
+      for (int v = 0; v < a.vectors; ++v) {
+        const PixelStore* s = o.stores + a.stores[v].first;
+        for (const PixelStore* const end = s + a.stores[v].count; s != end && s->image < o.images; ++s) {
+          auto r = V::load(block[v][f]);
+          const auto lanes = V::lanes(s->lanes);
+          if (!s->straight) r = V::permute(r, V::index(s->from));
+          if (residual) r = V::add(r, V::load_lanes(residual + s->residual, lanes));
+          if (curve) {
+            r = V::curve(r, o.epilogue);
+          } else {
+            r = V::max(low, r);
+            if (limited) r = V::min(high, r);
+          }
+          V::store_lanes(y + s->y, lanes, r);
+        }
+      }
+    }
   }
 }
 

@@ -25,10 +25,8 @@ struct Vec4 {
   static Reg broadcast(const float* p) { return Reg{*p, *p, *p, *p}; }
   static Reg add(Reg a, Reg b) { return a + b; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
-  static Reg clamp(Reg r, Reg low, Reg high) {
-    r = low > r ? low : r;
-    return high < r ? high : r;
-  }
+  static Reg max(Reg low, Reg r) { return low > r ? low : r; }
+  static Reg min(Reg high, Reg r) { return high < r ? high : r; }
   static void store(float* p, Reg r) { __builtin_memcpy(p, &r, sizeof r); }
 
   static Index index(const int8_t* lane) { return lane; }
@@ -53,17 +51,13 @@ struct Vec4 {
     activate(ActiveVec::load(lanes), e).store(lanes);
     return load(lanes);
   }
-  template <int P>
-  static void transpose(const Reg (&r)[P], float (&out)[4][4]) {
-    transpose_plainly<P, 4, 4, Vec4>(r, out);
-  }
+  static void transpose(const float* sums, int64_t stride, float (&out)[4][4]) { transpose_plainly(sums, stride, out); }
 };
 
 constexpr GemmCompact make() {
   GemmCompact g{.isa = "scalar",
                 .lanes = 4,
-                .pixels = 2,
-                .across = 4,
+                .pixels = {{2}, {2}, {2}},
                 .mr = {4, 4, 4},
                 .nr = {2, 2, 2},
                 .nv = {1, 1, 1},
@@ -71,7 +65,8 @@ constexpr GemmCompact make() {
                 .pixels_cycles = {{5, 9}, {5, 9}, {5, 9}},
                 .filters_cycles = {{9}, {6}, {4}},
                 .pixels_kernel = {},
-                .filters_kernel = {}};
+                .filters_kernel = {},
+                .spread = &spread<Vec4>};
   for (auto& row : g.pixels_kernel[0]) fill_pixels<Vec4, 4, false>(row, upto<2>());
   fill_filters<Vec4, 16, 1>(g.filters_kernel[0][0], upto<2>());
   fill_filters<Vec4, 8, 1>(g.filters_kernel[1][0], upto<2>());

@@ -28,7 +28,8 @@ struct Vec8 {
   static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
-  static Reg clamp(Reg r, Reg low, Reg high) { return _mm256_min_ps(high, _mm256_max_ps(low, r)); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   static void store(float* p, Reg r) { _mm256_storeu_ps(p, r); }
 
   static Index index(const int8_t* lane) {
@@ -43,10 +44,7 @@ struct Vec8 {
   // Microcoded on AMD before Zen 4, but no slower there than one store per lane.
   static void store_lanes(float* p, Lanes some, Reg r) { _mm256_maskstore_ps(p, some, r); }
   static Reg curve(Reg r, const Epilogue& e) { return activated(r, e); }
-  template <int P>
-  static void transpose(const Reg (&r)[P], float (&out)[8][8]) {
-    transpose_plainly<P, 8, 8, Vec8>(r, out);
-  }
+  static void transpose(const float* sums, int64_t stride, float (&out)[8][8]) { transpose_plainly(sums, stride, out); }
 };
 
 struct Vec4 {
@@ -57,17 +55,12 @@ struct Vec4 {
   static Reg broadcast(const float* p) { return _mm_broadcast_ss(p); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm_fmadd_ps(a, b, c); }
   static void store(float* p, Reg r) { _mm_storeu_ps(p, r); }
-  template <int P>
-  static void transpose(const Reg (&r)[P], float (&out)[4][8]) {
-    transpose_plainly<P, 4, 8, Vec4>(r, out);
-  }
 };
 
 constexpr GemmCompact make() {
   GemmCompact g{.isa = "avx2",
                 .lanes = 8,
-                .pixels = 6,
-                .across = 8,
+                .pixels = {{6}, {6}, {6}},
                 .mr = {4, 4, 4},
                 .nr = {3, 3, 3},
                 .nv = {1, 1, 1},
@@ -75,7 +68,8 @@ constexpr GemmCompact make() {
                 .pixels_cycles = {{4.5, 5, 7}, {4.5, 5, 7}, {4.5, 5, 7}},
                 .filters_cycles = {{7}, {5}, {5}},
                 .pixels_kernel = {},
-                .filters_kernel = {}};
+                .filters_kernel = {},
+                .spread = &spread<Vec8>};
   for (auto& row : g.pixels_kernel[0]) fill_pixels<Vec8, 4, false>(row, upto<3>());
   fill_filters<Vec8, 16, 1>(g.filters_kernel[0][0], upto<6>());
   fill_filters<Vec8, 8, 1>(g.filters_kernel[1][0], upto<6>());

@@ -1,4 +1,4 @@
-// AVX-512: 24 of 32 registers accumulate, as 8 filters x 3 vectors of 16 pixels, or 8 pixels x 3 panels of 16 filters.
+// AVX-512: 24 of 32 registers accumulate, as 8 filters x 3 vectors of 16 pixels, or 6 pixels x 4 panels of 16 filters.
 #include <immintrin.h>
 
 // GCC 12 takes the undefined operands inside its own unmasked intrinsics for variables of ours.
@@ -32,7 +32,8 @@ struct Vec8 {
   static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
-  static Reg clamp(Reg r, Reg low, Reg high) { return _mm256_min_ps(high, _mm256_max_ps(low, r)); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   static void store(float* p, Reg r) { _mm256_storeu_ps(p, r); }
 
   static Index index(const int8_t* lane) {
@@ -43,10 +44,6 @@ struct Vec8 {
   static Reg load_lanes(const float* p, Lanes some) { return _mm256_maskz_loadu_ps(some, p); }
   static void store_lanes(float* p, Lanes some, Reg r) { _mm256_mask_storeu_ps(p, some, r); }
   static Reg curve(Reg r, const Epilogue& e) { return _mm512_castps512_ps256(activated(_mm512_castps256_ps512(r), e)); }
-  template <int P>
-  static void transpose(const Reg (&r)[P], float (&out)[8][8]) {
-    transpose_plainly<P, 8, 8, Vec8>(r, out);
-  }
 };
 
 struct Vec4 {
@@ -57,10 +54,6 @@ struct Vec4 {
   static Reg broadcast(const float* p) { return _mm_broadcast_ss(p); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm_fmadd_ps(a, b, c); }
   static void store(float* p, Reg r) { _mm_storeu_ps(p, r); }
-  template <int P>
-  static void transpose(const Reg (&r)[P], float (&out)[4][8]) {
-    transpose_plainly<P, 4, 8, Vec4>(r, out);
-  }
 };
 
 struct Vec16 {
@@ -74,7 +67,8 @@ struct Vec16 {
   static Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
-  static Reg clamp(Reg r, Reg low, Reg high) { return _mm512_min_ps(high, _mm512_max_ps(low, r)); }
+  static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static void store(float* p, Reg r) { _mm512_storeu_ps(p, r); }
 
   static Index index(const int8_t* lane) {
@@ -90,33 +84,25 @@ struct Vec16 {
     return _mm512_permutex2var_ps(_mm512_loadu_ps(p), i, _mm512_loadu_ps(p + 16));
   }
 
-  // r[p] holds 16 filters of pixel p; missing pixels are whatever.
-  template <int P>
-  static void transpose(const Reg (&some)[P], float (&out)[16][8]) {
-    Reg r[8];
-#pragma GCC unroll 8
-    for (int p = 0; p < 8; ++p) r[p] = some[p < P ? p : 0];
-    Reg quad[8];  // [half of the pixels][i]: 128-bit lane L holds 4 pixels of filter 4 * L + i
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const Reg lo0 = _mm512_unpacklo_ps(r[4 * h], r[4 * h + 1]), hi0 = _mm512_unpackhi_ps(r[4 * h], r[4 * h + 1]);
-      const Reg lo1 = _mm512_unpacklo_ps(r[4 * h + 2], r[4 * h + 3]);
-      const Reg hi1 = _mm512_unpackhi_ps(r[4 * h + 2], r[4 * h + 3]);
-      quad[4 * h] = _mm512_shuffle_ps(lo0, lo1, 0x44);
-      quad[4 * h + 1] = _mm512_shuffle_ps(lo0, lo1, 0xEE);
-      quad[4 * h + 2] = _mm512_shuffle_ps(hi0, hi1, 0x44);
-      quad[4 * h + 3] = _mm512_shuffle_ps(hi0, hi1, 0xEE);
-    }
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  // Four rows make one vector by loads that merge, which two ports share; shuffles have one.
+  static void transpose(const float* sums, int64_t stride, float (&out)[16][16]) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const Reg a = _mm512_permutex2var_ps(quad[i], low, quad[i + 4]);
-      const Reg b = _mm512_permutex2var_ps(quad[i], high, quad[i + 4]);
-      _mm256_store_ps(out[i], _mm512_castps512_ps256(a));
-      _mm256_store_ps(out[4 + i], _mm512_extractf32x8_ps(a, 1));
-      _mm256_store_ps(out[8 + i], _mm512_castps512_ps256(b));
-      _mm256_store_ps(out[12 + i], _mm512_extractf32x8_ps(b, 1));
+    for (int q = 0; q < 4; ++q) {
+      Reg r[4];  // 128-bit lane L holds filters 4 q to 4 q + 3 of pixel 4 L + i
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const float* const p = sums + i * stride + 4 * q;
+        const Reg two =
+            _mm512_mask_broadcast_f32x4(_mm512_castps128_ps512(_mm_loadu_ps(p)), 0x00F0, _mm_loadu_ps(p + 4 * stride));
+        const Reg three = _mm512_mask_broadcast_f32x4(two, 0x0F00, _mm_loadu_ps(p + 8 * stride));
+        r[i] = _mm512_mask_broadcast_f32x4(three, 0xF000, _mm_loadu_ps(p + 12 * stride));
+      }
+      const Reg low0 = _mm512_unpacklo_ps(r[0], r[1]), low1 = _mm512_unpacklo_ps(r[2], r[3]);
+      const Reg high0 = _mm512_unpackhi_ps(r[0], r[1]), high1 = _mm512_unpackhi_ps(r[2], r[3]);
+      _mm512_store_ps(out[4 * q], _mm512_shuffle_ps(low0, low1, 0x44));
+      _mm512_store_ps(out[4 * q + 1], _mm512_shuffle_ps(low0, low1, 0xEE));
+      _mm512_store_ps(out[4 * q + 2], _mm512_shuffle_ps(high0, high1, 0x44));
+      _mm512_store_ps(out[4 * q + 3], _mm512_shuffle_ps(high0, high1, 0xEE));
     }
   }
 };
@@ -124,16 +110,16 @@ struct Vec16 {
 constexpr GemmCompact make() {
   GemmCompact g{.isa = "avx512",
                 .lanes = 16,
-                .pixels = 8,
-                .across = 8,
+                .pixels = {{8, 8, 8, 6}, {8}, {8}},
                 .mr = {8, 8, 4},
                 .nr = {3, 3, 6},
-                .nv = {3, 1, 1},
+                .nv = {4, 1, 1},
                 .gather = true,
-                .pixels_cycles = {{7.5, 10.5, 15}, {7.5, 10.5, 15}, {5, 6, 8, 10, 12.5, 15}},
-                .filters_cycles = {{7, 11.5, 17.5}, {6}, {6}},
+                .pixels_cycles = {{7.5, 10, 14}, {7.5, 10, 14}, {5, 6, 8, 10, 12.5, 15}},
+                .filters_cycles = {{7, 11.5, 13, 12.7}, {6}, {6}},
                 .pixels_kernel = {},
-                .filters_kernel = {}};
+                .filters_kernel = {},
+                .spread = &spread<Vec16>};
   fill_pixels<Vec16, 8, false>(g.pixels_kernel[0][0], upto<3>());
   fill_pixels<Vec16, 8, false>(g.pixels_kernel[0][1], upto<3>());
   fill_pixels<Vec16, 4, false>(g.pixels_kernel[0][2], upto<6>());
@@ -143,6 +129,7 @@ constexpr GemmCompact make() {
   fill_filters<Vec16, 16, 1>(g.filters_kernel[0][0], upto<8>());
   fill_filters<Vec16, 16, 2>(g.filters_kernel[0][1], upto<8>());
   fill_filters<Vec16, 16, 3>(g.filters_kernel[0][2], upto<8>());
+  fill_filters<Vec16, 16, 4>(g.filters_kernel[0][3], upto<6>());
   fill_filters<Vec8, 8, 1>(g.filters_kernel[1][0], upto<8>());
   fill_filters<Vec4, 4, 1>(g.filters_kernel[2][0], upto<8>());
   return g;
