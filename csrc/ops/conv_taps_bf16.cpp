@@ -427,7 +427,6 @@ class TapsStep final : public Step {
              .last_unit = weights_->units,
              .strip = blocks_.size() > 1 ? 4 : 1,
              .epilogue = s.epilogue,
-             .most_steps = static_cast<int32_t>(weights_->most_steps),
              .scratch = nullptr};
     outputs_ = y.height * y.width;
   }

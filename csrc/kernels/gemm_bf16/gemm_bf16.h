@@ -93,8 +93,7 @@ struct GemmBf16Args {
   int32_t first_unit, last_unit;
   int32_t strip;  // pairs that every block is done for before the next strip
   Epilogue epilogue;
-  int32_t most_steps;  // most steps of a block
-  std::byte* scratch;  // [gemm_bf16_scratch(most_steps)], aligned to 64
+  std::byte* scratch;  // [gemm_bf16_scratch(most steps of a block)], aligned to 64
 };
 
 constexpr int64_t gemm_bf16_scratch(int64_t steps) {

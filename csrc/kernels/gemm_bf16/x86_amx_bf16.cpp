@@ -34,11 +34,9 @@ inline void fence() {
   __asm__ volatile("" : : : "memory");
 }
 
-// Tiles 0 to 3 become sums of F tiles of filters by V of pixels: 2 f + v; 4 and 5 hold weights, 6 and 7 pixels. After
-// each step aside(step) does a part of the vector units' work, which would else wait for the products or they for it:
-// a core looks no further ahead than a few steps.
-template <int F, int V, class Aside>
-inline void multiply(const Bf16* w, const Bf16* panel, int steps, const Aside& aside) {
+// Tiles 0 to 3 become sums of F tiles of filters by V of pixels: 2 f + v; 4 and 5 hold weights, 6 and 7 pixels.
+template <int F, int V>
+inline void multiply(const Bf16* w, const Bf16* panel, int steps) {
   fence();
   _tile_zero(0);
   if constexpr (V == 2) _tile_zero(1);
@@ -57,7 +55,6 @@ inline void multiply(const Bf16* w, const Bf16* panel, int steps, const Aside& a
       _tile_dpbf16ps(2, 5, 6);
     }
     if constexpr (F == 2 && V == 2) _tile_dpbf16ps(3, 5, 7);
-    aside(s);
     fence();
   }
 }
@@ -72,100 +69,42 @@ inline void store(float* c) {
   fence();
 }
 
-// The panels of a task in order; the one after the last has no block.
-class Panels {
- public:
-  explicit Panels(const GemmBf16Args& a) : a_(&a), first_(a.first_pair) { enter(); }
-
-  void next() {
-    if (++pair_ < last_) return;
-    ++block_;
-    enter();
-  }
-  bool there() const { return first_ < a_->last_pair; }
-  const GemmBf16Block& block() const { return a_->blocks[block_]; }
-  Units units() const { return units_; }
-  int64_t pair() const { return pair_; }
-
- private:
-  void enter() {
-    for (; first_ < a_->last_pair; first_ += a_->strip, block_ = 0) {
-      for (; block_ < a_->n_blocks; ++block_) {
-        units_ = part(*a_, a_->blocks[block_]);
-        if (units_.first < units_.last) {
-          pair_ = first_;
-          last_ = first_ + a_->strip < a_->last_pair ? first_ + a_->strip : a_->last_pair;
-          return;
-        }
-      }
-    }
-  }
-
-  const GemmBf16Args* a_;
-  int64_t first_, pair_ = 0, last_ = 0, block_ = 0;
-  Units units_{};
-};
-
 void run(const GemmBf16Args& a) {
   configure();
   const Act act = act_of(a.epilogue);
   auto* const sums = reinterpret_cast<float*>(a.scratch);  // two of 32 filters x 32 pixels
-  auto* panel = reinterpret_cast<Bf16*>(a.scratch + 16384);
-  auto* next_panel = panel + a.most_steps * 2 * kPanelTile;
-  Panels now(a);
-  if (!now.there()) return _tile_release();
-  Place at = place(a, now.pair());
-  gather_panel(a, now.block(), at, panel);
-  // Beside the products of a unit, the sums of the one before are stored and a part of the next panel is gathered.
+  auto* const panel = reinterpret_cast<Bf16*>(a.scratch + 16384);
+  // Sums are stored behind the next unit's products: by then they are in the cache, while loads right behind tile
+  // stores wait for them.
   Sums waiting{};
   StoreSums store_waiting = nullptr;
   int turn = 0;
-  for (Panels next = now; now.there(); now = next) {
-    const GemmBf16Block& b = now.block();
-    const Units u = now.units();
-    next.next();
-    const bool more = next.there();
-    const GemmBf16Block& next_block = more ? next.block() : b;
-    const Place next_at = more ? place(a, next.pair()) : at;
-    const int to_gather = more ? next_block.steps * next_at.pair->vectors : 0;
-    int gathered = 0, step = 0;
-    const int all_steps = (u.last - u.first) * b.steps;
-    for (int unit = u.first; unit < u.last; ++unit, turn ^= 1) {
-      const int filters = b.filters - unit * 2 * kTile;
-      const Bf16* w = static_cast<const Bf16*>(b.w) + static_cast<int64_t>(unit) * b.steps * 2 * kPanelTile;
-      float* c = sums + turn * 4 * kTile * kTile;
-      int stored = 0;
-      const auto aside = [&](int s) {
-        ++step;
-        for (const int end = to_gather * step / all_steps; gathered < end; ++gathered) {
-          gather_panel_tile(a, next_block, next_at, gathered, next_panel);
+  walk(a, [&](const GemmBf16Block& b, Units u, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const Place at = place(a, i);
+      gather_panel(a, b, at, panel);
+      for (int unit = u.first; unit < u.last; ++unit, turn ^= 1) {
+        const int filters = b.filters - unit * 2 * kTile;
+        const Bf16* w = static_cast<const Bf16*>(b.w) + static_cast<int64_t>(unit) * b.steps * 2 * kPanelTile;
+        float* c = sums + turn * 4 * kTile * kTile;
+        const auto tiles = [&]<int F, int V>() {
+          multiply<F, V>(w, panel, b.steps);
+          if (waiting.filters > 0) store_waiting(a, waiting, 0, waiting.filters);
+          store<F, V>(c);
+        };
+        const bool two = at.pair->vectors == 2;
+        if (filters > kTile) {
+          two ? tiles.template operator()<2, 2>() : tiles.template operator()<2, 1>();
+        } else {
+          two ? tiles.template operator()<1, 2>() : tiles.template operator()<1, 1>();
         }
-        const int end = waiting.filters * (s + 1) / b.steps;
-        if (end > stored) store_waiting(a, waiting, stored, end);
-        stored = end;
-      };
-      const auto tiles = [&]<int F, int V>() {
-        multiply<F, V>(w, panel, b.steps, aside);
-        if (waiting.filters > stored) store_waiting(a, waiting, stored, waiting.filters);
-        store<F, V>(c);
-      };
-      const bool two = at.pair->vectors == 2;
-      if (filters > kTile) {
-        two ? tiles.template operator()<2, 2>() : tiles.template operator()<2, 1>();
-      } else {
-        two ? tiles.template operator()<1, 2>() : tiles.template operator()<1, 1>();
+        waiting = {c, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile,
+                   filters < 2 * kTile ? filters : 2 * kTile, at};
+        store_waiting = store_of(a, act, waiting);
       }
-      waiting = {c, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile,
-                 filters < 2 * kTile ? filters : 2 * kTile, at};
-      store_waiting = store_of(a, act, waiting);
     }
-    for (; gathered < to_gather; ++gathered) gather_panel_tile(a, next_block, next_at, gathered, next_panel);
-    Bf16* const free = panel;
-    panel = next_panel;
-    next_panel = free;
-    at = next_at;
-  }
-  store_waiting(a, waiting, 0, waiting.filters);
+  });
+  if (waiting.filters > 0) store_waiting(a, waiting, 0, waiting.filters);
   _tile_release();
 }
 
