@@ -370,6 +370,25 @@ def test_branches_on_shapes_are_followed() -> None:
     assert any("computes with shapes" in remark for remark in small.report.remarks)
 
 
+def test_items_are_assigned() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.b(F.relu(self.a(x))))
+            y[:, :, 1:, 1:] = y[:, :, 1:, 1:] + y[:, :, :-1, :-1]
+            return self.c(y).flatten(1)
+
+    model = filled(Net())
+    with torch.no_grad():
+        model.a.weight[:3] = model.b.weight[:2] = 0
+    small = compacted(model, maps(2), maps(3))
+    assert weight(small, "a")[0] == 5 and weight(small, "b")[0] == 8
+    assert "assigned" in str(small.report.whole)
+
+
 def test_what_no_tracer_follows_is_named() -> None:
     class Values(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -154,7 +154,8 @@ def _edit_view(layouts: Layouts, node: fx.Node) -> None:
             _swap(layouts, node, torch.reshape, (source, tuple(shape)))
         return
     source = analysis._source(node)
-    before, after = analysis.shapes[source], analysis.shapes[node]
+    # The source may be new, in the place of an addition; its shape is that of the one before.
+    before, after = analysis.shapes[analysis.sources[node][0][0]], analysis.shapes[node]
     if len(after) == 2 and len(before) > 2 and before[0] == after[0] and analysis._varies(node) <= {0}:
         _swap(layouts, node, torch.flatten, (source, 1))  # for any batch and map size, however the sizes were computed
         return

@@ -122,6 +122,21 @@ _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.la
 _ASKED = ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad", "itemsize", "nbytes", "is_sparse")
 
 
+# Operations whose result shares memory with their input.
+VIEWS = {"view", "reshape", "flatten", "getitem", "transpose", "permute", "squeeze", "unsqueeze", "chunk", "split"}
+VIEWS |= {"narrow", "select", "unbind", "detach", "expand", "unflatten", "Flatten", "Identity", "contiguous"}
+
+
+def assigned(x: Tensor, index: Any, value: Any) -> Tensor:
+    """x after x[index] = value, as a tensor of its own."""
+    if isinstance(x, Proxy):  # unpickling a GraphModule traces it again
+        again: Any = x.tracer.create_proxy("call_function", assigned, (x, index, value), {})
+        return again
+    x = x.clone()
+    x[index] = value
+    return x
+
+
 class _Known(Proxy):
     """A proxy that knows what it stands for, without values, at two batch sizes.
 
@@ -140,6 +155,13 @@ class _Known(Proxy):
             return super().__iter__()
         this: Any = self
         return iter([this[i] for i in range(len(self))])
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        target = self.node.target
+        if (target if isinstance(target, str) else getattr(target, "__name__", "")) in VIEWS:
+            raise TypeError("writes into a view of a tensor")
+        new: Any = self.tracer.create_proxy("call_function", assigned, (self, index, value), {})
+        self.node, self.values = new.node, new.values
 
     def __len__(self) -> int:
         if self.values is None or len(self.values[0]) != len(self.values[1]):

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import TraceError
 from .plain import modules_for_functions
-from .symbolic import Ghost, Untraceable, culprit, defaults_of, first_line, mode, opaque, symbolic
+from .symbolic import VIEWS, Ghost, Untraceable, culprit, defaults_of, first_line, mode, opaque, symbolic
 from .unpack import unpack
 
 # Shapes are propagated at this batch size, which no channel count, conv group or head count is likely to equal: a
@@ -229,11 +229,6 @@ _INPLACE_POSITION = {
 }
 
 
-# Operations whose result shares memory with their input.
-_VIEWS = {"view", "reshape", "flatten", "getitem", "transpose", "permute", "squeeze", "unsqueeze", "chunk", "split"}
-_VIEWS |= {"narrow", "select", "unbind", "detach", "expand", "unflatten", "Flatten", "Identity", "contiguous"}
-
-
 def _rebind_mutated(graph: fx.Graph, who: str) -> None:
     """Users of a tensor that come after it was overwritten use the operation that overwrote it: the same values, but
     said so. Raises TraceError where a view is overwritten whose base is used, which a graph can't say."""
@@ -249,7 +244,7 @@ def _rebind_mutated(graph: fx.Graph, who: str) -> None:
                 kind = type(graph.owning_module.get_submodule(str(source.target))).__name__
             users = [u for base in source.all_input_nodes for u in base.users if order[u] > order[node]]
             later = [u for u in users if u.target not in ("size", "dim", getattr)]
-            if kind in _VIEWS and later:
+            if kind in VIEWS and later:
                 raise Untraceable(
                     f"{who}: {node.name} got a view ({source.name}) to overwrite while {later[0].name} still uses "
                     "what it is a view of, wanted an operation that is not in place"
