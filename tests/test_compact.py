@@ -252,7 +252,6 @@ class Odd(nn.Module):
 ODD = {
     "softmax": lambda m, x: torch.softmax(x, 1),
     "flip": lambda m, x: torch.flip(x, (1,)),
-    "parameter": lambda m, x: x * m.scale,
     "cumsum": lambda m, x: x.cumsum(1),
     "sum over channels": lambda m, x: x / x.sum(1, keepdim=True),
     "number of channels": lambda m, x: x * x.shape[1],
@@ -310,6 +309,7 @@ TRACKED = {
     "gated by its mean": (lambda m, x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)), 4),
     "arithmetic": (lambda m, x: 1 - x**2 / (1 + x.abs()), 4),
     "group normalised": (lambda m, x: m.norm(x), 4),
+    "parameter": (lambda m, x: x * m.scale, 4),
     "shuffled": (lambda m, x: x.view(-1, 2, 4, 10, 10).transpose(1, 2).reshape(-1, 8, 10, 10), 4),
     "channel index": (lambda m, x: x * x[:, 2].unsqueeze(1), 5),
     "parts added": (lambda m, x: torch.cat([x[:, :4] + x[:, 4:], x[:, 4:]], 1), 8),

@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import structadmm as sa
+from networks import ResNet, randomise
 from random_graphs import Attention, Gated, Recurrent, Scale
-from structadmm.errors import TraceError
+from structadmm import symbolic
+from structadmm.analysis import Analysis
+from structadmm.errors import CompactError, TraceError
+from structadmm.layout import settle
 from structadmm.trace import trace
 
 
@@ -417,3 +421,96 @@ def test_layers_that_hand_on_in_evaluation_stay_layers() -> None:
 
     traced = trace(Net(), torch.randn(2, 3, 4, 4))
     assert any(n.target == "path" for n in traced.module.graph.nodes) and traced.notes == []
+
+
+@pytest.mark.parametrize("kind", ["B", "grouped", "mobile", "se"])
+def test_widths_are_rounded_up(kind: str) -> None:
+    model = randomise(ResNet(kind, width=16).double(), 0.4, 2).eval()
+    x, other = maps(2, size=12), maps(3, size=12)
+    plain = sa.compact(model, x, columns="never")
+    small = sa.compact(model, x, columns="never", round_to=4)
+    with torch.no_grad():
+        assert (small(other) - model(other)).abs().max() < 1e-10
+    full = dict(model.named_modules())
+    widths = {n: m.out_channels for n, m in small.named_modules() if isinstance(m, nn.Conv2d)}
+    assert all(w % 4 == 0 or w == full[n].out_channels for n, w in widths.items())
+    assert plain.report.weights_after <= small.report.weights_after < small.report.weights_before
+    with pytest.raises(CompactError, match="round_to got 0, wanted an integer of at least 1"):
+        sa.compact(model, x, round_to=0)
+
+
+def test_shapes_taken_from_another_tensor() -> None:
+    """As LeViT normalises its tokens."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.n, self.b = nn.Linear(16, 12), nn.BatchNorm1d(12), nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(F.relu(self.n(x.flatten(0, 1)).reshape_as(x)))
+
+    model = filled(Net())
+    with torch.no_grad():
+        model.a.weight[:4] = 0
+    small = compacted(model, tokens(2), tokens(3))
+    assert weight(small, "a") == (8, 16) and small.n.num_features == 8
+
+
+class Decoder(nn.Module):
+    """Blocks of a Llama-like decoder: RMSNorm, grouped queries, SwiGLU."""
+
+    def __init__(self, c: int, hidden: int, heads: int, kv: int, depth: int, words: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, c)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([nn.RMSNorm(c), Attention(c, heads, "grouped", kv), nn.RMSNorm(c), Gated(c, hidden, False)])
+            for _ in range(depth)
+        )
+        self.norm, self.head = nn.RMSNorm(c), nn.Linear(c, words, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for n1, attention, n2, feed in self.blocks:
+            x = x + attention(n1(x))
+            x = x + feed(n2(x))
+        return self.head(self.norm(x))
+
+
+def test_a_decoder_shrinks_inside_its_stream() -> None:
+    model = filled(Decoder(16, 20, 4, 2, 2, 31))
+    with torch.no_grad():
+        for *_, feed in model.blocks:
+            feed.w3.weight[:, :7] = 0
+        model.blocks[0][1].proj.weight[:, :8] = 0  # the two heads of one pair of keys and values
+    x = torch.randint(0, 31, (2, 6))
+    small = sa.compact(model, x, columns="never")
+    y = torch.randint(0, 31, (3, 6))
+    with torch.no_grad():
+        assert (model(y) - small(y)).abs().max() < 1e-10
+    assert weight(small, "blocks.0.3.w1") == (13, 16) and weight(small, "blocks.0.1.q") == (8, 16)
+    assert weight(small, "blocks.0.1.k") == (4, 16)
+
+
+def test_the_graph_of_a_large_decoder_takes_no_values() -> None:
+    """Seven billion parameters on the meta device: tracing and analysis alone."""
+    with torch.device("meta"):
+        model = Decoder(4096, 11008, 32, 32, 32, 32000)
+        x = torch.zeros(1, 16, dtype=torch.long)
+    assert sum(p.numel() for p in model.parameters()) > 6e9
+    analysis = Analysis(trace(model, x))
+    assert settle(analysis).conflicts == [] and not analysis.removed.any()
+    assert analysis.whole == {}
+
+
+def test_endless_networks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unrolled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(1000):
+                x = x + 1
+            return x
+
+    monkeypatch.setattr(symbolic, "MAX_NODES", 100)
+    with pytest.raises(TraceError, match=r"1 \(Unrolled\) got RuntimeError at .*`x = x \+ 1`: more than 100 op"):
+        trace(nn.Sequential(nn.Linear(3, 3), Unrolled()), torch.randn(2, 3))

@@ -272,7 +272,7 @@ def test_decides_by_measuring_and_remembers(cache, monkeypatch) -> None:
     model, x = sa.compact(make("B"), example(), columns="always"), example()
     first = sa.optimize(model, x, budget=0.5, report=False)
     assert set(forms.FORMS) | {"segments"} <= set(first.report.candidates) and not first.report.cached
-    assert all(r.seconds for r in first.report.layers)
+    assert any(r.seconds for r in first.report.layers)
     assert first.report.speed_up > 0
     assert json.loads(cache.read_text())["version"] == 1
     called = []

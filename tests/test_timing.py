@@ -63,3 +63,10 @@ def test_spread_and_bad_arguments():
     for bad in ({}, {"repeats": 0}):
         with pytest.raises(ValueError, match="interleave: got"):
             timing.interleave({} if not bad else {"a": lambda: None}, **bad)
+
+
+def test_a_limit_ends_the_rounds_early_but_for_three():
+    calls = []
+    timings = timing.interleave({"a": lambda: calls.append(1)}, warmup=0, repeats=50, min_time=0, limit=0.0)
+    assert len(timings.rounds["a"]) == 3
+    assert len(timing.interleave({"a": lambda: None}, warmup=0, repeats=5, min_time=0, limit=60.0).rounds["a"]) == 5

@@ -47,13 +47,30 @@ struct ThreadPool::State {
   int64_t n = 0;
   const void* task = nullptr;
   TaskFn fn = nullptr;
-  std::atomic<int64_t> next{0};
+  // Each thread has a share of neighbouring tasks, the same in every round, so that what it wrote in one layer lies in
+  // its own cache in the next; who is done helps the others.
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+  std::unique_ptr<Share[]> shares;
+  int64_t threads = 1;
 
-  void drain() {
-    for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) fn(task, i);
+  void share_out() {
+    for (int64_t t = 0; t < threads; ++t) {
+      shares[t].next.store(t * n / threads);
+      shares[t].end = (t + 1) * n / threads;
+    }
   }
 
-  void work() {
+  void drain(int64_t me) {
+    for (int64_t t = 0; t < threads; ++t) {
+      Share& share = shares[(me + t) % threads];
+      for (int64_t i = share.next.fetch_add(1); i < share.end; i = share.next.fetch_add(1)) fn(task, i);
+    }
+  }
+
+  void work(int64_t me) {
     uint64_t seen = 0;
     const auto called = [&] { return stop || round != seen; };
     for (;;) {
@@ -65,7 +82,7 @@ struct ThreadPool::State {
       }
       if (stop) return;
       seen = round;
-      drain();
+      drain(me);
       if (--working == 0) {
         const std::lock_guard lock(mutex);
         done.notify_one();
@@ -76,7 +93,9 @@ struct ThreadPool::State {
 
 ThreadPool::ThreadPool(int threads) : state_(new State) {
   SADMM_CHECK(threads >= 1 && threads <= 1024, "ThreadPool: threads got ", threads, ", wanted 1 to 1024");
-  for (int i = 1; i < threads; ++i) state_->workers.emplace_back([s = state_.get()] { s->work(); });
+  state_->threads = threads;
+  state_->shares = std::make_unique<State::Share[]>(static_cast<size_t>(threads));
+  for (int i = 1; i < threads; ++i) state_->workers.emplace_back([s = state_.get(), i] { s->work(i); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -104,13 +123,13 @@ void ThreadPool::run_tasks(int64_t n, const void* task, TaskFn fn) {
     state_->n = n;
     state_->task = task;
     state_->fn = fn;
-    state_->next.store(0);
+    state_->share_out();
     state_->working = static_cast<int>(state_->workers.size());
     ++state_->round;
     sleepers = state_->asleep > 0;
   }
   if (sleepers) state_->wake.notify_all();
-  state_->drain();
+  state_->drain(0);
   const auto finished = [&] { return state_->working == 0; };
   if (look(finished)) return;
   std::unique_lock lock(state_->mutex);

@@ -259,9 +259,74 @@ struct Tables {
   std::vector<PlaneWindow> windows, residual_windows;
 };
 
+// All elements of y's planes from an image's first pixel to its last are taken for pixels, in windows that are lines of
+// memory: x is read in whole rows, and no store crosses lines. Wants planes of x and y whose rows lie alike, and writes
+// zeros into the halo between rows. Sets nothing and returns false where that is not so, or where the halo is too much
+// of the planes.
+bool make_straight_tables(const ConvSpec& s, const Planes& x, const Planes& y, const Planes* residual, int64_t images,
+                          int64_t readable, Tables& t) {
+  const int64_t between = y.pitch - y.width, count = (y.height - 1) * y.pitch + y.width;
+  if (s.stride[0] != 1 || s.stride[1] != 1 || x.pitch != y.pitch || (residual && residual->pitch != y.pitch) ||
+      between > std::max(y.halo.left, y.halo.right) || between < 0) {
+    return false;
+  }
+  int64_t period = 1;  // images lie alike in lines
+  while (images % period != 0 || (period < images && period * y.image_stride % kWindow != 0)) ++period;
+  Tables made;
+  made.period = period;
+  readable -= (images - period) * x.image_stride;
+  for (int64_t n = 0; n < period; ++n) {
+    const int64_t x0 = x.at(n, 0, -s.padding[0], -s.padding[1]), y0 = y.at(n, 0, 0, 0);
+    for (int64_t i = 0; i < count;) {
+      const auto taken = static_cast<int>(std::min(kWindow - (y0 + i) % kWindow, count - i));
+      PanelPair pair{};
+      pair.first_vector = static_cast<int32_t>(made.vectors.size());
+      pair.vectors = static_cast<int32_t>(div_up(taken, kTile));
+      pair.first_window = static_cast<int32_t>(made.windows.size());
+      pair.first_residual = static_cast<int32_t>(made.residual_windows.size());
+      pair.windows = pair.straight = 1;
+      for (int k = 0; k < pair.vectors; ++k) {
+        PanelVector v{};
+        v.gather = Gather::kRow;
+        for (int16_t j = 0; j < kTile; ++j) {
+          v.lane[j] = static_cast<int32_t>(x0 + i + k * kTile + j);
+          v.index[2 * j] = j;
+          v.index[2 * j + 1] = static_cast<int16_t>(j + kTile);
+        }
+        v.piece[0] = v.lane[0];
+        if (v.lane[kTile - 1] >= readable) return false;
+        made.vectors.push_back(v);
+      }
+      PlaneWindow w{};
+      w.offset = y0 + i;
+      w.image = static_cast<int32_t>(n);
+      for (int16_t j = 0; j < kWindow; ++j) w.to[j] = w.from[j] = j;
+      for (int j = 0; j < taken; ++j) {
+        w.elements |= 1u << j;
+        if ((i + j) % y.pitch < y.width) w.pixels |= 1u << j;
+      }
+      made.windows.push_back(w);
+      if (residual) {
+        w.offset = residual->at(n, 0, 0, 0) + i;
+        made.residual_windows.push_back(w);
+        pair.residuals = pair.straight_residual = 1;
+      }
+      made.pairs.push_back(pair);
+      made.first_image.push_back(static_cast<int32_t>(n));
+      i += taken;
+    }
+  }
+  constexpr int64_t kMost = 5, kOf = 4;  // vectors
+  if (static_cast<int64_t>(made.vectors.size()) * kOf > div_up(period * y.height * y.width, kTile) * kMost)
+    return false;
+  t = std::move(made);
+  return true;
+}
+
 Tables make_tables(const ConvSpec& s, const Planes& x, const Planes& y, const Planes* residual, int64_t images,
                    int64_t readable) {
   Tables t;
+  if (make_straight_tables(s, x, y, residual, images, readable, t)) return t;
   // Images are cut together until whole pairs are nearly filled, for tables are read along with x; a divisor of all
   // images, so that no pair reads an image that has no place.
   const int64_t outputs = y.height * y.width;
@@ -299,6 +364,8 @@ Tables make_tables(const ConvSpec& s, const Planes& x, const Planes& y, const Pl
     if (residual) cut_windows(p, lane, n, &Pixel::residual, t.residual_windows);
     pair.windows = static_cast<int32_t>(t.windows.size()) - pair.first_window;
     pair.residuals = static_cast<int32_t>(t.residual_windows.size()) - pair.first_residual;
+    pair.straight = pair.windows == 1 && t.windows.back().elements == 0xFFFFFFFF;
+    pair.straight_residual = pair.residuals == 1 && t.residual_windows.back().elements == 0xFFFFFFFF;
     t.pairs.push_back(pair);
     t.first_image.push_back(p->image);
   }

@@ -16,4 +16,8 @@ struct Affine {
 // are left out, inputs excepted.
 Graph fuse(Graph graph, std::vector<Affine> affine);
 
+// A 1 x 1 convolution with a stride reads one pixel of every few: where it has work enough, those are copied out first,
+// and the convolution runs on neighbouring pixels.
+Graph subsample_first(Graph graph);
+
 }  // namespace structadmm::runtime

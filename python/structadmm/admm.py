@@ -24,7 +24,7 @@ as StructADMM applies it (Zhang et al., IEEE TNNLS 33(5), 2022). A training loop
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .constraints import fits, holds, project_mask, project_update_
+from .constraints import coupled_masks, fits, holds, project_mask, project_update_
 from .errors import PlanError
 from .masks import Hold, MaskReport, Masks, weight_of
 from .plan import LayerPlan, Plan, ResolvedPlan
@@ -87,8 +87,10 @@ class ADMM:
     rho: a number or a Schedule. A rule's own rho is that layer's first rho; it then follows the schedule in proportion.
     masks: weights that are zero already, from the former progressive round: Z stays zero there, and a layer that meets
     its constraints already is finished: its rho is 0. The weights themselves are held by masks.hold(optimizer).
-    abs_tol, rel_tol: of the stopping rule. Z and U are f32 in the weight's memory layout, and follow it when the model
-    moves to another device; the weights are f32, bf16 or f16. The start is Z = Proj(W), U = 0.
+    coupled: sets of layers whose filters are kept or removed together (structure.coupled_layers finds them); those
+    of a set that are planned have one constraint, on filters, of one size. abs_tol, rel_tol: of the stopping rule.
+    Z and U are f32 in the weight's memory layout, and follow it when the model moves to another device; the weights
+    are f32, bf16 or f16. The start is Z = Proj(W), U = 0.
 
     Raises PlanError naming the layer: weights that are not finite, of another dtype, or that do not require grad.
     """
@@ -101,6 +103,7 @@ class ADMM:
         masks: Mapping[str, Tensor] | None = None,
         abs_tol: float = 1e-6,
         rel_tol: float = 1e-3,
+        coupled: Sequence[Sequence[str]] = (),
     ) -> None:
         if not isinstance(plan, (Plan, ResolvedPlan)):
             raise PlanError(f"ADMM: plan got {type(plan).__name__}, wanted a Plan or ResolvedPlan")
@@ -123,6 +126,7 @@ class ADMM:
             done = mask is not None and holds(mask, lp.constraints, lp.conv_groups)
             scale = 0.0 if done else 1.0 if lp.rho is None else lp.rho / first
             self._layers[lp.name] = _Layer(lp, z, torch.zeros_like(z), scale, mask)
+        self._units = self._couple(coupled)
         self._check_finite("ADMM")
         self._start_()
 
@@ -183,10 +187,16 @@ class ADMM:
         """
         self._check_finite("ADMM.harden_")
         found = dict(self._masks) if self._masks else {}
-        for name, layer in self._layers.items():
+        for unit in self._units:
+            for name in unit:
+                self._follow(self._layers[name], self._weight(self._layers[name].plan))
+            if len(unit) > 1:
+                found.update(zip(unit, self._coupled_masks(unit, with_u=False), strict=True))
+                continue
+            layer = self._layers[unit[0]]
             lp, w = layer.plan, self._weight(layer.plan)
-            self._follow(layer, w)
-            found[name] = project_mask(w.detach(), lp.constraints, lp.conv_groups, layer.mask)
+            found[unit[0]] = project_mask(w.detach(), lp.constraints, lp.conv_groups, layer.mask)
+        found = {name: found[name] for name in {**(self._masks or {}), **self._layers}}
         return Masks(self.model, found).apply_()
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,20 +280,55 @@ class ADMM:
         """Z = Proj(W), U = 0."""
         with torch.no_grad():
             for layer in self._layers.values():
-                w = self._weight(layer.plan).detach()
-                self._follow(layer, w)
+                self._follow(layer, self._weight(layer.plan))
                 layer.u.zero_()
-                project_update_(w, layer.z, layer.u, layer.plan.constraints, layer.plan.conv_groups, layer.mask)
+            self._update_()
+            for layer in self._layers.values():
                 layer.u.zero_()
 
     def _project_and_update_duals_(self) -> dict[str, list[float]]:
         """Z' = Proj(W + U), U' = U + W - Z'. Returns each layer's five sums (see the op project_update_)."""
-        found = []
         for layer in self._layers.values():
-            w, lp = self._weight(layer.plan).detach(), layer.plan
-            self._follow(layer, w)
-            found.append(project_update_(w, layer.z, layer.u, lp.constraints, lp.conv_groups, layer.mask)[1])
-        return dict(zip(self._layers, _to_host(found), strict=True))
+            self._follow(layer, self._weight(layer.plan))
+        sums = self._update_()
+        return dict(zip(self._layers, _to_host([sums[name] for name in self._layers]), strict=True))
+
+    def _update_(self) -> dict[str, Tensor]:
+        """Project and update the duals of every layer, coupled ones together. Returns the sums of the op by layer."""
+        sums: dict[str, Tensor] = {}
+        for unit in self._units:
+            layers = [self._layers[name] for name in unit]
+            if len(unit) == 1:
+                layer, lp = layers[0], layers[0].plan
+                w = self._weight(lp).detach()
+                sums[unit[0]] = project_update_(w, layer.z, layer.u, lp.constraints, lp.conv_groups, layer.mask)[1]
+                continue
+            for name, layer, on in zip(unit, layers, self._coupled_masks(unit, with_u=True), strict=True):
+                sums[name] = ops.masked_update_(self._weight(layer.plan).detach(), layer.z, layer.u, on)
+        return sums
+
+    def _coupled_masks(self, unit: tuple[str, ...], with_u: bool) -> list[Tensor]:
+        layers = [self._layers[name] for name in unit]
+        ws = [self._weight(layer.plan).detach() for layer in layers]
+        us = [layer.u for layer in layers] if with_u else None
+        groups, masks = [layer.plan.conv_groups for layer in layers], [layer.mask for layer in layers]
+        return coupled_masks(ws, us, layers[0].plan.constraints[0], groups, masks)
+
+    def _couple(self, coupled: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+        """The planned layers in units that are projected together."""
+        member: dict[str, tuple[str, ...]] = {}
+        for names in coupled:
+            unit = tuple(name for name in names if name in self._layers)
+            for name in unit:
+                wanted = [(c.structure, c.keep) for c in self._layers[unit[0]].plan.constraints]
+                got = [(c.structure, c.keep) for c in self._layers[name].plan.constraints]
+                if name in member or got != wanted or len(got) != 1 or got[0][0] != "filter":
+                    what = "in two sets" if name in member else " + ".join(f"{k} {s}s kept" for s, k in got)
+                    raise PlanError(
+                        f"ADMM: coupled layer {name!r} got {what}, wanted one constraint on filters, as {unit[0]!r} has"
+                    )
+                member[name] = unit
+        return list(dict.fromkeys(member.get(name, (name,)) for name in self._layers))
 
     def _residuals(self, sums: Mapping[str, list[float]]) -> StepReport:
         layers, total, n = {}, [0.0] * 5, 0

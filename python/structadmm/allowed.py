@@ -404,6 +404,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 _WORDS = (
     "add add_ sub sub_ mul mul_ div div_ neg clamp abs exp sqrt rsqrt square pow matmul relu relu_ sigmoid tanh",
     "softmax log_softmax flatten view reshape permute transpose squeeze unsqueeze chunk split contiguous mean sum amax",
-    "argmax size dim bmm roll unbind unflatten swapaxes movedim flip expand repeat amin erf log type_as select narrow",
+    "argmax size dim bmm roll unbind unflatten swapaxes movedim flip expand expand_as reshape_as repeat amin erf log",
+    "type_as select narrow",
 )
 METHODS = frozenset(word for line in _WORDS for word in line.split())

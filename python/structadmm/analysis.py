@@ -118,8 +118,11 @@ class Analysis(Channels):
     def _read(self, layer: Layer, need: Bools) -> None:
         layer.needed = need
         rows = need & ~layer.silent
-        n_filters, cg = layer.reads.shape
-        wanted = (layer.reads & rows[:, None]).reshape(layer.groups, -1, cg).any(1).reshape(-1)
+        _, cg = layer.reads.shape
+        if layer.full:
+            wanted = np.repeat(rows.reshape(layer.groups, -1).any(1), cg)
+        else:
+            wanted = (layer.reads & rows[:, None]).reshape(layer.groups, -1, cg).any(1).reshape(-1)
         self._demand(layer.source, wanted if layer.direct else None)
 
     def _elidable(self, node: fx.Node, need: Bools) -> int | None:
@@ -172,7 +175,9 @@ class Analysis(Channels):
 
     def _stuck(self, layer: Layer) -> Ints:
         """Input channels whose nonzero constant the layer can't take into its bias exactly."""
-        n_filters, cg = layer.reads.shape
+        _, cg = layer.reads.shape
+        if not layer.ins.const.any():
+            return np.zeros(0, np.int64)
         bad = (layer.reads if layer.shift is None else layer.border) & self._rows(layer)[:, None]
         stuck = bad.reshape(layer.groups, -1, cg).any(1).reshape(-1) & layer.ins.const & (layer.ins.value != 0)
         return np.flatnonzero(stuck & ~self._kept[self.label[layer.ins.ids]])

@@ -55,7 +55,7 @@ _FUNCTIONS: dict[str, str] = {
     **dict.fromkeys(POINTWISE_NAMES, "_pointwise"),
     **dict.fromkeys(IDENTITY_NAMES, "_identity"),
     **dict.fromkeys(BINARY_NAMES, "_binary"),
-    **dict.fromkeys(("flatten", "view", "reshape", "squeeze", "unflatten"), "_reshape"),
+    **dict.fromkeys(("flatten", "view", "reshape", "squeeze", "unflatten", "reshape_as", "view_as"), "_reshape"),
     **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT"), "_permute"),
     **dict.fromkeys(("mean", "sum", "amax", "amin"), "_mean"),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), "_cat"),

@@ -126,6 +126,7 @@ def compact(
     columns: str = "auto",
     verify: bool = True,
     tolerance: float | None = None,
+    round_to: int = 1,
 ) -> fx.GraphModule:
     """A smaller network that computes what `model` computes in eval mode, zeros used up.
 
@@ -136,7 +137,8 @@ def compact(
         the stored density is at most 0.8 and there is enough work; "always": wherever a column is zero; "never":
     ordinary layers only. verify: compare with `model` in eval mode on random inputs of the example's shape, at another
     batch size. tolerance: largest difference allowed, times the larger of 1 and the largest output. Default: 1e-4 in
-    float32, 1e-10 in float64.
+    float32, 1e-10 in float64. round_to: layers keep a multiple of so many filters, or all; the additional ones are
+    zero: dense kernels are slow at odd widths.
 
     Returns a torch.fx.GraphModule of ordinary layers and structadmm.nn layers under the model's own attribute paths. It
     trains, copies and pickles; flags (train/eval, requires_grad) are the model's. `result.report` is a CompactReport;
@@ -145,6 +147,8 @@ def compact(
     Raises TraceError where the model can't be traced, CompactError for weights that are not finite or a result that
     differs. Warns of hooks, which are not carried over.
     """
+    if type(round_to) is not int or round_to < 1:
+        raise CompactError(f"compact: round_to got {round_to!r}, wanted an integer of at least 1")
     if columns not in COLUMNS:
         raise CompactError(f"compact: columns got {columns!r}, wanted one of {', '.join(COLUMNS)}")
     check_weights(model, "compact")
@@ -155,13 +159,13 @@ def compact(
             warnings.warn(f"compact: {note}", stacklevel=2)
     report = CompactReport(_layer_rows(traced), remarks=traced.notes)
     analysis = Analysis(traced)
-    layouts = settle(analysis)
+    layouts = settle(analysis, round_to)
     report.notes, report.whole = analysis.notes(), analysis.whole
     dense = copy.deepcopy(traced.module).to("meta")
 
     small = traced.module
     fold(analysis, small)
-    cut(layouts)
+    kept = cut(layouts)
     edit_graph(layouts)
     small.graph.eliminate_dead_code()
     small.graph.lint()
@@ -184,6 +188,7 @@ def compact(
     small.meta["structadmm"] = {
         "inputs": [((None, *t.shape[1:]), t.dtype) for t in traced.inputs],
         "original": _original(model) or dense,
+        "kept": kept,  # for carry_state
     }
     return small
 

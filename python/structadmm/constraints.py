@@ -113,6 +113,29 @@ def project_update_(
     return keeps, ops.masked_update_(w, z, u, on)
 
 
+def coupled_masks(
+    ws: Sequence[Tensor],
+    us: Sequence[Tensor] | None,
+    constraint: Constraint,
+    conv_groups: Sequence[int],
+    masks: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Bool masks of several weights whose filters go together: the exact projection on "the same k filters of all are
+    nonzero", which keeps the k whose sums over all weights are the largest."""
+    scores: Tensor | None = None
+    for i, w in enumerate(ws):
+        own = ops.group_sumsq(w, "filter", conv_groups[i], u=None if us is None else us[i], mask=masks[i])
+        scores = own if scores is None else scores + own.to(scores.device)
+    assert scores is not None
+    keep = ops.topk_keep(scores, constraint.keep)
+    out = []
+    for w, groups, mask in zip(ws, conv_groups, masks, strict=True):
+        on = _all([mask, expand_keep(keep.to(w.device), "filter", w.shape, groups)])
+        assert on is not None
+        out.append(on)
+    return out
+
+
 def project_mask(
     w: Tensor, constraints: Sequence[Constraint], conv_groups: int = 1, mask: Tensor | None = None
 ) -> Tensor:

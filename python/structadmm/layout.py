@@ -29,16 +29,39 @@ class Unknown(Exception):
     """The layout of an operand is in conflict itself."""
 
 
-def settle(analysis: Analysis) -> Layouts:
-    """Layouts of all tensors; gives channels back in `analysis` where they can't be taken out."""
+def settle(analysis: Analysis, round_to: int = 1) -> Layouts:
+    """Layouts of all tensors; gives channels back in `analysis` where they can't be taken out, and so many that layers
+    keep a multiple of `round_to` filters or all."""
+    reason = ""
     for _ in range(MAX_ROUNDS):
+        changed = round_to > 1 and _round_up(analysis, round_to)
         layouts = Layouts(analysis)
-        if not layouts.conflicts:
+        if not layouts.conflicts and not changed:
             return layouts
         for ids, reason in layouts.conflicts:
             analysis.give_back(ids, reason)
-    analysis.give_back(np.arange(analysis.n_ids), f"{reason}: no consistent order found in {MAX_ROUNDS} rounds")
+    analysis.give_back(np.arange(analysis.n_ids), f"{reason or 'rounding'}: no end found in {MAX_ROUNDS} rounds")
     return Layouts(analysis)
+
+
+def _round_up(analysis: Analysis, multiple: int) -> bool:
+    live, changed = analysis.live_nodes(), False
+    for node, layer in analysis.layers.items():
+        if node not in live:
+            continue
+        keep = analysis.keep(layer.outs.ids)
+        per = keep.reshape(layer.groups, -1)  # in conv groups, all of them grow by as much
+        staying = per[per.any(1)]
+        depthwise = per.shape[1] == 1
+        count = int(keep.sum()) if depthwise else int(staying.sum(1).max(initial=0))
+        step = multiple if depthwise or layer.groups == 1 else multiple // math.gcd(multiple, len(staying))
+        more = min(-count % step, (keep.size if depthwise else per.shape[1]) - count)
+        if more and staying.size:
+            row = keep if depthwise else per[per.any(1).argmax()]
+            ids = layer.outs.ids if depthwise else layer.outs.ids.reshape(layer.groups, -1)[per.any(1).argmax()]
+            analysis.give_back(ids[np.flatnonzero(~row)[:more]], f"{title(node)} is rounded to {multiple} filters")
+            changed = True
+    return changed
 
 
 class Layouts:
@@ -295,7 +318,8 @@ class Layouts:
         for part in parts:
             inside = self._inverse(part, ids.size)[order]
             at = self._where(inside >= 0, dim)
-            if not at.size or at[0] != start or at[-1] + 1 - start != at.size:
+            # A part that nobody takes may be empty.
+            if (not at.size and kind == "unbind") or (at.size and (at[0] != start or at[-1] + 1 - start != at.size)):
                 raise Conflict("would split at other places")
             start += at.size
             sizes.append(int(at.size))

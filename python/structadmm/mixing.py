@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .tracking import Bools, Facts, Layer, Reading, Tracker, axes_of, by_rows, filters, given, title
+from .tracking import Bools, Facts, Layer, Reading, Tracker, axes_of, by_rows, filters, given, title, values_of
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -63,12 +63,17 @@ class Mixing(Tracker):
         n_filters, cg, _ = w.shape
         rank = len(self.shapes[source])
         ins = self._adopt(source, axis)
-        nonzero = w != 0
-        reads = nonzero.any(2).cpu().numpy()
-        border = np.broadcast_to(np.False_, reads.shape)
-        if bad.any():
-            border = nonzero[..., torch.from_numpy(np.flatnonzero(bad)).to(w.device)].any(2).cpu().numpy()
-        b = np.zeros(n_filters) if bias is None else bias.detach().double().cpu().numpy()
+        reads: Bools
+        border: Bools = np.broadcast_to(np.False_, (n_filters, cg))
+        if w.is_meta:  # no values: all are read, and nothing is constant
+            reads = np.broadcast_to(np.True_, (n_filters, cg))
+            border = np.broadcast_to(np.array(bool(bad.any())), (n_filters, cg))
+        else:
+            nonzero = w != 0
+            reads = nonzero.any(2).cpu().numpy()
+            if bad.any():
+                border = nonzero[..., torch.from_numpy(np.flatnonzero(bad)).to(w.device)].any(2).cpu().numpy()
+        b = np.zeros(n_filters) if bias is None else values_of(bias)
         follower = next(iter(node.users)) if len(node.users) == 1 else None
         if bias is not None:
             shift: str | None = "bias"
@@ -79,11 +84,16 @@ class Mixing(Tracker):
 
         direct = np.array_equal(self.facts[source].ids.reshape(-1), ins.ids)
         layer = Layer(node, source, groups, w, ins, ins, reads, border, b, shift, np.zeros(n_filters, bool), direct)
-        per_group = (groups, -1, cg)
-        nonzero_constant = (ins.const & (ins.value != 0)).reshape(groups, 1, cg)
-        varies = reads.reshape(per_group) & ~ins.const.reshape(groups, 1, cg)
-        varies |= border.reshape(per_group) & nonzero_constant
-        constant = ~varies.any(2).reshape(-1)
+        layer.full = w.is_meta or bool(reads.all())
+        constant: Bools
+        if ins.const.any():
+            per_group = (groups, -1, cg)
+            nonzero_constant = (ins.const & (ins.value != 0)).reshape(groups, 1, cg)
+            varies = reads.reshape(per_group) & ~ins.const.reshape(groups, 1, cg)
+            varies |= border.reshape(per_group) & nonzero_constant
+            constant = ~varies.any(2).reshape(-1)
+        else:
+            constant = np.zeros(n_filters, bool) if layer.full else np.asarray(~reads.any(1))
         emits = b + layer.response(np.where(ins.const, ins.value, 0.0))
         layer.outs = Facts(self._fresh(n_filters), constant, np.where(constant, emits, 0.0))
         layer.silent = constant & ((emits == b) | (shift is not None))
@@ -113,10 +123,10 @@ class Mixing(Tracker):
         if not np.array_equal(self.facts[source].ids.reshape(-1), known.ids):
             return "its channels are not in dimension 1"
         gamma, beta = _affine(m, known.ids.size)
-        if m.running_mean is None:  # normalises by the batch in eval mode too
+        if m.running_mean is None or m.running_mean.is_meta:  # normalises by the batch in eval mode too
             facts = known.vary()
         else:
-            mean, var = m.running_mean.double().cpu().numpy(), m.running_var.double().cpu().numpy()
+            mean, var = values_of(m.running_mean), values_of(m.running_var)
             scale = gamma / np.sqrt(var + m.eps)
             const = known.const | (gamma == 0)
             moved = np.where(gamma == 0, beta, (known.value - mean) * scale + beta)
@@ -186,8 +196,9 @@ class Mixing(Tracker):
             return reason
         if m.max_norm is not None:
             return "rescales its rows"
-        low, high = (f(m.weight.detach(), dim=0).double().cpu().numpy() for f in (torch.amin, torch.amax))
-        outs = Facts(self._fresh(low.size), low == high, np.where(low == high, low, 0.0))
+        low, high = (values_of(f(m.weight.detach(), dim=0)) for f in (torch.amin, torch.amax))
+        const = (low == high) & (not m.weight.is_meta)
+        outs = Facts(self._fresh(low.size), const, np.where(const, low, 0.0))
         self.facts[node] = self._like(outs, len(self.shapes[node]), -1)
         self.sources[node] = []
         self.tables[node] = 1
@@ -302,6 +313,6 @@ class Mixing(Tracker):
 def _affine(m: Any, n: int) -> tuple[Any, Any]:
     """Scale and shift of a normalisation in float64."""
     weight, bias = getattr(m, "weight", None), getattr(m, "bias", None)
-    gamma = np.ones(n) if weight is None else weight.detach().double().cpu().numpy()
-    beta = np.zeros(n) if bias is None else bias.detach().double().cpu().numpy()
+    gamma = np.ones(n) if weight is None or weight.is_meta else values_of(weight)
+    beta = np.zeros(n) if bias is None else values_of(bias)
     return gamma, beta

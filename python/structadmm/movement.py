@@ -37,6 +37,11 @@ class Movement(Tracker):
         self.edits[node] = "view"
         if len(axes_of(spread)) > 1:
             self.grids.append((node, self.facts[node].ids))
+        if operation(node) in ("reshape_as", "view_as") and node.op != "call_module":
+            like = node.args[1]
+            other = self.facts[like].ids if isinstance(like, fx.Node) and like in self.facts else None
+            if other is None or not np.array_equal(other, self.facts[node].ids):
+                return "takes the shape of another tensor"
         sizes = self.view_sizes(node)
         for d, size in enumerate(sizes if sizes is not None and len(sizes) == len(t) else ()):
             if isinstance(size, fx.Node) and spread.shape[d] == 1:

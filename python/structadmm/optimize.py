@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -389,7 +390,10 @@ class _Work:
                 waiting.setdefault(key, (row, m, x))
         if budget <= 0:
             return
+        began = perf_counter()
         for key, (row, m, x) in waiting.items():
+            if perf_counter() - began > 2 * budget:
+                break  # a busy machine: the layers left out count as measured by none, and stay in their segments
             calls = self._layer_calls(row, m, torch.randn(x, dtype=self._io()))
             if calls:
                 each = budget / len(waiting) / len(calls)
@@ -580,7 +584,8 @@ def _interleave(calls: Mapping[str, Callable[[], object]], each: float) -> Timin
     """Time calls in turns for about `each` seconds a call."""
     repeats = 7
     with torch.inference_mode():
-        return interleave(calls, warmup=each * 0.3, repeats=repeats, min_time=each * 0.7 / repeats)
+        limit = 1.5 * each * len(calls)
+        return interleave(calls, warmup=each * 0.3, repeats=repeats, min_time=each * 0.7 / repeats, limit=limit)
 
 
 def _spreads(timings: Timings) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .trace import Shape
-from .tracking import Bools, Facts, Tracker, axes_of, given, operation, title
+from .tracking import Bools, Facts, Tracker, axes_of, given, operation, title, values_of
 
 # fmt: off
 # Elementwise operations of one tensor; the identities are identities in eval mode.
@@ -73,7 +73,7 @@ class Pointwise(Tracker):
         facts = self.facts.get(source)
         if reason := self._unshared(node):
             return reason
-        slope = m.weight.detach().double().cpu().numpy()
+        slope = values_of(m.weight)
         if facts is None:
             self._channelwise(node, source, None)
             return None
@@ -128,7 +128,7 @@ class Pointwise(Tracker):
         inputs = list(node.all_input_nodes)
         operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
         if any(n in self.sizes for n in inputs):
-            return "computes with the number of channels"
+            return self._with_number(node)
         if len(operands) == 1 or len(inputs) == 1:  # a scalar, or x op x
             return self._pointwise(node)
         if len(inputs) != 2:
@@ -182,6 +182,19 @@ class Pointwise(Tracker):
             (n, np.broadcast_to(np.arange(f.ids.size).reshape(f.ids.shape), ids.shape), matters[n])
             for n, f in ((a, fa), (b, fb))
         ]
+        return None
+
+    def _with_number(self, node: fx.Node) -> str | None:
+        """Arithmetic with a number computed from shapes; the channels that it counts are kept (see _pin_sizes)."""
+        tensors = [n for n in node.all_input_nodes if n not in self.sizes]
+        if len(tensors) != 1:
+            return "computes with the number of channels"
+        facts = self.facts.get(tensors[0])
+        kind = BINARY_NAMES[operation(node)]
+        if facts is not None:  # another map size may give another number
+            zero = facts.const & (facts.value == 0) & (kind == "mul" or (kind == "div" and node.args[0] is tensors[0]))
+            facts = Facts(facts.ids, zero, np.zeros_like(facts.value))
+        self._channelwise(node, tensors[0], facts)
         return None
 
     def _mean(self, node: fx.Node) -> str | None:

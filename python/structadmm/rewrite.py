@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,19 +13,40 @@ from torch import Tensor, fx, nn
 
 from .layout import Layouts
 from .nn import ChannelBias
-from .tracking import Ints, Layer, axes_of, filters, given, operation
+from .tracking import Layer, axes_of, given, operation
 
 # Attributes by which modules count the channels of their parameters.
 _COUNTS = ("num_features", "num_channels", "num_parameters")
 
 
-def cut(layouts: Layouts) -> None:
-    """Cut the parameters to the channels that stay, in place."""
+@dataclass(frozen=True)
+class Kept:
+    """Which entries of a tensor are left: `along` dimension `axis`, and then along dimension 1 ([n], or [rows, n] where
+    it differs from row to row)."""
+
+    along: Tensor
+    dim1: Tensor | None = None
+    axis: int = 0
+
+    def take(self, t: Tensor) -> Tensor:
+        t = t.index_select(self.axis, self.along.to(t.device))
+        if self.dim1 is None:
+            return t
+        index = self.dim1.to(t.device)
+        if index.dim() == 1:
+            return t[:, index]
+        index = index.reshape(*index.shape, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:])
+        return torch.take_along_dim(t, index, 1)
+
+
+def cut(layouts: Layouts) -> dict[str, Kept]:
+    """Cut the parameters to the channels that stay, in place. Returns what is left of those that were cut, by name."""
     analysis = layouts.analysis
     root = analysis.module
+    kept: dict[str, Kept] = {}
     for node, layer in analysis.layers.items():
         if node in layouts.of:
-            _cut_layer(root.get_submodule(str(node.target)), layer, layouts)
+            _cut_layer(str(node.target), root.get_submodule(str(node.target)), layer, layouts, kept)
     for node in (*analysis.norms, *analysis.affine):
         if node in layouts.of:
             m: Any = root.get_submodule(str(node.target))
@@ -36,67 +58,51 @@ def cut(layouts: Layouts) -> None:
             for name in _COUNTS:
                 if hasattr(m, name):
                     setattr(m, name, len(order))
-            index = _index(order, m)
             for name in ("weight", "bias", "running_mean", "running_var"):
                 if getattr(m, name, None) is not None:
-                    _take(m, name, lambda t, index=index: t[index])
+                    _take(m, f"{node.target}.{name}", Kept(torch.from_numpy(np.ascontiguousarray(order))), kept)
     for node, axis in analysis.tables.items():
         if node in layouts.of and layouts.of[node].size < analysis.facts[node].ids.size:
-            _cut_table(root, node, axis, layouts.of[node].reshape(-1))
+            path = f"{node.target}.weight" if node.op == "call_module" else str(node.target)
+            owner: Any = root.get_submodule(path.rpartition(".")[0])
+            left = torch.from_numpy(np.ascontiguousarray(layouts.of[node].reshape(-1)))
+            if node.op == "call_module":
+                owner.embedding_dim = len(left)
+            _take(owner, path, Kept(left, axis=axis), kept)
+    return kept
 
 
-def _cut_table(root: nn.Module, node: fx.Node, axis: int, order: Ints) -> None:
-    owner: Any
-    if node.op == "call_module":
-        owner, name = root.get_submodule(str(node.target)), "weight"
-        owner.embedding_dim = len(order)
-    else:
-        path, _, name = str(node.target).rpartition(".")
-        owner = root.get_submodule(path)
-    index = torch.from_numpy(order).to(getattr(owner, name).device)
-    _take(owner, name, lambda t: t.index_select(axis, index))
-
-
-def _index(order: Ints, m: nn.Module) -> Tensor:
-    device = next((t.device for t in (*m.parameters(), *m.buffers())), torch.device("cpu"))
-    return torch.from_numpy(np.ascontiguousarray(order)).to(device)
-
-
-def _take(m: nn.Module, name: str, take: Any) -> None:
+def _take(m: nn.Module, path: str, which: Kept, kept: dict[str, Kept]) -> None:
+    name = path.rpartition(".")[2]
     t = getattr(m, name)
     if t is None:
         return
-    new = take(t.detach()).clone()
+    new = which.take(t.detach()).clone()
     if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous():
         new = new.contiguous(memory_format=torch.channels_last)
     setattr(m, name, nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new)
+    kept[path] = which
 
 
-def _cut_layer(m: Any, layer: Layer, layouts: Layouts) -> None:
+def _cut_layer(name: str, m: Any, layer: Layer, layouts: Layouts, kept: dict[str, Kept]) -> None:
     ins, outs = layouts.inputs(layer), layouts.of[layer.node].reshape(-1)
     if all(np.array_equal(a, np.arange(n)) for a, n in ((ins, layer.ins.ids.size), (outs, layer.outs.ids.size))):
         return
-    rows = _index(outs, m)
-    if isinstance(m, nn.Linear):
-        cols = _index(ins, m)
-        _take(m, "weight", lambda w: w[rows][:, cols])
-        _take(m, "bias", lambda b: b[rows])
-        m.in_features, m.out_features = len(ins), len(outs)
-        return
+    rows = Kept(torch.from_numpy(outs))
     cg, og = layer.reads.shape[1], layer.outs.ids.size // layer.groups
-    groups = [int(g) for i, g in enumerate(ins // cg) if i == 0 or g != ins[i - 1] // cg]
-    per_in, per_out = ins.reshape(len(groups), -1) % cg, outs.reshape(len(groups), -1) % og
+    groups = [g for i, g in enumerate(ins // cg) if i == 0 or g != ins[i - 1] // cg]
+    # What each filter reads, or in a transposed convolution which filters read each channel.
     transposed = isinstance(m, nn.modules.conv._ConvTransposeNd)
-    w = filters(m, layer.groups)
-    if cg == og == 1:  # depthwise: one by one would be slow
-        stacked = w[_index(np.array(groups), m)]
+    first, second, size = (ins, outs, og) if transposed else (outs, ins, cg)
+    inner = np.ascontiguousarray((second % size).reshape(len(groups), -1))
+    inner = np.repeat(inner, len(first) // len(groups), 0) if layer.groups > 1 else inner[0]
+    _take(m, f"{name}.weight", Kept(torch.from_numpy(np.ascontiguousarray(first)), torch.from_numpy(inner)), kept)
+    if m.bias is not None:
+        _take(m, f"{name}.bias", rows, kept)
+    if isinstance(m, nn.Linear):
+        m.in_features, m.out_features = len(ins), len(outs)
     else:
-        parts = [w[g][_index(o, m)][:, _index(i, m)] for g, o, i in zip(groups, per_out, per_in, strict=True)]
-        stacked = torch.stack(parts)
-    new = (stacked.transpose(1, 2) if transposed else stacked).flatten(0, 1)
-    _take(m, "weight", lambda _: new)
-    _take(m, "bias", lambda b: b[rows])
-    m.in_channels, m.out_channels, m.groups = len(ins), len(outs), len(groups)
+        m.in_channels, m.out_channels, m.groups = len(ins), len(outs), len(groups)
 
 
 def edit_graph(layouts: Layouts) -> None:

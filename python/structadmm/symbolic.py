@@ -10,6 +10,7 @@ import contextlib
 import copy
 import inspect
 import linecache
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,6 +36,11 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, flag in flags.items():
             module.training = flag
+
+
+# A network that unrolls into more operations than this would take minutes: the module where it happens is named.
+MAX_NODES = 100_000
+_OURS = re.compile(rf'  File "{re.escape(__file__)}", line \d+, in .*\n(?:    .*\n?)*')
 
 
 class Ghost:
@@ -76,6 +82,16 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.record_stack_traces = True
         self.at: list[str] = []
+        self.count = 0
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self.count += 1
+        if self.count > MAX_NODES:
+            raise RuntimeError(f"more than {MAX_NODES} operations")
+        node = super().create_node(*args, **kwargs)
+        if node.stack_trace:  # the user's line is the last one, not ours
+            node.stack_trace = _OURS.sub("", node.stack_trace)
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         ours = type(m).__module__ == "structadmm.nn"

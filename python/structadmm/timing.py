@@ -75,6 +75,7 @@ def interleave(
     min_time: float = 0.02,
     sync: Callable[[], object] | None = None,
     settle: float = 0.0,
+    limit: float = math.inf,
 ) -> Timings:
     """Time the callables in turns.
 
@@ -83,7 +84,8 @@ def interleave(
     changes from round to round, because a callable pays for the caches that its predecessor left.
     `sync` waits for the device at the end of a measurement (torch.cuda.synchronize). `settle`: seconds to sleep before
     each turn, followed by a call that does not count: thread pools spin for milliseconds after their last work, and
-    would take cores from the next callable's. The garbage collector rests.
+    would take cores from the next callable's. `limit`: seconds after which no further round begins, but
+    for the first three. The garbage collector rests.
     """
     if not callables or repeats < 1:
         raise ValueError(
@@ -94,6 +96,7 @@ def interleave(
     gc.disable()
     try:
         calls = {}
+        began = perf_counter()
         for name, call in callables.items():
             best, spent, n = math.inf, 0.0, 0
             while spent < warmup or n < 2:
@@ -103,6 +106,8 @@ def interleave(
         rounds: dict[str, list[float]] = {name: [] for name in callables}
         order = list(callables)
         for i in range(repeats):
+            if i >= 3 and perf_counter() - began > limit:
+                break
             first = i % len(order)
             for name in order[first:] + order[:first]:
                 if settle:

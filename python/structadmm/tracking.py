@@ -53,12 +53,12 @@ class Layer:
     """A convolution or linear layer: [O] filters in `groups` conv groups, each of which reads Cg of the [groups*Cg]
     input channels.
 
-    weight [O, Cg, K], in a transposed convolution a permuted view. reads [O, Cg]: the filter has a nonzero weight on
-    the channel; border [O, Cg]: one that can lie on zero padding. shift: where a constant can be added to the output:
-    "bias", "norm" (the mean of the BatchNorm behind), "new" (a bias that compact creates), or None. silent [O]: filters
-    that emit a constant by their bias alone, and so read nothing. direct: `ins` are the
-    channels of the source, in their order. needed [O]: filters whose output is. merges: removed
-    input channel -> the one that takes over its constant.
+    weight [O, Cg, K], in a transposed convolution a permuted view. reads [O, Cg]: the filter has a nonzero weight
+    on the channel; border [O, Cg]: one that can lie on zero padding. shift: where a constant can be added to the
+    output: "bias", "norm" (the mean of the BatchNorm behind), "new" (a bias that compact creates), or None. silent
+    [O]: filters that emit a constant by their bias alone, and so read nothing. full: all of reads is true. direct:
+    `ins` are the channels of the source, in their order. needed [O]: filters whose output is. merges: removed input
+    channel -> the one that takes over its constant.
     """
 
     node: fx.Node
@@ -73,6 +73,7 @@ class Layer:
     shift: str | None
     silent: Bools
     direct: bool = True
+    full: bool = False
     needed: Bools | None = None
     merges: dict[int, int] = field(default_factory=dict)
 
@@ -87,6 +88,12 @@ class Layer:
             return (self.weight[:, index].double().sum(2) @ x[index]).cpu().numpy()
         total = self.weight.double().sum(2).reshape(self.groups, -1, self.weight.shape[1])
         return (total @ x.reshape(self.groups, -1, 1)).reshape(-1).cpu().numpy()
+
+
+def values_of(t: Tensor) -> Floats:
+    """In float64 on the host; zeros where there are none, on the meta device."""
+    t = t.detach()
+    return np.zeros(tuple(t.shape)) if t.is_meta else t.double().cpu().numpy()
 
 
 def flat(facts: Facts) -> Facts:
@@ -280,11 +287,11 @@ class Tracker:
         own = [d for d in own if t.shape[d] > 1]
         if len(own) > 1:
             return None
-        v = t.detach().double().cpu().numpy()
+        v = values_of(t)
         rest = tuple(d for d in range(v.ndim) if d not in own)
         low, high = (np.asarray(f(v, axis=rest, keepdims=True)) for f in (np.min, np.max))
         ids = self._fresh(low.size).reshape(low.shape)
-        const = (low == high) & np.isfinite(low)
+        const = (low == high) & np.isfinite(low) & (not t.is_meta)
         self.facts[node] = Facts(ids, const, np.where(const, low, 0.0))
         self.sources[node] = []
         self.why.pop(node, None)

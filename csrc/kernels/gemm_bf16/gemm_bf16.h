@@ -44,7 +44,8 @@ struct PanelVector {
   Gather gather;
 };
 
-// Pixels of one image that lie in 32 consecutive elements of a plane.
+// Pixels of one image that lie in 32 consecutive elements of a plane. Elements of a halo may be among those that are
+// written: they get zeros.
 struct PlaneWindow {
   alignas(64) int16_t to[32];  // element j gets pixel to[j] of the pair
   int16_t from[32];            // pixel i is element from[i]
@@ -57,6 +58,7 @@ struct PanelPair {
   int32_t first_vector, vectors;  // 1 or 2
   int32_t first_window, windows;  // of y
   int32_t first_residual, residuals;
+  bool straight, straight_residual;  // one window, whose element i is pixel i
 };
 
 struct GemmBf16Block {

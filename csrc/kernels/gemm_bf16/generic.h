@@ -78,7 +78,7 @@ void store_sums(const GemmBf16Args& a, const Place& at, int64_t filter, float bi
   for (int i = 0; i < at.pair->windows && w->image < at.images; ++i, ++w) {
     for (uint32_t left = w->elements; left; left &= left - 1) {
       const int e = __builtin_ctz(left);
-      y[w->offset + e] = out[w->to[e]];
+      y[w->offset + e] = w->pixels >> w->to[e] & 1 ? out[w->to[e]] : Bf16{0};
     }
   }
 }

@@ -27,11 +27,18 @@ inline __m512i load_pixels(const Bf16* x, const PanelVector& v, int64_t offset) 
   }
 }
 
+// Element i of a row, and of the next tap's behind it; with the upper halves of 16 floats, the lower and the upper 16.
+alignas(64) constexpr int16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+alignas(64) constexpr int16_t kWiden[64] = {0, 0,  0, 1,  0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,  0, 8,  0, 9,  0, 10,
+                                            0, 11, 0, 12, 0, 13, 0, 14, 0, 15, 0, 16, 0, 17, 0, 18, 0, 19, 0, 20, 0, 21,
+                                            0, 22, 0, 23, 0, 24, 0, 25, 0, 26, 0, 27, 0, 28, 0, 29, 0, 30, 0, 31};
+
 // 16 pairs of taps of one vector. taps: those that are left, of which the last step may have fewer than 32; the rest of
 // its rows are zeros, whatever x holds.
 template <Gather kGather, bool kLast>
 inline void gather_tile(const Bf16* x, const PanelVector& v, const int32_t* offset, int taps, Bf16* panel) {
-  const __m512i index = _mm512_load_si512(v.index);
+  const __m512i index = _mm512_load_si512(kGather == Gather::kRow ? kInterleave : v.index);
 #pragma GCC unroll 4
   for (int r = 0; r < kTile; ++r) {
     const int64_t first = offset[2 * r], second = offset[2 * r + 1];
@@ -115,36 +122,69 @@ struct Sums {
   Place at;
 };
 
-template <Act kAct, bool kResidual, bool kWhole>
+// How 32 pixels lie in planes.
+enum class Lie { kNone, kStraight, kTwo, kWindows };
+
+// Up to two windows, in registers.
+struct TwoWindows {
+  __m512i index[2];
+  __mmask32 elements[2], pixels[2];
+  int64_t offset[2];
+
+  TwoWindows(const PlaneWindow* w, int n, int16_t const (PlaneWindow::*table)[32]) {
+    for (int i = 0; i < 2; ++i) {
+      const PlaneWindow& from = w[i < n ? i : 0];
+      index[i] = _mm512_loadu_si512(from.*table);
+      elements[i] = i < n ? from.elements : 0;
+      pixels[i] = i < n ? from.pixels : 0;
+      offset[i] = from.offset;
+    }
+  }
+};
+
+inline int windows_there(const Sums& s, const PlaneWindow* w, int n) {
+  while (n > 0 && w[n - 1].image >= s.at.images) --n;
+  return n;
+}
+
+template <Act kAct, Lie kResidual, Lie kY>
 void store_sums(const GemmBf16Args& a, const Sums& s, int first, int last) {
   const PlaneWindow* const windows = a.windows + s.at.pair->first_window;
-  const PlaneWindow* const residuals = kResidual ? a.residual_windows + s.at.pair->first_residual : nullptr;
+  const int n = windows_there(s, windows, s.at.pair->windows);
+  const PlaneWindow* const residuals =
+      kResidual == Lie::kNone ? windows : a.residual_windows + s.at.pair->first_residual;
+  const int residual_n = kResidual == Lie::kNone ? 0 : windows_there(s, residuals, s.at.pair->residuals);
+  const TwoWindows to(windows, n, &PlaneWindow::to), from(residuals, residual_n, &PlaneWindow::from);
   const __m512 low = _mm512_set1_ps(a.epilogue.low), high = _mm512_set1_ps(a.epilogue.high);
-  const bool whole_residual = kResidual && residuals->elements == 0xFFFFFFFF;
+  // bf16 goes to the upper half of its float.
+  const __m512i widen = _mm512_load_si512(kWiden), widen_upper = _mm512_load_si512(kWiden + 32);
   Bf16* y = s.at.y + (s.first_filter + first) * a.y_channel_stride;
-  const Bf16* residual = kResidual ? s.at.residual + (s.first_filter + first) * a.residual_channel_stride : nullptr;
+  const Bf16* residual = s.at.residual;
+  if constexpr (kResidual != Lie::kNone) residual += (s.first_filter + first) * a.residual_channel_stride;
   const float* c = s.c + first * 2 * kTile;
   for (int f = first; f < last; ++f, c += 2 * kTile, y += a.y_channel_stride) {
     const __m512 bias = _mm512_set1_ps(s.bias[f]);
     __m512 v[2] = {_mm512_add_ps(_mm512_load_ps(c), bias), _mm512_add_ps(_mm512_load_ps(c + kTile), bias)};
-    if constexpr (kResidual) {
+    if constexpr (kResidual != Lie::kNone) {
       __m512i r;
-      if (whole_residual) {
-        r = _mm512_loadu_si512(residual + residuals->offset);
+      if constexpr (kResidual == Lie::kStraight) {
+        r = _mm512_maskz_loadu_epi16(from.elements[0], residual + from.offset[0]);
+      } else if constexpr (kResidual == Lie::kTwo) {
+        r = _mm512_maskz_permutexvar_epi16(from.pixels[0], from.index[0],
+                                           _mm512_maskz_loadu_epi16(from.elements[0], residual + from.offset[0]));
+        r = _mm512_mask_permutexvar_epi16(r, from.pixels[1], from.index[1],
+                                          _mm512_maskz_loadu_epi16(from.elements[1], residual + from.offset[1]));
       } else {
         r = _mm512_setzero_si512();
-        for (int w = 0; w < s.at.pair->residuals; ++w) {
-          const PlaneWindow& from = residuals[w];
-          if (from.image >= s.at.images) break;
-          r = _mm512_mask_permutexvar_epi16(r, from.pixels, _mm512_loadu_si512(from.from),
-                                            _mm512_maskz_loadu_epi16(from.elements, residual + from.offset));
+        for (int w = 0; w < residual_n; ++w) {
+          r = _mm512_mask_permutexvar_epi16(
+              r, residuals[w].pixels, _mm512_loadu_si512(residuals[w].from),
+              _mm512_maskz_loadu_epi16(residuals[w].elements, residual + residuals[w].offset));
         }
       }
       residual += a.residual_channel_stride;
-      v[0] = _mm512_add_ps(
-          v[0], _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(r)), 16)));
-      v[1] = _mm512_add_ps(
-          v[1], _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(r, 1)), 16)));
+      v[0] = _mm512_add_ps(v[0], _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, widen, r)));
+      v[1] = _mm512_add_ps(v[1], _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, widen_upper, r)));
     }
     // The second operand is returned where one is NaN.
     if constexpr (kAct == Act::kRelu || kAct == Act::kClamp) {
@@ -159,14 +199,19 @@ void store_sums(const GemmBf16Args& a, const Sums& s, int first, int last) {
       v[0] = curve(v[0], a.epilogue);
       v[1] = curve(v[1], a.epilogue);
     }
-    const __m512i out = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v[1], v[0]));
-    if constexpr (kWhole) {
-      _mm512_storeu_si512(y + windows->offset, out);
+    if constexpr (kY == Lie::kStraight) {
+      const auto out = reinterpret_cast<__m512i>(_mm512_maskz_cvtne2ps_pbh(to.pixels[0], v[1], v[0]));
+      _mm512_mask_storeu_epi16(y + to.offset[0], to.elements[0], out);
+      continue;
+    }
+    const auto out = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v[1], v[0]));
+    if constexpr (kY == Lie::kTwo) {
+      _mm512_mask_storeu_epi16(y + to.offset[0], to.elements[0], _mm512_permutexvar_epi16(to.index[0], out));
+      _mm512_mask_storeu_epi16(y + to.offset[1], to.elements[1], _mm512_permutexvar_epi16(to.index[1], out));
     } else {
-      for (int w = 0; w < s.at.pair->windows; ++w) {
-        const PlaneWindow& to = windows[w];
-        if (to.image >= s.at.images) break;
-        _mm512_mask_storeu_epi16(y + to.offset, to.elements, _mm512_permutexvar_epi16(_mm512_load_si512(to.to), out));
+      for (int w = 0; w < n; ++w) {
+        _mm512_mask_storeu_epi16(y + windows[w].offset, windows[w].elements,
+                                 _mm512_permutexvar_epi16(_mm512_load_si512(windows[w].to), out));
       }
     }
   }
@@ -174,25 +219,43 @@ void store_sums(const GemmBf16Args& a, const Sums& s, int first, int last) {
 
 using StoreSums = void (*)(const GemmBf16Args& a, const Sums& s, int first, int last);
 
+template <Act kAct, Lie kResidual>
+inline StoreSums store_of(Lie y) {
+  if (y == Lie::kStraight) return store_sums<kAct, kResidual, Lie::kStraight>;
+  return y == Lie::kTwo ? store_sums<kAct, kResidual, Lie::kTwo> : store_sums<kAct, kResidual, Lie::kWindows>;
+}
+
 template <Act kAct>
-inline StoreSums store_of(bool residual, bool whole) {
-  if (residual) return whole ? store_sums<kAct, true, true> : store_sums<kAct, true, false>;
-  return whole ? store_sums<kAct, false, true> : store_sums<kAct, false, false>;
+inline StoreSums store_of(Lie residual, Lie y) {
+  switch (residual) {
+    case Lie::kNone:
+      return store_of<kAct, Lie::kNone>(y);
+    case Lie::kStraight:
+      return store_of<kAct, Lie::kStraight>(y);
+    case Lie::kTwo:
+      return store_of<kAct, Lie::kTwo>(y);
+    case Lie::kWindows:
+      break;
+  }
+  return store_of<kAct, Lie::kWindows>(y);
 }
 
 // What stores these sums, filters [first, last) at a time.
 inline StoreSums store_of(const GemmBf16Args& a, Act act, const Sums& s) {
-  const bool residual = a.residual != nullptr;
-  const bool whole = a.windows[s.at.pair->first_window].elements == 0xFFFFFFFF;
+  const auto lie = [](bool straight, int windows) {
+    return straight ? Lie::kStraight : windows <= 2 ? Lie::kTwo : Lie::kWindows;
+  };
+  const Lie y = lie(s.at.pair->straight, s.at.pair->windows);
+  const Lie residual = a.residual ? lie(s.at.pair->straight_residual, s.at.pair->residuals) : Lie::kNone;
   switch (act) {
     case Act::kNone:
-      return store_of<Act::kNone>(residual, whole);
+      return store_of<Act::kNone>(residual, y);
     case Act::kRelu:
-      return store_of<Act::kRelu>(residual, whole);
+      return store_of<Act::kRelu>(residual, y);
     case Act::kClamp:
-      return store_of<Act::kClamp>(residual, whole);
+      return store_of<Act::kClamp>(residual, y);
     case Act::kCurve:
       break;
   }
-  return store_of<Act::kCurve>(residual, whole);
+  return store_of<Act::kCurve>(residual, y);
 }

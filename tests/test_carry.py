@@ -1,0 +1,106 @@
+"""State carried over a compaction: training goes on as the masked network's would."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import structadmm as sa
+from networks import ResNet, randomise
+from structadmm.errors import CompactError
+from test_operators import filled
+
+torch.set_num_threads(1)  # tiny networks
+
+OPTIMIZERS = {
+    "momentum": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, 0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5),
+}
+
+
+def net() -> nn.Sequential:
+    """Filters 1 and 4 are zero and stay so: bias and all."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4))
+    filled(model)
+    with torch.no_grad():
+        model[0].weight[[1, 4]] = 0
+        model[0].bias[[1, 4]] = 0
+        model[2].weight[:, [1, 4]] = 0
+    return model
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, masks: dict[str, Tensor] | None = None) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(8, 3, 8, 8, generator=g, dtype=torch.float64)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), torch.arange(8) % 4).backward()
+    optimizer.step()
+    with torch.no_grad():
+        for name, mask in (masks or {}).items():
+            model.get_parameter(name).mul_(mask)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_training_goes_on_as_it_would_have(kind: str) -> None:
+    model = net()
+    masks = {n: (p != 0).double() for n, p in model.named_parameters()}
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    for i in range(3):
+        step(model, optimizer, i, masks)
+    small = sa.compact(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), columns="never")
+    assert small.get_submodule("0").out_channels == 6
+    carried = sa.carry_state(optimizer, model, small)
+    assert type(carried) is type(optimizer) and carried.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    assert all(p.grad is not None for p in small.parameters()), "gradients too"
+    for i in range(3, 6):
+        step(model, optimizer, i, masks)
+        step(small, carried, i)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    assert (model(x) - small(x)).abs().max() < 1e-9
+
+
+def test_compacted_columns_and_groups_keep_their_entries() -> None:
+    model = randomise(ResNet("grouped"), 0.5, 3)
+    for p in model.parameters():
+        p.grad = p.detach() * 3
+    small = sa.compact(model, torch.randn(2, 3, 12, 12), columns="always")
+    assert any(isinstance(m, sa.CompactConv2d) for m in small.modules())
+    # Weights that compact neither zeroed nor made: their gradient is three times the weight still.
+    carried = sa.carry_tensors({n: p.grad for n, p in model.named_parameters()}, small)
+    seen = 0
+    for name, m in small.named_modules():
+        if isinstance(m, (sa.CompactConv2d, nn.Conv2d, sa.CompactLinear)):
+            w = m.weight.detach()
+            assert torch.equal(carried[f"{name}.weight"][w != 0], w[w != 0] * 3), name
+            seen += isinstance(m, sa.CompactConv2d)
+    assert seen > 2
+
+
+def test_parameter_groups_and_averages() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2:].parameters(), "weight_decay": 0.1}], lr=0.1
+    )
+    average = copy.deepcopy(model).state_dict()
+    small = sa.compact(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), columns="never")
+    carried = sa.carry_state(optimizer, model, small)
+    assert [g["lr"] for g in carried.param_groups] == [0.5, 0.1]
+    assert [len(g["params"]) for g in carried.param_groups] == [2, 4]
+    ema = sa.carry_tensors(average, small)
+    assert {n: t.shape for n, t in ema.items()} == {n: t.shape for n, t in small.state_dict().items()}
+
+
+def test_what_is_not_compacted_is_refused() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(CompactError, match="small got Sequential, wanted what compact returned"):
+        sa.carry_state(optimizer, model, copy.deepcopy(model))
+    small = sa.compact(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(CompactError, match="none of the parameters of model"):
+        sa.carry_state(torch.optim.SGD(net().parameters(), 0.1), model, small)

@@ -1,0 +1,92 @@
+"""Masks and checkpoints of other tools become zeros, and compact like our own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import structadmm as sa
+from structadmm.errors import PlanError
+from structadmm.importers import import_masks_, load_masked_
+from structadmm.models import LeNet5
+from test_operators import filled
+
+
+def net() -> nn.Sequential:
+    return filled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 2)))
+
+
+X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def two_filters_gone() -> torch.Tensor:
+    mask = torch.ones(8, 3, 3, 3)
+    mask[[2, 5]] = 0
+    return mask
+
+
+@pytest.mark.parametrize("style", ["layer", "parameter", "nni", "wrapped", "prune"])
+def test_masks_of_every_style(style: str) -> None:
+    model, mask = net(), two_filters_gone()
+    bias = torch.ones(8)
+    bias[[2, 5]] = 0
+    source = {
+        "layer": {"0": mask.bool(), "2": None},
+        "parameter": {"0.weight": mask.int(), "0.bias": bias},
+        "nni": {"0": {"weight": mask, "bias": bias}, "2": {"weight": torch.ones(4, 8, 3, 3)}},
+        "wrapped": {"module.0.weight": mask},
+        "prune": {"0.weight_orig": torch.zeros(8, 3, 3, 3), "0.weight_mask": mask, "0.bias": bias * 7},
+    }[style]
+    masks = import_masks_(model, source)
+    assert torch.equal(masks["0"], mask.bool())
+    assert not model[0].weight[[2, 5]].any() and model[0].weight[0].all()
+    small = sa.compact(model, X, columns="never")
+    assert small.get_submodule("0").out_channels == 6
+    assert torch.allclose(small(X), model(X), atol=1e-12)
+
+
+def test_what_does_not_fit_changes_nothing() -> None:
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    for source, message in (
+        ({"0": two_filters_gone(), "7": torch.ones(2)}, r"7 got a mask \(2,\), wanted the name and shape"),
+        ({"0": two_filters_gone() * 0.5}, "values other than 0 and 1"),
+        ({"0": two_filters_gone(), "2": 3}, "2 got int, wanted a tensor of zeros and ones"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            import_masks_(model, source)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_checkpoint_under_pruning_hooks() -> None:
+    model = net()
+    hooked = copy.deepcopy(model)
+    prune.ln_structured(hooked[0], "weight", 0.25, 2, 0)
+    masks = load_masked_(model, hooked.state_dict())
+    assert int(masks["0"].flatten(1).any(1).sum()) == 6
+    assert torch.equal(model(X), hooked(X))
+    with pytest.raises(PlanError, match=r"9\.weight got no tensor of the model"):
+        load_masked_(model, {**model.state_dict(), "9.weight": torch.ones(1)})
+    with pytest.raises(PlanError, match=r"0\.bias got shape \(3,\), wanted \(8,\)"):
+        load_masked_(model, {**model.state_dict(), "0.bias": torch.ones(3)})
+
+
+def test_a_published_sparse_checkpoint(data_dir: Path) -> None:
+    """LeNet-5 at 108x by Dynamic Network Surgery: unstructured, yet most of its filters and neurons are empty."""
+    arrays = np.load(data_dir / "weights/dns_lenet/lenet5_sparse.npz")
+    state = {n.replace("ip", "fc"): torch.from_numpy(arrays[n]) for n in arrays.files}
+    model = LeNet5()
+    masks = load_masked_(model, state)
+    assert masks.report().kept == 3977
+    small = sa.compact(model, torch.randn(2, 1, 28, 28), columns="never")
+    x = torch.randn(5, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    a, b = model(x), small(x)
+    assert (a - b).abs().max() <= 1e-5 * a.abs().max()  # float32; some hundred roundings
+    assert small.conv2.out_channels < 50 and small.fc1.out_features < 200
+    assert sum(p.numel() for p in small.parameters()) < 0.1 * sum(p.numel() for p in model.parameters())
