@@ -167,7 +167,7 @@ struct Names {
   std::string_view prefix, words;
 };
 
-// Line by line as in python/structadmm/allowed.py.
+// In the order of python/structadmm/allowed.py.
 constexpr Names kFunctions[] = {
     {"operator.", "add sub mul truediv floordiv mod neg iadd isub imul getitem matmul pow"},
     {"torch.", "add sub mul div neg maximum minimum clamp abs exp sqrt rsqrt square pow matmul"},
@@ -186,8 +186,9 @@ constexpr Names kMethods[] = {
     {"", "add add_ sub sub_ mul mul_ div div_ neg clamp abs exp sqrt rsqrt square pow matmul relu relu_ sigmoid tanh"},
     {"",
      "softmax log_softmax flatten view reshape permute transpose squeeze unsqueeze chunk split contiguous mean sum"},
-    {"", "amax argmax size dim bmm roll unbind unflatten swapaxes movedim flip expand repeat amin erf log type_as"},
-    {"", "select narrow"},
+    {"",
+     "amax argmax size dim bmm roll unbind unflatten swapaxes movedim flip expand expand_as reshape_as repeat amin"},
+    {"", "erf log type_as select narrow"},
 };
 
 NameSet expanded(std::span<const Names> lines) {

@@ -1,17 +1,13 @@
 #include "ops/conv_compact.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstddef>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <utility>
 
 #include "base/check.h"
+#include "base/div_up.h"
+#include "base/scratch.h"
 #include "kernels/pad_copy/pad_copy.h"
 #include "ops/tap_plan.h"
 
@@ -31,10 +27,6 @@ struct Plan {
   int64_t tail = 0;     // of a plane of the padded copy: floats behind its last image
   TapPlan taps;
 };
-
-int64_t div_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Of the last output's kernel, what lies behind the input.
 int64_t behind(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
@@ -130,30 +122,6 @@ const Plan& kept_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
     e = std::make_unique<Entry>(Entry{s, structure, isa, make_plan(s, packed, isa)});
   }
   return e->plan;
-}
-
-// Kept by each calling thread for its next call. Never shrinks: it holds kScratchFloats, or one image if that is more.
-float* scratch(int64_t floats) {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<float, Free> buffer;
-  thread_local int64_t size = 0;
-  if (floats > size) {
-    buffer.reset();
-    size = 0;
-    // Huge pages: each tap reads another channel, hence another small page (measured: 2 to 10 % of a layer).
-    constexpr size_t kPage = 2 << 20;
-    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + kPage - 1) / kPage * kPage;
-    buffer.reset(static_cast<float*>(std::aligned_alloc(kPage, bytes)));
-    if (!buffer) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    madvise(buffer.get(), bytes, MADV_HUGEPAGE);
-#endif
-    size = static_cast<int64_t>(bytes / sizeof(float));
-    std::fill_n(buffer.get(), size, 0.0f);
-  }
-  return buffer.get();
 }
 
 // The size of the output on an axis. Throws Error if there is none.

@@ -5,8 +5,8 @@
 #include "base/check.h"
 #include "kernels/depthwise/depthwise.h"
 #include "ops/conv.h"
+#include "ops/spec_table.h"
 #include "ops/split.h"
-#include "ops/tap_table.h"
 #include "simd/vec_scalar.h"
 
 namespace structadmm {
@@ -207,18 +207,7 @@ std::shared_ptr<const PackedConv> pack_conv_depthwise(const ConvSpec& spec, Dtyp
                 ": stride, dilation and padding got ", spec.stride[i], ", ", spec.dilation[i], " and ", spec.padding[i],
                 ", wanted positive ones, a padding of at least 0");
   }
-  TapTable table;
-  table.weight = spec.weight;
-  table.has_bias = !spec.bias.empty();
-  table.bias = spec.bias;
-  table.taps = spec.taps;
-  table.block_filters = spec.block_filters;
-  table.block_taps = spec.block_taps;
-  table.in_channels = spec.in_channels;
-  table.kernel_size[0] = spec.kernel[0];
-  table.kernel_size[1] = spec.kernel[1];
-  table.conv_groups = spec.groups;
-  check(kOp, table);
+  check(kOp, table_of(spec));
 
   auto p =
       std::make_shared<PackedData>(PackedData{spec, dtype, isa, kernels::depthwise(isa), spec.weight, spec.taps, {}});

@@ -4,24 +4,20 @@
 // there are images enough to fill the lanes, else a part of it. A *block* is a part of the regions, the same of every
 // lane, whose sums and patches stay in the level-2 cache. A *tile* of it is what registers hold. Channels come in
 // chunks whose patch of one tile stays in the level-1 cache, for all filters, while the sums go by.
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 #include <memory>
-#include <new>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "base/check.h"
+#include "base/div_up.h"
+#include "base/scratch.h"
 #include "kernels/conv_nonzeros/conv_nonzeros.h"
 #include "ops/conv.h"
+#include "ops/spec_table.h"
 #include "ops/steps.h"
-#include "ops/tap_table.h"
 
 namespace structadmm {
 namespace {
@@ -35,33 +31,6 @@ using kernels::Nonzero;
 constexpr int64_t kTilePatchVectors = 576;   // of a chunk: 36 of 48 KiB in AVX-512; the sums go through the rest
 constexpr int64_t kBlockSumVectors = 10240;  // of all filters: 640 KiB in AVX-512, a third of level 2
 constexpr int64_t kSerialMacs = 1 << 22;     // some seventy microseconds of work: waking a pool costs as much
-
-int64_t div_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// Kept by each thread for its next run. Never shrinks. On huge pages, because each tap reads another channel.
-float* scratch(int64_t floats) {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<float, Free> buffer;
-  thread_local int64_t size = 0;
-  if (floats > size) {
-    buffer.reset();
-    size = 0;
-    constexpr size_t kPage = 2 << 20;
-    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + kPage - 1) / kPage * kPage;
-    buffer.reset(static_cast<float*>(std::aligned_alloc(kPage, bytes)));
-    if (!buffer) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    madvise(buffer.get(), bytes, MADV_HUGEPAGE);
-#endif
-    size = static_cast<int64_t>(bytes / sizeof(float));
-    std::fill_n(buffer.get(), size, 0.0f);
-  }
-  return buffer.get();
-}
 
 // The single weights of all filters, in canonical order.
 struct Weights {
@@ -77,18 +46,7 @@ struct Weights {
 };
 
 Weights nonzeros(const char* op, const ConvSpec& s) {
-  TapTable t;
-  t.weight = s.weight;
-  t.bias = s.bias;
-  t.has_bias = !s.bias.empty();
-  t.taps = s.taps;
-  t.block_filters = s.block_filters;
-  t.block_taps = s.block_taps;
-  t.in_channels = s.in_channels;
-  t.kernel_size[0] = s.kernel[0];
-  t.kernel_size[1] = s.kernel[1];
-  t.conv_groups = s.groups;
-  check(op, t);
+  check(op, table_of(s));
   const int64_t positions = s.kernel[0] * s.kernel[1], per_channels = s.in_channels / s.groups;
   int64_t filters = 0;
   for (const int32_t n : s.block_filters) filters += n;

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "base/check.h"
+#include "base/div_up.h"
 #include "base/isa.h"
 #include "kernels/admm_update/admm_update.h"
 #include "kernels/group_sumsq/group_sumsq.h"
@@ -24,10 +25,6 @@ constexpr int64_t kGathered = 2 * 1024;
 constexpr int64_t kColumns = 4 * 1024;
 // Fewer columns than this (four cache lines) a run is too short for the prefetcher.
 constexpr int64_t kMinColumns = 64;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 Parallel& threads_for(int64_t weights, Parallel& parallel) {
   static Serial serial;
@@ -172,7 +169,7 @@ void sum_rows(const GroupView& view, const Operands& in, float* scores, Parallel
   const auto& kernel = select_group_sumsq(current_isa(), in.dtype);
   const int64_t per_task = std::max<int64_t>(1, kTile / view.row);
   const int64_t piece = in.gathered ? kGathered : view.row;
-  parallel.run(ceil_div(view.filters, per_task), [&](int64_t task) {
+  parallel.run(div_up(view.filters, per_task), [&](int64_t task) {
     Buffer w, u, mask;
     const int64_t end = std::min(view.filters, (task + 1) * per_task);
     for (int64_t o = task * per_task; o < end; ++o) {
@@ -192,11 +189,11 @@ void sum_cells(const GroupView& view, const Operands& in, bool permute, float* c
   const auto& kernel = select_group_sumsq(current_isa(), in.dtype);
   permute = permute && in.order != Order::kLogical;
   const int64_t bands_per_task = std::max<int64_t>(1, kTile / (view.band_filters * view.row));
-  const int64_t band_tasks = ceil_div(view.bands, bands_per_task);
-  int64_t col_tasks = std::max(ceil_div(view.row, kColumns), ceil_div(parallel.threads(), band_tasks));
+  const int64_t band_tasks = div_up(view.bands, bands_per_task);
+  int64_t col_tasks = std::max(div_up(view.row, kColumns), div_up(parallel.threads(), band_tasks));
   col_tasks = std::min(col_tasks, std::max<int64_t>(1, view.row / kMinColumns));
-  const int64_t cols_per_task = ceil_div(ceil_div(view.row, col_tasks), 16) * 16;
-  col_tasks = ceil_div(view.row, cols_per_task);
+  const int64_t cols_per_task = div_up(div_up(view.row, col_tasks), 16) * 16;
+  col_tasks = div_up(view.row, cols_per_task);
 
   parallel.run(band_tasks * col_tasks, [&](int64_t task) {
     const int64_t m0 = task % col_tasks * cols_per_task;
@@ -261,7 +258,7 @@ class KeptCells {
     own_.reset(new uint8_t[static_cast<size_t>(view.bands * view.row)]);
     cells_ = own_.get();
     const int64_t per_task = std::max<int64_t>(1, kTile / view.row);
-    parallel.run(ceil_div(view.bands, per_task), [&](int64_t task) {
+    parallel.run(div_up(view.bands, per_task), [&](int64_t task) {
       const int64_t end = std::min(view.bands, (task + 1) * per_task);
       for (int64_t band = task * per_task; band < end; ++band) {
         uint8_t* out = own_.get() + band * view.row;
@@ -292,8 +289,8 @@ void update_tiles(int64_t filters, int64_t row, const Operands& in, const KeepOf
   const int64_t area = in.gathered ? kGathered : kTile;
   const int64_t cols_per_tile = std::min(row, area);
   const int64_t rows_per_tile = std::max<int64_t>(1, area / cols_per_tile);
-  const int64_t col_tiles = ceil_div(row, cols_per_tile);
-  const int64_t tiles = ceil_div(filters, rows_per_tile) * col_tiles;
+  const int64_t col_tiles = div_up(row, cols_per_tile);
+  const int64_t tiles = div_up(filters, rows_per_tile) * col_tiles;
   std::vector<double> sums(static_cast<size_t>(tiles * 5));
 
   parallel.run(tiles, [&](int64_t tile) {
@@ -507,8 +504,8 @@ void add_penalty_grad_(const std::vector<PenaltyLayer>& layers, Parallel& parall
     const int64_t area = gathered ? kGathered : kTile;
     p.cols_per_tile = std::min(p.cols, area);
     p.rows_per_tile = std::max<int64_t>(1, area / p.cols_per_tile);
-    p.col_tiles = ceil_div(p.cols, p.cols_per_tile);
-    p.end = tiles += ceil_div(p.rows, p.rows_per_tile) * p.col_tiles;
+    p.col_tiles = div_up(p.cols, p.cols_per_tile);
+    p.end = tiles += div_up(p.rows, p.rows_per_tile) * p.col_tiles;
     weights += l.w.numel();
     plans.push_back(std::move(p));
   }

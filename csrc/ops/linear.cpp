@@ -6,9 +6,9 @@
 
 #include "base/check.h"
 #include "kernels/linear_bf16/linear_bf16.h"
+#include "ops/spec_table.h"
 #include "ops/split.h"
 #include "ops/steps.h"
-#include "ops/tap_table.h"
 #include "simd/vec_scalar.h"
 
 namespace structadmm {
@@ -26,18 +26,6 @@ void check_rows(const char* name, const Planes& p, Dtype dtype, int64_t features
   constexpr int64_t kMost = 1 << 27;  // the offsets of the rows of a tile are 32 bits wide
   SADMM_CHECK(p.image_stride >= 0 && p.image_stride <= kMost, kOp, ": ", name, " got rows ", p.image_stride,
               " apart, wanted at most ", kMost);
-}
-
-TapTable table_of(const LinearSpec& s) {
-  TapTable t;
-  t.weight = s.weight;
-  t.has_bias = !s.bias.empty();
-  t.bias = s.bias;
-  t.taps = s.taps;
-  t.block_filters = s.block_filters;
-  t.block_taps = s.block_taps;
-  t.in_channels = s.in_features;
-  return t;
 }
 
 // What the two dtypes have in common: the planes, and a grid of jobs (filters that go together) by tiles of rows.

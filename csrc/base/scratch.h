@@ -1,0 +1,13 @@
+// Memory that each thread keeps for its next call: at least so many floats, of any content but never uninitialised. It
+// never shrinks. The next call of scratch by the same thread may give the same memory, so one caller holds it at a
+// time. On huge pages: each tap of a convolution reads another channel, hence another small page (measured: 2 to 10 %
+// of a layer). Throws std::bad_alloc.
+#pragma once
+
+#include <cstdint>
+
+namespace structadmm {
+
+float* scratch(int64_t floats);
+
+}  // namespace structadmm
