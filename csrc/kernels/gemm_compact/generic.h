@@ -9,7 +9,6 @@ struct Placed {
   typename V::Reg low, high;
   const float* residual;
   float* y;
-  bool straight, limited;
 
   Placed(const PixelStore& s, const Output& o)
       : from(V::index(s.from)),
@@ -17,18 +16,16 @@ struct Placed {
         low(V::broadcast(&o.epilogue.low)),
         high(V::broadcast(&o.epilogue.high)),
         residual(o.residual ? o.residual + s.residual : nullptr),
-        y(o.y + s.y),
-        straight(s.straight),
-        limited(o.epilogue.high < __builtin_inff()) {}
+        y(o.y + s.y) {}
 
   typename V::Reg sum(typename V::Reg r, const Output& o, int filter) const {
-    if (!straight) r = V::permute(r, from);
+    r = V::permute(r, from);
     return residual ? V::add(r, V::load_lanes(residual + filter * o.residual_stride, lanes)) : r;
   }
-  // max(low, r) and min(high, r) keep a NaN in r; without an upper limit the second is the identity.
+  // max(low, r) and min(high, r) keep a NaN in r. No branch for what is straight or without a limit: a pixels kernel
+  // has this two dozen times, and the branches cost more than what they save (measured: 5 to 15 % of a layer).
   void put(typename V::Reg r, const Output& o, int filter) const {
-    r = V::max(low, sum(r, o, filter));
-    V::store_lanes(y + filter * o.y_stride, lanes, limited ? V::min(high, r) : r);
+    V::store_lanes(y + filter * o.y_stride, lanes, V::min(high, V::max(low, sum(r, o, filter))));
   }
 };
 
