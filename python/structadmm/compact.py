@@ -142,7 +142,8 @@ def compact(
 
     Returns a torch.fx.GraphModule of ordinary layers and structadmm.nn layers under the model's own attribute paths. It
     trains, copies and pickles; flags (train/eval, requires_grad) are the model's. `result.report` is a CompactReport;
-    print it.
+    print it. Attention modules of torch are taken apart where their arguments allow: `attn.in_proj_weight` is then
+    `attn.in_proj.weight`. Optimizer state follows with carry_state.
 
     Raises TraceError where the model can't be traced, CompactError for weights that are not finite or a result that
     differs. Warns of hooks, which are not carried over.
