@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "base/div_up.h"
 #include "kernels/gemm_bf16/gemm_bf16.h"
 #include "ops/conv.h"
 #include "ops/tap_table.h"
@@ -35,10 +36,6 @@ constexpr int kUnit = 2 * kTile, kPairPixels = 2 * kTile, kWindow = 32;
 // Ten to twenty microseconds on tiles: with less, what one core wrote costs the other more to fetch than it saves
 // (measured: ResNet-18/CIFAR at a density of 0.1 and batch 1 took 1.6 times as long on two threads).
 constexpr int64_t kSerialMacs = 8 << 20;
-
-int64_t div_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 struct Free {
   void operator()(void* p) const { std::free(p); }

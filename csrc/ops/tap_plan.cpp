@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "base/check.h"
+#include "base/div_up.h"
 
 namespace structadmm {
 namespace {
@@ -19,13 +20,10 @@ using Job = TapPlan::Job;
 using Tile = TapPlan::Tile;
 
 constexpr int64_t kStripFloats = 64 * 1024;  // of x, for which all panels are done before the next strip
+constexpr int64_t kSharePixels = 192;        // of a thread, below which its tiles would be cut short
 constexpr int64_t kSerialMacs = 1 << 20;     // ten microseconds of work: a parallel region costs as much
 constexpr int64_t kMaxPeriod = 16;           // images in one table of tiles
 constexpr int64_t kSpan = kernels::kMaxSpan;
-
-int64_t div_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Cycles of a job of `taps` taps. What a tile costs besides its taps (its first sums, its stores) was measured in
 // AVX-512.
@@ -415,8 +413,11 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
   const int64_t tasks = macs < kSerialMacs || parallel.threads() == 1 ? 1 : 4 * parallel.threads();
   // All panels over one strip of pixels before the next strip, so that what they read of x stays in L2.
   const int64_t read = images * plan.x.height * plan.x.width * static_cast<int64_t>(packed.channels.size());
+  const int64_t pixels = images * plan.outputs;
+  // Threads that divide the pixels, not the filters, find in their own caches what they wrote in the layer before.
+  const int64_t shares = tasks > 1 && pixels >= kSharePixels * parallel.threads() ? parallel.threads() : 1;
   const int64_t strips =
-      std::clamp<int64_t>(div_up(read, kStripFloats), 1, std::max<int64_t>(images * plan.outputs, 1));
+      std::clamp<int64_t>(div_up(div_up(read, kStripFloats), shares) * shares, 1, std::max<int64_t>(pixels, 1));
   int64_t units = 0;
   for (const Job& job : plan.jobs) units += job_units(plan, packed, job, images);
   parallel.run(tasks, [&](int64_t task) {

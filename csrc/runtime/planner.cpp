@@ -11,15 +11,12 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/div_up.h"
 
 namespace structadmm::runtime {
 namespace {
 
 constexpr int64_t kPlace = 64;  // places begin at cache lines
-
-int64_t div_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 int64_t l2_bytes() {
 #if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)
