@@ -29,7 +29,7 @@ def ours(net: nn.Module, x: Tensor, dtype: str = "f32", measured: bool = True) -
         if dtype != "f32":
             raise NotImplementedError("this build runs compacted layers in f32 only")
         return net
-    net = nn.Sequential(net) if isinstance(net, CompactConv2d | nn.Conv2d) else net
+    net = nn.Sequential(net).eval() if isinstance(net, CompactConv2d | nn.Conv2d) else net
     inside = torch.bfloat16 if dtype == "bf16" else None
     return sa.optimize(net, x, dtype=inside, report=False, **({} if measured else {"budget": 0.0}))
 
