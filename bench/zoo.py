@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import sys
 import tempfile
 import time
@@ -172,7 +173,7 @@ def judge(name: str, rate: float) -> dict[str, Any]:
                 raise AssertionError("the loaded network gives other outputs")
             row["saved"] = "structadmm"
         except sa.ArtefactError as error:  # an operation that the file format does not hold: torch's own pickle
-            row["saved"], row["not_saved"] = "torch", str(error)[:200]
+            row["saved"], row["not_saved"] = "torch", re.sub(r"\S*/site-packages/", "", str(error))[:200]
             with tempfile.TemporaryFile() as file:
                 torch.save(small, file)
                 file.seek(0)
