@@ -13,6 +13,7 @@
 #include "base/div_up.h"
 #include "kernels/gemm_bf16/gemm_bf16.h"
 #include "ops/conv.h"
+#include "ops/spec_table.h"
 #include "ops/tap_table.h"
 
 namespace structadmm {
@@ -92,16 +93,7 @@ struct Weights {
 };
 
 std::shared_ptr<const Weights> pack_weights(const ConvSpec& spec, Isa isa) {
-  TapTable t;
-  t.weight = spec.weight;
-  t.bias = spec.bias;
-  t.has_bias = !spec.bias.empty();
-  t.taps = spec.taps;
-  t.block_filters = spec.block_filters;
-  t.block_taps = spec.block_taps;
-  t.in_channels = spec.in_channels;
-  std::copy_n(spec.kernel, 2, t.kernel_size);
-  t.conv_groups = spec.groups;
+  const TapTable t = table_of(spec);
   check(kOp, t);
   int64_t filters = 0;
   for (const int32_t n : spec.block_filters) filters += n;

@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "ops/conv.h"
+#include "ops/spec_table.h"
 #include "ops/tap_plan.h"
 
 namespace structadmm {
@@ -46,18 +47,7 @@ class TapsConv final : public PackedConv {
             {spec.stride[0], spec.stride[1]}, {spec.padding[0], spec.padding[1]}, {spec.dilation[0], spec.dilation[1]}},
         epilogue_(spec.epilogue),
         isa_(isa) {
-    TapTable t;
-    t.weight = spec.weight;
-    t.bias = spec.bias;
-    t.has_bias = !spec.bias.empty();
-    t.taps = spec.taps;
-    t.block_filters = spec.block_filters;
-    t.block_taps = spec.block_taps;
-    t.in_channels = spec.in_channels;
-    t.kernel_size[0] = spec.kernel[0];
-    t.kernel_size[1] = spec.kernel[1];
-    t.conv_groups = spec.groups;
-    bytes_ = std::make_shared<const PackedBytes>(pack(kOp, t));
+    bytes_ = std::make_shared<const PackedBytes>(pack(kOp, table_of(spec)));
     const int32_t filters = unpack(kOp, *bytes_).header->out_channels;
     SADMM_CHECK(spec.out_channels == filters, kOp, ": out_channels got ", spec.out_channels, ", wanted the ", filters,
                 " filters of the weight");
