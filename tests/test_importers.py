@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 import structadmm as sa
 from structadmm.errors import PlanError
-from structadmm.importers import import_masks_, load_masked_
+from structadmm.importers import import_history_, import_masks_, load_masked_
 from structadmm.models import LeNet5
 from test_operators import filled
 
@@ -90,3 +90,85 @@ def test_a_published_sparse_checkpoint(data_dir: Path) -> None:
     assert (a - b).abs().max() <= 1e-5 * a.abs().max()  # float32; some hundred roundings
     assert small.conv2.out_channels < 50 and small.fc1.out_features < 200
     assert sum(p.numel() for p in small.parameters()) < 0.1 * sum(p.numel() for p in model.parameters())
+
+
+class Residual(nn.Module):
+    """Two blocks on one stream, normalised, with an activation that is not zero at zero, and a flattened head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.n = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.a, self.an, self.b = nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 8, 3, padding=1)
+        self.depth, self.out, self.fc = nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1), nn.Linear(64, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.sigmoid(self.n(self.stem(x)))[:, :, :6, :6]
+        x = x + self.b(torch.sigmoid(self.an(self.a(x))))
+        return self.fc(torch.relu(self.out(torch.sigmoid(self.depth(x)))).flatten(1))
+
+
+def test_a_history_in_numbers_that_shift() -> None:
+    """What goes with a channel goes, and numbers count what is left, in the network cut by hand."""
+    model = filled(Residual())
+    history = [
+        ("stem", True, [1, 6]),
+        ("a", True, [0]),
+        ("stem", True, [1]),
+        ("a", True, [0, 1]),
+        ("fc", False, [*range(16)]),
+    ]
+    masks = import_history_(model, history, X)
+    kept = {"stem": [0, 3, 4, 5, 7], "a": [3, 4, 5]}  # 1 and 6, then the second of what was left, 2; 0, then 1 and 2
+    for name, channels in kept.items():
+        assert model.get_submodule(name).weight.flatten(1).any(1).nonzero().flatten().tolist() == channels
+    assert model.out.weight.flatten(1).any(1).nonzero().flatten().tolist() == [1, 2, 3]
+    assert model.n.bias[[1, 2, 6]].eq(0).all() and model.depth.bias[[1, 2, 6]].eq(0).all()
+    assert not masks["b"][[1, 2, 6]].any() and not masks["b"][:, :3].any()
+    small = sa.compact(model, X, columns="never")
+    shapes = {n: tuple(m.weight.shape[:2]) for n, m in small.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert shapes == {"stem": (5, 3), "a": (3, 5), "b": (5, 3), "depth": (5, 1), "out": (3, 5), "fc": (3, 48)}
+    assert torch.allclose(small(X), model(X), atol=1e-12)
+
+
+def test_a_history_that_does_not_fit() -> None:
+    model = filled(Residual())
+    before = copy.deepcopy(model.state_dict())
+    for history, message in (
+        ([("stem", True, [0]), ("stem", True, [7])], r"history\[1\] \(stem\) got channel 7, wanted one of 7"),
+        ([("nothing", True, [0])], "history.0. got 'nothing', wanted a layer"),
+        ([("fc", True, [0])], "can't remove: network output"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            import_history_(model, history, X)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["resnet", "plain"])
+def test_the_history_of_torch_pruning(name: str) -> None:
+    """The tool itself: what it cuts out is what becomes zero, layer by layer and value by value."""
+    tp = pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    plain = [nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.SiLU(), nn.Conv2d(12, 8, 3), nn.Flatten(), nn.Linear(128, 4)]
+    model = (Residual() if name == "resnet" else nn.Sequential(*plain)).double().eval()
+    original = copy.deepcopy(model)
+    importance = tp.importance.MagnitudeImportance(p=2)
+    last = model.fc if name == "resnet" else model[-1]
+    pruner = tp.pruner.MetaPruner(
+        model, X, importance=importance, pruning_ratio=0.5, iterative_steps=2, ignored_layers=[last]
+    )
+    pruner.step()
+    pruner.step()
+    import_history_(original, pruner.DG.pruning_history(), X)
+    small = sa.compact(original, X, columns="never")
+    for at, m in model.named_modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            assert small.get_submodule(at).weight.shape == m.weight.shape, at
+    assert torch.allclose(small(X), model(X), atol=1e-12)
+
+
+def test_masks_of_traffic_that_let_all_pass() -> None:
+    masks = {"0": {"weight": two_filters_gone(), "_output_0": torch.ones(8)}, "2": {"_input_0": torch.ones(8)}}
+    assert set(import_masks_(net(), masks)) == {"0"}
+    masks["2"]["_input_0"][3] = 0
+    with pytest.raises(PlanError, match=r"2\._input_0 got a mask \(8,\)"):
+        import_masks_(net(), masks)

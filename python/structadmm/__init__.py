@@ -28,6 +28,7 @@ _PARTS = {
     "remove_unused_paths": "paths",
     "compact": "compact",
     "optimize": "optimize",
+    "import_history_": "importers",
     "import_masks_": "importers",
     "load_masked_": "importers",
     "carry_state": "carry",

@@ -1,23 +1,27 @@
 """Masks and masked checkpoints made by other tools: zeros in the weights, which is all that compact asks for.
 
-Read are: dictionaries of masks by layer or parameter name (torch-pruning scripts, SparseML), NNI's nested ones, state
-dicts of torch.nn.utils.prune (`weight_orig` with `weight_mask`), and checkpoints that simply contain zeros.
-Torch-Pruning's own history is of networks that it has cut already, in numbers that shift with every cut; what it saves
-needs no masks.
+Read are: dictionaries of masks by layer or parameter name (SparseML), NNI's nested ones, state dicts of
+torch.nn.utils.prune (`weight_orig` with `weight_mask`), checkpoints that simply contain zeros, and the pruning history
+of Torch-Pruning, which lists cuts in numbers that shift with every cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from .analysis import Analysis
 from .errors import PlanError
 from .masks import Masks
+from .trace import trace
+from .tracking import Ints, filters
 
 _PREFIXES = ("module.", "_orig_mod.", "model.")
+_TRAFFIC = ("_input_", "_output_")
 
 
 def _flat(source: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -25,7 +29,10 @@ def _flat(source: Mapping[str, Any]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, value in source.items():
         if isinstance(value, Mapping):
-            out.update({f"{name}.{inner}": t for inner, t in value.items() if isinstance(t, Tensor)})
+            masks = {inner: t for inner, t in value.items() if isinstance(t, Tensor)}
+            # NNI can mask what goes in and out of a layer too; such a mask that lets everything pass says nothing.
+            passing = {i for i, t in masks.items() if i.startswith(_TRAFFIC) and bool((t == 1).all())}
+            out.update({f"{name}.{inner}": t for inner, t in masks.items() if inner not in passing})
         elif isinstance(value, Tensor):
             out[name.removesuffix("_mask")] = value
         elif value is not None:
@@ -97,3 +104,69 @@ def load_masked_(model: nn.Module, state: Mapping[str, Tensor]) -> Masks:
             raise PlanError(f"load_masked_: {name} got shape {tuple(t.shape)}, wanted {tuple(wanted[name].shape)}")
     model.load_state_dict(plain, strict=False)
     return Masks.from_zeros(model)
+
+
+@torch.no_grad()
+def import_history_(
+    model: nn.Module, history: Sequence[tuple[str, bool, Sequence[int]]], example: Tensor | Sequence[Tensor]
+) -> Masks:
+    """Set what Torch-Pruning cut out of a network to zero in the network that it was cut from, in place; the masks.
+
+    model: the network before pruning, with weights before or after it. history: `DependencyGraph.pruning_history()`,
+    entries (layer, whether output channels, numbers), each in the numbering that the cuts before it left. What hangs
+    together with the channels named goes with them: filters, biases, normalisations, input channels of other layers.
+    `compact` then gives the layers the shapes that Torch-Pruning gave them.
+
+    Raises TraceError as `trace` does; PlanError for a layer that is not tracked, numbers outside the layer, and channels
+    that zeros can't take out (those that a LayerNorm sees), before anything is changed.
+    """
+    who = "import_history_"
+    analysis = Analysis(trace(model, example, who), create_bias=False, elide=False)
+    sides = _sides(analysis)
+    locked = {int(label): why for ids, why in analysis.locks for label in np.unique(analysis.label[ids])}
+    gone = np.zeros(analysis.n_ids, bool)  # by label
+    for i, (name, out, numbers) in enumerate(history):
+        labels = sides.get((name, bool(out)))
+        if labels is None:
+            raise PlanError(f"{who}: history[{i}] got {name!r}, wanted a layer of the model whose channels are tracked")
+        left = labels[~gone[labels]]
+        at = np.asarray(numbers, np.int64)
+        if at.size and not (0 <= at.min() and at.max() < left.size):
+            raise PlanError(f"{who}: history[{i}] ({name}) got channel {at.max()}, wanted one of {left.size}")
+        for label in left[at].tolist():
+            if label in locked:
+                raise PlanError(f"{who}: history[{i}] ({name}) got channels that zeros can't remove: {locked[label]}")
+        gone[left[at]] = True
+    weights: dict[str, Tensor] = {}
+    for node, layer in analysis.layers.items():
+        m: Any = model.get_submodule(str(node.target))
+        weight = filters(m, layer.groups)  # [groups, O/groups, Cg, *K], a view
+        rows, columns = (
+            torch.from_numpy(gone[analysis.label[f.ids]]).to(weight.device) for f in (layer.outs, layer.ins)
+        )
+        weight[rows.reshape(weight.shape[:2])] = 0
+        weight.transpose(1, 2)[columns.reshape(layer.groups, -1)] = 0
+        if m.bias is not None:
+            m.bias[rows] = 0
+        if rows.any() or columns.any():
+            weights[str(node.target)] = m.weight != 0
+    for node in (*analysis.norms, *analysis.affine):
+        idle = torch.from_numpy(gone[analysis.label[analysis.facts[node].ids]].reshape(-1))
+        m = model.get_submodule(str(node.target))
+        for p in (getattr(m, "weight", None), getattr(m, "bias", None)):
+            if p is not None:
+                p[idle.to(p.device)] = 0
+    return Masks(model, weights)
+
+
+def _sides(analysis: Analysis) -> dict[tuple[str, bool], Ints]:
+    """Labels of the channels of every layer: (name, whether those that it puts out)."""
+    sides: dict[tuple[str, bool], Ints] = {}
+    for node, layer in analysis.layers.items():
+        for out, facts in ((True, layer.outs), (False, layer.ins)):
+            sides[str(node.target), out] = analysis.label[facts.ids].reshape(-1)
+    passing: list[fx.Node] = [*analysis.norms, *analysis.affine]
+    for node in passing:
+        labels = analysis.label[analysis.facts[node].ids].reshape(-1)
+        sides[str(node.target), True] = sides[str(node.target), False] = labels
+    return sides
