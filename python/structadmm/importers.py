@@ -117,8 +117,8 @@ def import_history_(
     together with the channels named goes with them: filters, biases, normalisations, input channels of other layers.
     `compact` then gives the layers the shapes that Torch-Pruning gave them.
 
-    Raises TraceError as `trace` does; PlanError for a layer that is not tracked, numbers outside the layer, and channels
-    that zeros can't take out (those that a LayerNorm sees), before anything is changed.
+    Raises TraceError as `trace` does; PlanError for a layer that is not tracked, numbers outside the layer, and
+    channels that zeros can't take out (those that a LayerNorm sees), before anything is changed.
     """
     who = "import_history_"
     analysis = Analysis(trace(model, example, who), create_bias=False, elide=False)
@@ -131,8 +131,9 @@ def import_history_(
             raise PlanError(f"{who}: history[{i}] got {name!r}, wanted a layer of the model whose channels are tracked")
         left = labels[~gone[labels]]
         at = np.asarray(numbers, np.int64)
-        if at.size and not (0 <= at.min() and at.max() < left.size):
-            raise PlanError(f"{who}: history[{i}] ({name}) got channel {at.max()}, wanted one of {left.size}")
+        outside = at[(at < 0) | (at >= left.size)]
+        if outside.size:
+            raise PlanError(f"{who}: history[{i}] ({name}) got channel {outside[0]}, wanted one of {left.size}")
         for label in left[at].tolist():
             if label in locked:
                 raise PlanError(f"{who}: history[{i}] ({name}) got channels that zeros can't remove: {locked[label]}")
