@@ -18,7 +18,7 @@ from torch import fx, nn
 from structadmm.allowed import FUNCTIONS, KINDS, METHODS
 from structadmm.artefact import DIGEST_KEY, MANIFEST_KEY, _digest, load, rebuild, save
 from structadmm.errors import ArtefactError
-from structadmm.nn import ChannelBias, CompactConv2d, CompactLinear
+from structadmm.nn import ChannelBias, CompactConv2d, CompactLinear, DropPath
 
 
 class Leaves(fx.Tracer):
@@ -191,7 +191,7 @@ def test_every_kind_of_layer(tmp_path):
         "AdaptiveMaxPool1d": (3,), "AdaptiveMaxPool2d": ((2, None),), "ZeroPad2d": ((1, 2, 0, 1),),
         "PixelUnshuffle": (2,),
         "PixelShuffle": (2,), "ChannelShuffle": (2,), "Flatten": (0, 1), "Dropout": (0.25,), "Dropout1d": (0.1,),
-        "Dropout2d": (0.1, True), "ReLU": (True,),
+        "Dropout2d": (0.1, True), "ReLU": (True,), "RMSNorm": ((4,), 1e-5), "Embedding": (5, 3),
     }  # fmt: skip
     for name, kind in KINDS.items():
         if not kind.cls.__module__.startswith("torch."):
@@ -206,6 +206,39 @@ def test_every_kind_of_layer(tmp_path):
         assert others[0] == others[1]
         kind.check_tensors(config, dict(layer.state_dict()))
         assert {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in layer.state_dict().items()}
+
+
+def test_operations_of_networks_that_people_use(tmp_path):
+    """Stochastic depth, positions made of numbers, casts by attribute, item assignment: back as they were, with no
+    library but ours."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.path, self.embed, self.norm = (
+                nn.Linear(4, 4),
+                DropPath(0.5, False),
+                nn.Embedding(7, 4),
+                nn.RMSNorm(4),
+            )
+            self.up = nn.Upsample(scale_factor=2.0, mode="bilinear", align_corners=False)
+            self.pad = nn.ZeroPad2d((-1, 1, 0, 0))
+
+        def forward(self, x, i):
+            at = torch.arange(4, device=x.device, dtype=torch.float32)
+            y = self.path(self.fc(x)) * torch.sin(at).to(x.dtype) + self.norm(self.embed(i))
+            y = torch.addcmul(y, y, torch.ones(4, device=x.device)) + torch.einsum("bii->b", y[:, :4]).unsqueeze(
+                1
+            ).unsqueeze(2)
+            return self.pad(self.up(y.unsqueeze(1))).repeat_interleave(2, dim=2)
+
+    model = Net().eval()
+    x, i = torch.randn(2, 4, 4), torch.randint(0, 7, (2, 4))
+    save(model, tmp_path / "n.safetensors", example=(x, i))
+    again = load(tmp_path / "n.safetensors")
+    assert torch.equal(again(x, i), model(x, i))
+    path = again.get_submodule("path")
+    assert (type(path), path.p, path.per_sample, path.rescale) == (DropPath, 0.5, False, True)
 
 
 def test_a_table_of_the_allow_list_names_each_thing_once():

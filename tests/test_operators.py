@@ -174,6 +174,193 @@ def test_gated_units_shrink(fused: bool) -> None:
     assert weight(small, "1.w1")[0] == (12 if fused else 6)
 
 
+class Summed(nn.Module):
+    """Attention by torch.einsum, as MaxViT writes it."""
+
+    def __init__(self, c: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.proj = (nn.Linear(c, c) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (m(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        scores = torch.einsum("b h i d, b h j d -> b h i j", q, k) * 0.5
+        return self.proj(torch.einsum("bhij,bhjd->bihd", scores.softmax(-1), v).flatten(2))
+
+
+def test_channels_are_followed_through_einsum() -> None:
+    model = filled(nn.Sequential(nn.Linear(16, 16), Summed(16, 4), nn.Linear(16, 2)))
+    a = model[1]
+    with torch.no_grad():
+        for m in (a.q, a.k):
+            m.weight[::4] = m.bias[::4, None] = 0
+        a.v.weight[4:8] = 0  # a head whose values are constant
+    small = compacted(model, tokens(2), tokens(3))
+    assert weight(small, "1.q") == weight(small, "1.k") == (9, 16) and weight(small, "1.v") == (12, 16)
+    assert small.report.whole == {}
+
+
+@pytest.mark.parametrize(
+    "equation, shapes",
+    [
+        ("bhid,bhjd->bhij", ((2, 3, 4, 5), (2, 3, 6, 5))),
+        ("bhij,bhjd->bihd", ((2, 3, 4, 5), (2, 3, 5, 6))),
+        ("byhwc,hkc->byhwk", ((2, 3, 4, 5, 6), (4, 7, 6))),
+        ("ij,jk->ki", ((2, 3), (3, 4))),
+        ("bi,bi->b", ((2, 3), (2, 3))),
+        ("bi,bj->bij", ((2, 3), (2, 4))),
+        ("bii->b", ((2, 3, 3),)),
+        ("bij,bkl->bik", ((2, 3, 4), (2, 5, 6))),
+        ("b...d,bd->b...", ((2, 3, 4), (2, 4))),
+    ],
+)
+def test_einsum_as_a_product(equation: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """The same values, whether it becomes a matrix product or stays."""
+
+    g = torch.Generator().manual_seed(0)
+    operands = [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
+
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum(equation, x, *operands[1:])
+
+    wanted = torch.einsum(equation, *operands)
+    found = trace(Fixed(), operands[0]).module(operands[0])
+    assert found.shape == wanted.shape and (found - wanted).abs().max() < 1e-12
+
+
+class Cosine(nn.Module):
+    """Attention over normalised queries and keys, with a scale per head and a bias in parts, as Swin V2 has them."""
+
+    def __init__(self, c: int, heads: int, joined: bool) -> None:
+        super().__init__()
+        self.heads, self.joined = heads, joined
+        self.qkv, self.proj = nn.Linear(c, 3 * c, bias=not joined), nn.Linear(c, c)
+        if joined:
+            self.q_bias, self.v_bias = nn.Parameter(torch.ones(c)), nn.Parameter(torch.ones(c))
+            self.register_buffer("k_bias", torch.zeros(c))
+        self.scale = nn.Parameter(torch.ones(heads, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = x.shape[-1]
+        if self.joined:
+            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        else:
+            bias = self.qkv.bias.clone()
+            n = bias.numel() // 3
+            bias[n : 2 * n].zero_()
+        qkv = F.linear(x, self.qkv.weight, bias).reshape(x.size(0), x.size(1), 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        scores = scores * torch.clamp(self.scale, max=2.0).exp()
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(x.size(0), x.size(1), c))
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_normalised_queries_and_computed_biases(joined: bool) -> None:
+    model = filled(nn.Sequential(nn.Linear(16, 16), Cosine(16, 4, joined), nn.Linear(16, 2)))
+    a = model[1]
+    if joined:
+        a.k_bias.zero_()
+    with torch.no_grad():
+        biases = (a.q_bias, a.k_bias, a.v_bias) if joined else a.qkv.bias.chunk(3)
+        for part in range(3):  # one channel of each head: zero, and so no part of a norm
+            a.qkv.weight[16 * part : 16 * (part + 1) : 4] = 0
+            biases[part][::4] = 0
+        a.qkv.weight[36:40] = 0  # and the values of the second head, but for a bias
+    small = compacted(model, tokens(2), tokens(3))
+    assert weight(small, "1.qkv") == (27, 16) and weight(small, "1.proj") == (16, 9)
+    assert small.report.whole == {}
+    assert tuple(small.get_parameter("1.scale").shape) == (3, 1, 1)
+
+
+def test_a_norm_over_a_constant_keeps_it() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.normalize(self.a(x), dim=-1))
+
+    model = filled(Net())
+    with torch.no_grad():
+        model.a.weight[:4] = 0
+        model.a.bias[:2] = 0
+        model.b.weight[:, 6:] = 0  # not read, but part of the norm
+    assert weight(compacted(model, tokens(2), tokens(3)), "a") == (6, 16)
+
+
+def test_products_and_sums_in_one() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 8), nn.Linear(8, 2)
+            self.alpha, self.beta = nn.Parameter(torch.ones(1, 1, 8)), nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.addcmul(self.beta, self.alpha, self.a(x), value=0.5)
+            return self.b(y.float().to(torch.float64).double().repeat_interleave(2, dim=1))
+
+    model = filled(Net())
+    with torch.no_grad():
+        model.a.weight[:3] = 0
+        model.b.weight[:, 6:] = 0
+    x, other = tokens(2), tokens(3)
+    small = sa.compact(model, x, columns="never", tolerance=1e-6)  # it computes in single precision by itself
+    assert weight(small, "a") == (6, 16) and tuple(small.get_parameter("alpha").shape) == (1, 1, 6)
+    with torch.no_grad():
+        assert (small(other) - model(other)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("make", ["torchvision", "timm"])
+def test_stochastic_depth_of_other_libraries_becomes_ours(make: str) -> None:
+    """By what it does: the same with the same random numbers; what only has the name stays what it is."""
+
+    class StochasticDepth(nn.Module):
+        def __init__(self, p: float, mode: str) -> None:
+            super().__init__()
+            self.p, self.mode = p, mode
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                return x
+            size = [x.shape[0] if self.mode == "row" else 1] + [1] * (x.ndim - 1)
+            return x * torch.empty(size, dtype=x.dtype).bernoulli_(1 - self.p).div_(1 - self.p)
+
+    class DropPath(nn.Module):
+        def __init__(self, drop_prob: float, scale_by_keep: bool) -> None:
+            super().__init__()
+            self.drop_prob, self.scale_by_keep = drop_prob, scale_by_keep
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                return x
+            kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.drop_prob)
+            return x * (kept / (1 - self.drop_prob) if self.scale_by_keep else kept)
+
+    theirs = [StochasticDepth(0.3, "row"), StochasticDepth(0.3, "batch")]
+    theirs = theirs if make == "torchvision" else [DropPath(0.4, True), DropPath(0.4, False)]
+
+    class Doubles(nn.Module):
+        drop_prob = 0.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if self.training else x
+
+    Doubles.__name__ = "DropPath"
+    model = nn.Sequential(nn.Linear(3, 3), *theirs, Doubles()).train()
+    traced = trace(model, torch.randn(2, 3)).module.train()
+    assert [type(m) for m in list(traced.children())[1:]] == [sa.nn.DropPath] * 2 + [Doubles]
+    x = torch.randn(8, 3)
+    for training in (True, False):
+        results = []
+        for m in (model.train(training), traced.train(training)):
+            torch.manual_seed(1)
+            results.append(m(x))
+        assert torch.equal(*results)
+
+
 # Normalisation and embeddings
 
 

@@ -64,6 +64,17 @@ std::vector<Wanted> layer_norm(const Config& c) {
   return wanted;
 }
 
+std::vector<Wanted> rms_norm(const Config& c) {
+  if (!truth(c, "elementwise_affine")) return {};
+  std::vector<int64_t> shape;
+  for (const Value& v : c.at("normalized_shape").items) shape.push_back(v.integer);
+  return {{"weight", shape}};
+}
+
+std::vector<Wanted> embedding(const Config& c) {
+  return {{"weight", {whole(c, "num_embeddings"), whole(c, "embedding_dim")}}};
+}
+
 std::vector<Wanted> prelu(const Config& c) {
   return {{"weight", {whole(c, "num_parameters")}}};
 }
@@ -121,6 +132,10 @@ std::vector<LayerKind> make_kinds() {
         {"elementwise_affine", Type::kBool},
         {"bias", Type::kBool}},
        layer_norm},
+      {"RMSNorm",
+       {{"normalized_shape", Type::kShape}, {"eps", Type::kFloatOrNull}, {"elementwise_affine", Type::kBool}},
+       rms_norm},
+      {"Embedding", {{"num_embeddings", Type::kCount}, {"embedding_dim", Type::kCount}}, embedding},
       {"PReLU", {{"num_parameters", Type::kCount}}, prelu},
       {"ReLU", kInplace, none},
       {"ReLU6", kInplace, none},
@@ -156,6 +171,7 @@ std::vector<LayerKind> make_kinds() {
       {"Dropout", kDropoutFields, none},
       {"Dropout1d", kDropoutFields, none},
       {"Dropout2d", kDropoutFields, none},
+      {"DropPath", {{"p", Type::kProbability}, {"per_sample", Type::kBool}, {"rescale", Type::kBool}}, none},
       {"Identity", {}, none},
       {"CompactConv2d", compact_conv, compact},
       {"CompactLinear", kLinearFields, compact},
@@ -169,17 +185,21 @@ struct Names {
 
 // In the order of python/structadmm/allowed.py.
 constexpr Names kFunctions[] = {
-    {"operator.", "add sub mul truediv floordiv mod neg iadd isub imul getitem matmul pow"},
+    {"operator.", "add sub mul truediv floordiv mod neg iadd isub imul getitem matmul pow invert ne eq"},
     {"torch.", "add sub mul div neg maximum minimum clamp abs exp sqrt rsqrt square pow matmul"},
     {"torch.", "relu relu_ sigmoid tanh softmax log_softmax dropout"},
     {"torch.", "cat concat stack chunk split flatten reshape permute transpose squeeze unsqueeze"},
     {"torch.", "mean sum amax argmax bmm roll unbind unflatten swapaxes movedim flip tile erf log where"},
+    {"torch.", "einsum addcmul zeros ones arange cumsum sin cos masked_fill repeat_interleave split_with_sizes"},
     {"F.", "relu relu_ relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh softplus prelu"},
     {"F.", "sigmoid tanh softmax log_softmax dropout dropout2d pad conv1d conv2d linear layer_norm"},
     {"F.", "max_pool1d max_pool2d avg_pool1d avg_pool2d pixel_shuffle pixel_unshuffle channel_shuffle"},
     {"F.", "scaled_dot_product_attention interpolate group_norm rms_norm normalize selu celu logsigmoid"},
     {"F.", "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d"},
+    {"F.", "unfold fold dropout1d dropout3d max_pool3d avg_pool3d adaptive_avg_pool3d conv3d"},
     {"", "getattr"},
+    {"math.", "ceil"},
+    {"structadmm.", "assigned"},
 };
 
 constexpr Names kMethods[] = {
@@ -188,7 +208,8 @@ constexpr Names kMethods[] = {
      "softmax log_softmax flatten view reshape permute transpose squeeze unsqueeze chunk split contiguous mean sum"},
     {"",
      "amax argmax size dim bmm roll unbind unflatten swapaxes movedim flip expand expand_as reshape_as repeat amin"},
-    {"", "erf log type_as select narrow"},
+    {"", "erf log type_as select narrow norm to float sin cos cumsum repeat_interleave unfold masked_fill clone zero_"},
+    {"", "addcmul max new_zeros new_ones new_full detach"},
 };
 
 NameSet expanded(std::span<const Names> lines) {

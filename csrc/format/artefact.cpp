@@ -326,8 +326,9 @@ Call call_of(const json& row, const Structure& s, const Known& known) {
     case Op::kCallFunction:
       need(allowed_function(call.target), "function got '", cut(call.target), "', wanted one in the allow-list");
       if (call.target == "getattr") {
-        need(args.size() == 2 && args[0].is_object() && args[1] == "shape" && kwargs.empty(), "getattr got ",
-             shown(args), ", wanted a node and 'shape'");
+        const bool known = args.size() == 2 && (args[1] == "shape" || args[1] == "dtype" || args[1] == "device");
+        need(known && args[0].is_object() && kwargs.empty(), "getattr got ", shown(args),
+             ", wanted a node and one of shape, dtype, device");
       }
       if (call.target.starts_with("operator.i")) {
         need(!args.empty() && args[0].is_object(), "args got ", shown(args), ", wanted a node first");

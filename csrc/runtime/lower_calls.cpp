@@ -58,7 +58,7 @@ Item Lowering::module(const Call& call, const Layer& layer) {
     const std::vector<float> shift = format::as_floats(*b);
     return scale_shift(operand(x), std::vector<double>(shift.size(), 1.0), {shift.begin(), shift.end()});
   }
-  if (kind == "Identity" || kind.starts_with("Dropout")) return any_tensor(x);
+  if (kind == "Identity" || kind == "DropPath" || kind.starts_with("Dropout")) return any_tensor(x);
   if (kind == "Flatten") return flatten(x, c.at("start_dim").integer, c.at("end_dim").integer);
   if (kind == "ZeroPad2d") {
     std::vector<int64_t> widths;
@@ -92,7 +92,10 @@ Item Lowering::module(const Call& call, const Layer& layer) {
 }
 
 Item Lowering::function(const Call& call, const std::string& name) {
-  if (call.target == "getattr") return shape(call.args[0]);
+  if (call.target == "getattr") {
+    SADMM_CHECK(call.args[1].text == "shape", "getattr got ", call.args[1].text, ", wanted shape");
+    return shape(call.args[0]);
+  }
   if (name == "getitem") return getitem(Arguments(call, {"a", "b"}));
   if (name == "size") return size(Arguments(call, {"self", "dim"}));
   if (name == "dim") {

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nn import ChannelBias, CompactConv2d, CompactLinear, check_tables
+from .nn import ChannelBias, CompactConv2d, CompactLinear, DropPath, check_tables
+from .symbolic import assigned
 
 # Sizes and counts of a file stay below this, so that products of a few of them are far from overflow.
 _LIMIT = 2**31
@@ -326,6 +327,17 @@ KINDS: dict[str, Kind] = {
                 **({"bias": tuple(c["normalized_shape"])} if c["elementwise_affine"] and c["bias"] else {}),
             },
         ),
+        Kind(
+            nn.RMSNorm,
+            {"normalized_shape": SHAPE, "eps": _optional(FLOAT), "elementwise_affine": BOOL},
+            lambda c: {"weight": tuple(c["normalized_shape"])} if c["elementwise_affine"] else {},
+        ),
+        Kind(
+            nn.Embedding,
+            {"num_embeddings": COUNT, "embedding_dim": COUNT},
+            lambda c: {"weight": (c["num_embeddings"], c["embedding_dim"])},
+            fixed={"padding_idx": None, "max_norm": None, "scale_grad_by_freq": False, "sparse": False},
+        ),
         Kind(nn.PReLU, {"num_parameters": COUNT}, lambda c: {"weight": (c["num_parameters"],)}),
         _plain(nn.ReLU, inplace=BOOL),
         _plain(nn.ReLU6, inplace=BOOL),
@@ -361,6 +373,7 @@ KINDS: dict[str, Kind] = {
         _plain(nn.Dropout, p=PROBABILITY, inplace=BOOL),
         _plain(nn.Dropout1d, p=PROBABILITY, inplace=BOOL),
         _plain(nn.Dropout2d, p=PROBABILITY, inplace=BOOL),
+        _plain(DropPath, p=PROBABILITY, per_sample=BOOL, rescale=BOOL),
         _plain(nn.Identity),
         _compact(
             CompactConv2d,
@@ -388,23 +401,32 @@ def _named(prefix: str, owner: Any, names: str) -> dict[str, Callable[..., Any]]
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **_named("operator", operator, "add sub mul truediv floordiv mod neg iadd isub imul getitem matmul pow"),
+    **_named(
+        "operator", operator, "add sub mul truediv floordiv mod neg iadd isub imul getitem matmul pow invert ne eq"
+    ),
     **_named("torch", torch, "add sub mul div neg maximum minimum clamp abs exp sqrt rsqrt square pow matmul"),
     **_named("torch", torch, "relu relu_ sigmoid tanh softmax log_softmax dropout"),
     **_named("torch", torch, "cat concat stack chunk split flatten reshape permute transpose squeeze unsqueeze"),
     **_named("torch", torch, "mean sum amax argmax bmm roll unbind unflatten swapaxes movedim flip tile erf log where"),
+    **_named(
+        "torch", torch, "einsum addcmul zeros ones arange cumsum sin cos masked_fill repeat_interleave split_with_sizes"
+    ),
     **_named("F", F, "relu relu_ relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh softplus prelu"),
     **_named("F", F, "sigmoid tanh softmax log_softmax dropout dropout2d pad conv1d conv2d linear layer_norm"),
     **_named("F", F, "max_pool1d max_pool2d avg_pool1d avg_pool2d pixel_shuffle pixel_unshuffle channel_shuffle"),
     **_named("F", F, "scaled_dot_product_attention interpolate group_norm rms_norm normalize selu celu logsigmoid"),
     **_named("F", F, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d"),
-    "getattr": getattr,  # of `shape` alone, see artefact.py
+    **_named("F", F, "unfold fold dropout1d dropout3d max_pool3d avg_pool3d adaptive_avg_pool3d conv3d"),
+    "getattr": getattr,  # of `shape`, `dtype`, `device` alone, see artefact.py
+    "math.ceil": math.ceil,
+    "structadmm.assigned": assigned,
 }
 
 _WORDS = (
     "add add_ sub sub_ mul mul_ div div_ neg clamp abs exp sqrt rsqrt square pow matmul relu relu_ sigmoid tanh",
     "softmax log_softmax flatten view reshape permute transpose squeeze unsqueeze chunk split contiguous mean sum amax",
     "argmax size dim bmm roll unbind unflatten swapaxes movedim flip expand expand_as reshape_as repeat amin erf log",
-    "type_as select narrow",
+    "type_as select narrow norm to float sin cos cumsum repeat_interleave unfold masked_fill clone zero_ addcmul max",
+    "new_zeros new_ones new_full detach",
 )
 METHODS = frozenset(word for line in _WORDS for word in line.split())

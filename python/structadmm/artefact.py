@@ -459,6 +459,7 @@ def _parse(data: bytes) -> Contents:
     return Contents(manifest, data)
 
 
+ATTRIBUTES = ("shape", "dtype", "device")  # what getattr may ask for
 _OPS = ("placeholder", "call_module", "call_function", "call_method", "get_attr", "output")
 _TAGS: dict[str, Callable[[Any], bool]] = {
     "node": lambda v: isinstance(v, str),
@@ -538,8 +539,8 @@ def _check_row(row: Any) -> None:
     elif op == "call_function":
         _need(isinstance(target, str) and target in FUNCTIONS, "function", target, "one in the allow-list")
         if target == "getattr":
-            fits = len(args) == 2 and isinstance(args[0], dict) and args[1] == "shape" and not kwargs
-            _need(fits, "getattr", args, "a node and 'shape'")
+            fits = len(args) == 2 and isinstance(args[0], dict) and args[1] in ATTRIBUTES and not kwargs
+            _need(fits, "getattr", args, f"a node and one of {', '.join(ATTRIBUTES)}")
         if str(target).startswith("operator.i"):
             _need(bool(args) and isinstance(args[0], dict), "args", args, "a node first")
     elif op == "call_method":

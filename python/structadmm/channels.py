@@ -9,7 +9,7 @@ pins the channels it touches, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import fx, nn
 
@@ -29,7 +29,7 @@ from .pointwise import (
 )
 from .symbolic import is_identity
 from .trace import Shape, Traced
-from .tracking import function_name, given, title
+from .tracking import axes_of, function_name, given, title
 
 _PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
@@ -66,6 +66,9 @@ _FUNCTIONS: dict[str, str] = {
     **dict.fromkeys(("softmax", "log_softmax"), "_softmax"),
     **dict.fromkeys(("matmul", "bmm"), "_matmul"),
     **dict.fromkeys(("size", "dim"), "_size"),
+    **dict.fromkeys(("float", "double", "to", "type_as"), "_cast"),
+    "repeat_interleave": "_repeat",
+    "normalize": "_normalize",
     "scaled_dot_product_attention": "_attention",
     "unsqueeze": "_unsqueeze",
     "getitem": "_getitem",
@@ -133,6 +136,51 @@ class Channels(Pointwise, Movement, Mixing):
             self._pin(node, reason)
         elif handler not in (self._reshape, self._expand) or node not in self.facts:
             self._pin_sizes(node)
+
+    def _expression(self, node: fx.Node, rank: int, tracked: Sequence[int]) -> None:
+        """Track an operand that is computed from vectors of parameters alone, as its other operand has channels along
+        the `tracked` of `rank` dimensions: afterwards it has facts, or is as it was."""
+        found: list[fx.Node] = []
+        stack = [node]
+        while stack:
+            n = stack.pop()
+            if n in found:
+                continue
+            found.append(n)
+            stack += n.all_input_nodes
+            leaf = n.op == "get_attr"
+            if len(n.users) > 1 or n in self.facts or not isinstance(self.shapes.get(n), Shape):
+                return
+            if not leaf and (n.op == "call_module" or self._handler(n) not in self._of_parameters()):
+                return
+            if leaf and sum(size > 1 for size in self.shapes[n]) != 1:
+                return
+        before = (self.n_ids, len(self.locks), len(self.edges), dict(self.why))
+        order = {n: i for i, n in enumerate(self.module.graph.nodes)}
+        for n in sorted(found, key=order.__getitem__):
+            if n.op == "get_attr":
+                shape = self.shapes[n]
+                reason = None if self._table(n, len(shape), [d for d, k in enumerate(shape) if k > 1]) else "no table"
+            else:
+                handler = self._handler(n)
+                assert handler is not None
+                self.why.pop(n, None)
+                reason = handler(n)
+            if reason is not None or n not in self.facts:
+                break
+        facts = self.facts.get(node)
+        if facts is not None and {d + rank - facts.ids.ndim for d in axes_of(facts.ids)} <= set(tracked):
+            return
+        self.n_ids = before[0]
+        del self.locks[before[1] :], self.edges[before[2] :]
+        self.why = before[3]
+        for n in found:
+            for table in (self.facts, self.sources, self.tables, self.edits, self.moves):
+                table.pop(n, None)
+        self.grids = [g for g in self.grids if g[0] not in found]
+
+    def _of_parameters(self) -> tuple[Callable[[fx.Node], str | None], ...]:
+        return (self._pointwise, self._identity, self._reshape, self._unsqueeze, self._cat, self._binary)
 
     def _untracked(self, node: fx.Node) -> str:
         kind = self._kind(node)

@@ -509,6 +509,33 @@ class ChannelBias(nn.Module):
         return f"{self.bias.numel()}, dim={self.dim}"
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., arXiv 1603.09382): in training a branch is dropped with probability p.
+
+    x: any shape, batch first. per_sample: decided for every sample by itself, otherwise for the batch. rescale: what
+    stays is divided by 1 - p, so its mean is that of evaluation, in which the layer hands its input on. It draws the
+    random numbers that torchvision's and timm's layers draw.
+    """
+
+    def __init__(self, p: float = 0.5, per_sample: bool = True, rescale: bool = True) -> None:
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"DropPath: p got {p!r}, wanted a number in [0, 1]")
+        self.p, self.per_sample, self.rescale = p, per_sample, rescale
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        size = [x.shape[0] if self.per_sample else 1] + [1] * (x.dim() - 1)
+        stays = torch.empty(size, dtype=x.dtype, device=x.device).bernoulli_(1 - self.p)
+        if self.rescale and self.p < 1:
+            stays.div_(1 - self.p)
+        return x * stays
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, per_sample={self.per_sample}, rescale={self.rescale}"
+
+
 def _had(x: Tensor, dims: int, dim: int, what: str) -> str:
     return f"has {x.shape[dim]} {what}" if x.dim() == dims >= 1 else f"got {x.dim()} dimensions"
 

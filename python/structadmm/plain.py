@@ -1,19 +1,28 @@
-"""Functional calls with the parameters of one module become calls of a torch.nn module in its place.
+"""Graphs in plain terms: layers of torch.nn and of this package where a network has layers of other libraries.
 
-Networks are full of subclasses that a tracer goes into: a normalisation with an activation behind it, a convolution
-that pads by the size of its input. What is left of them in a graph is `F.batch_norm(x, norm.running_mean, ...)`, frozen
-in one mode; as a plain module under the same path, with the same parameters, it trains and is understood.
+Functional calls with the parameters of one module become calls of a torch.nn module in its place. Networks are full of
+subclasses that a tracer goes into: a normalisation with an activation behind it, a convolution that pads by the size of
+its input. What is left of them in a graph is `F.batch_norm(x, norm.running_mean, ...)`, frozen in one mode; as a plain
+module under the same path, with the same parameters, it trains and is understood.
+
+Stochastic depth of other libraries becomes structadmm.nn.DropPath, so the network needs them no longer. Layers that are
+nothing but a function (Upsample, Unfold, Fold) become that function; einsum of two operands becomes a matrix product,
+addcmul a product and a sum; a linear layer whose bias is computed becomes one without, and an addition.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+
+from .nn import DropPath
+from .symbolic import mode
 
 _CONVS: dict[Any, type[nn.Module]] = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
 _CONV_ARGUMENTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -83,8 +92,196 @@ def _arguments(node: fx.Node) -> dict[str, Any] | None:
     return dict(bound.arguments)
 
 
-def modules_for_functions(root: nn.Module, *graphs: fx.Graph) -> None:
-    """Rewrite graphs of one network in place; its modules are replaced where a function took their parameters."""
+def in_plain_terms(root: nn.Module, *graphs: fx.Graph) -> None:
+    """Rewrite graphs of one network in place, and the modules that they call."""
+    for graph in graphs:
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node.target in _REWRITES:
+                _REWRITES[node.target](graph, node)
+    _zeros_in_parameters(root, graphs)
+    _computed_biases(root, graphs)
+    _modules_for_functions(root, graphs)
+    own: dict[nn.Module, nn.Module] = {}
+    for graph in graphs:
+        for node in list(graph.nodes):
+            if node.op != "call_module":
+                continue
+            m = root.get_submodule(str(node.target))
+            if type(m) in _PLAIN_FUNCTIONS:
+                _function_for_module(graph, node, m)
+            elif m not in own and (path := _drop_path(m)) is not None:
+                own[m] = path
+    for name, m in list(root.named_modules(remove_duplicate=False)):
+        if m in own and name:
+            parent, _, last = name.rpartition(".")
+            setattr(root.get_submodule(parent), last, own[m])
+
+
+def _swap(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _einsum(graph: fx.Graph, node: fx.Node) -> None:
+    """A sum of products of two operands over one label, as a matrix product: channels are followed through those."""
+    args: Any = node.args
+    if len(args) == 2 and isinstance(args[1], (tuple, list)):
+        args = (args[0], *args[1])
+    equation = args[0].replace(" ", "") if isinstance(args[0], str) else ""
+    sides = equation.partition("->")
+    labels, out = sides[0].split(","), sides[2]
+    if len(args) != 3 or len(labels) != 2 or not sides[1] or "." in equation or node.kwargs:
+        return
+    x, y = labels
+    if any(len(set(t)) < len(t) for t in (x, y, out)) or set(out) - set(x + y):
+        return
+    batch = [c for c in out if c in x and c in y]
+    summed = [c for c in x if c in y and c not in out]
+    rows, columns = ([c for c in t if c not in other] for t, other in ((x, y), (y, x)))
+    if len(summed) != 1 or not rows or not columns or set(rows + columns) - set(out) or len(columns) > 1:
+        return
+
+    def permuted(t: Any, have: Sequence[str], want: Sequence[str]) -> fx.Node:
+        order = [have.index(c) for c in want]
+        return t if order == list(range(len(order))) else graph.call_method("permute", (t, *order))
+
+    with graph.inserting_before(node):
+        a = permuted(args[1], x, [*batch, *rows, *summed])
+        b = permuted(args[2], y, [*batch, *summed, *columns])
+        for i in range(len(rows) - 1):
+            b = graph.call_method("unsqueeze", (b, len(batch) + i))
+        product = graph.call_function(torch.matmul, (a, b))
+        new = permuted(product, [*batch, *rows, *columns], list(out))
+    _swap(graph, node, new)
+
+
+def _addcmul(graph: fx.Graph, node: fx.Node) -> None:
+    args: Any = node.args
+    value = node.kwargs.get("value", 1)
+    if len(args) == 3 and not set(node.kwargs) - {"value"} and isinstance(value, (int, float)):
+        with graph.inserting_before(node):
+            product = graph.call_function(operator.mul, (args[1], args[2]))
+            product = product if value == 1 else graph.call_function(operator.mul, (product, value))
+            new = graph.call_function(operator.add, (args[0], product))
+        _swap(graph, node, new)
+
+
+_REWRITES: dict[Any, Callable[[fx.Graph, fx.Node], None]] = {torch.einsum: _einsum, torch.addcmul: _addcmul}
+
+
+def _zeros_in_parameters(root: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
+    """A copy of a parameter with a part set to zero is its product with a mask."""
+    for graph in graphs:
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        for node in list(graph.nodes):
+            part: Any = node.args[0] if node.op == "call_method" and node.target == "zero_" else None
+            if (
+                node.users
+                or not isinstance(part, fx.Node)
+                or part.target is not operator.getitem
+                or len(part.users) > 1
+            ):
+                continue
+            copied: Any = part.args[0]
+            if copied.op != "call_method" or copied.target != "clone" or copied.args[0].op != "get_attr":
+                continue
+            path = str(copied.args[0].target)
+            owner = root.get_submodule(path.rpartition(".")[0])
+            parameter = getattr(owner, path.rpartition(".")[2])
+            mask = torch.ones_like(parameter, requires_grad=False)
+            mask[part.args[1]] = 0
+            parent, _, last = path.rpartition(".")[0].rpartition(".")
+            name = f"{last}_mask" if last else "mask"
+            root.get_submodule(parent).register_buffer(name, mask)
+            with graph.inserting_after(node):
+                held = graph.get_attr(f"{parent}.{name}" if parent else name)
+            with graph.inserting_after(held):
+                new = graph.call_function(operator.mul, (copied.args[0], held))
+            for user in list(copied.users):
+                if order[user] > order[node]:
+                    user.replace_input_with(copied, new)
+            graph.erase_node(node)
+            graph.erase_node(part)
+
+
+def _computed_biases(root: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
+    """A linear function whose weight is a layer's and whose bias is computed: the layer without, and an addition."""
+    moved: dict[str, str] = {}
+    for graph in graphs:
+        for node in list(graph.nodes):
+            if node.op != "call_function" or node.target is not F.linear:
+                continue
+            a = _arguments(node)
+            weight, bias = (a["weight"], a["bias"]) if a else (None, None)
+            if not isinstance(bias, fx.Node) or bias.op == "get_attr" or getattr(weight, "op", "") != "get_attr":
+                continue
+            path = str(weight.target).rpartition(".")[0]
+            owner = root.get_submodule(path)
+            if not isinstance(owner, nn.Linear) or not str(weight.target).endswith(".weight"):
+                continue
+            if owner.bias is not None:  # what it is computed from goes beside the layer
+                parent, _, last = path.rpartition(".")
+                root.get_submodule(parent).register_parameter(f"{last}_bias", owner.bias)
+                moved[f"{path}.bias"] = f"{parent}.{last}_bias" if parent else f"{last}_bias"
+                owner.bias = None
+            with graph.inserting_before(node):
+                product = graph.call_function(F.linear, (node.args[0], weight))
+                new = graph.call_function(operator.add, (product, bias))
+            _swap(graph, node, new)
+    for graph in graphs:
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                node.target = moved.get(str(node.target), node.target)
+
+
+# Modules without tensors or modes -> the function, and its arguments by the names that the module has them under.
+_INTERPOLATE = ("size", "scale_factor", "mode", "align_corners")
+_PLAIN_FUNCTIONS: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), (F.interpolate, _INTERPOLATE)),
+    nn.ZeroPad2d: (F.pad, ("pad",)),
+    nn.Unfold: (F.unfold, ("kernel_size", "dilation", "padding", "stride")),
+    nn.Fold: (F.fold, ("output_size", "kernel_size", "dilation", "padding", "stride")),
+}
+
+
+def _function_for_module(graph: fx.Graph, node: fx.Node, m: nn.Module) -> None:
+    function, names = _PLAIN_FUNCTIONS[type(m)]
+    if isinstance(m, nn.ZeroPad2d) and min(m.padding) >= 0:  # the artefact holds this one as a layer
+        return
+    if len(node.args) != 1 or node.kwargs or getattr(m, "recompute_scale_factor", None):
+        return
+    with graph.inserting_before(node):
+        new = graph.call_function(
+            function, node.args, {name: getattr(m, "padding" if name == "pad" else name) for name in names}
+        )
+    _swap(graph, node, new)
+
+
+def _drop_path(m: nn.Module) -> DropPath | None:
+    """Our layer in the place of another library's stochastic depth, if it does the same with the same random numbers;
+    where the two differ in kind, `m` was something else."""
+    if type(m).__name__ not in ("StochasticDepth", "DropPath") or type(m) is DropPath:
+        return None
+    p = getattr(m, "p", getattr(m, "drop_prob", None))
+    if not isinstance(p, (int, float)) or not 0 <= p <= 1:
+        return None
+    ours = DropPath(float(p), getattr(m, "mode", "row") == "row", bool(getattr(m, "scale_by_keep", True)))
+    x = torch.ones(64, 2, 3)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for training in (True, False):
+            results = []
+            for layer in (m, ours):
+                torch.manual_seed(0)
+                with mode(layer, training):
+                    results.append(layer.forward(x.clone()))
+            if not torch.equal(*results):
+                return None
+    return ours.train(m.training)
+
+
+def _modules_for_functions(root: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
+    """Modules are replaced where a function took their parameters."""
     made: dict[str, nn.Module] = {}
     for graph in graphs:
         for node in list(graph.nodes):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .trace import Shape
-from .tracking import Bools, Facts, Tracker, axes_of, given, operation, title, values_of
+from .tracking import Bools, Facts, Reading, Tracker, axes_of, given, operation, title, values_of
 
 # fmt: off
 # Elementwise operations of one tensor; the identities are identities in eval mode.
@@ -139,6 +139,9 @@ class Pointwise(Tracker):
             if other in self.facts and n.op == "get_attr":
                 ids = self.facts[other].ids
                 self._table(n, rank, [d + rank - ids.ndim for d in axes_of(ids)])
+            elif other in self.facts and n not in self.facts:
+                ids = self.facts[other].ids
+                self._expression(n, rank, [d + rank - ids.ndim for d in axes_of(ids)])
         known = [n for n in inputs if n in self.facts]
         if len(known) < 2:
             for n in known:
@@ -219,6 +222,51 @@ class Pointwise(Tracker):
             found = self.facts[node]
             count = np.prod([self.shapes[source][d] for d in dims])  # of maps of this size; other sizes: only 0
             self.facts[node] = Facts(found.ids, found.const & (found.value == 0), found.value * count)
+        return None
+
+    def _cast(self, node: fx.Node) -> str | None:
+        """Another type of number: constants that it may not hold exactly are none any more."""
+        source = self._source(node)
+        facts = self.facts.get(source)
+        if facts is not None:
+            single = operation(node) in ("float", "double")
+            exact = facts.value.astype(np.float32) == facts.value if single else np.isin(facts.value, (0, 1))
+            facts = Facts(facts.ids, facts.const & exact, np.where(exact, facts.value, 0.0))
+        self._channelwise(node, source, facts)
+        return None
+
+    def _repeat(self, node: fx.Node) -> str | None:
+        """repeat_interleave along a dimension without channels."""
+        source = self._source(node)
+        facts = self.facts.get(source)
+        dim = given(node, "input", "repeats", "dim").get("dim")
+        if facts is not None and (not isinstance(dim, int) or facts.ids.shape[dim] > 1):
+            return "repeats channels"
+        self._channelwise(node, source, facts)
+        return None
+
+    def _normalize(self, node: fx.Node) -> str | None:
+        """F.normalize: a channel that is 0 adds nothing to the norm, and stays 0."""
+        source = self._source(node)
+        facts = self.facts.get(source)
+        chosen = {"p": 2.0, "dim": 1, **given(node, "input", "p", "dim", "eps")}
+        p, dim = chosen["p"], chosen["dim"]
+        if facts is None:
+            self._channelwise(node, source, None)
+            return None
+        if not isinstance(dim, int) or not isinstance(p, (int, float)) or not 1 <= p < np.inf:
+            return "normalises in a way that is not tracked"
+        if dim % facts.ids.ndim in self._varies(source):
+            return "normalises over the batch"
+        zero = facts.const & (facts.value == 0)
+        self._channelwise(node, source, Facts(facts.ids, zero, np.zeros_like(facts.value)))
+        if facts.ids.shape[dim] > 1:
+
+            def read(need: Bools) -> list[Reading]:
+                wanted = np.broadcast_to(need.any(dim, keepdims=True), zero.shape) & ~zero
+                return [(source, wanted, wanted)]
+
+            self.readers[node] = read
         return None
 
     def _softmax(self, node: fx.Node) -> str | None:

@@ -24,7 +24,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from .errors import TraceError
-from .plain import modules_for_functions
+from .plain import in_plain_terms
 from .symbolic import VIEWS, Ghost, Untraceable, culprit, defaults_of, first_line, mode, opaque, symbolic
 from .unpack import unpack
 
@@ -345,7 +345,7 @@ def _attempt(
     graph, training = symbolic(root, probes if shaped else None, defaults, who)
     if shaped:
         notes.append("forward computes with shapes: the traced network takes inputs of the example's size, any batch")
-    modules_for_functions(root, graph, training)
+    in_plain_terms(root, graph, training)
     for g in (graph, training):
         _drop_assertions(g)
     graph._tracer_cls = None  # unpickling wants an importable tracer: torch.fx's own

@@ -301,6 +301,9 @@ class Tracker:
             self._lock(ids, "one value for all channels")
         return self.facts[node]
 
+    def _expression(self, node: fx.Node, rank: int, tracked: Sequence[int]) -> None:
+        raise NotImplementedError  # channels.py
+
     def _source(self, node: fx.Node) -> fx.Node:
         """The tensor that a one-tensor operation works on."""
         arg: Any = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
