@@ -171,6 +171,7 @@ def compact(
     small.graph.eliminate_dead_code()
     small.graph.lint()
     small.delete_all_unused_submodules()
+    _drop_unread(small)
     small.recompile()
     positions = _positions(traced)
     if columns != "never":
@@ -192,6 +193,17 @@ def compact(
         "kept": kept,  # for carry_state
     }
     return small
+
+
+def _drop_unread(small: fx.GraphModule) -> None:
+    """Parameters and buffers outside layers that the graph reads no more, because they became biases."""
+    called = [str(n.target) for n in small.graph.nodes if n.op == "call_module"]
+    read = {str(n.target) for n in small.graph.nodes if n.op == "get_attr"}
+    for path, m in list(small.named_modules()):
+        if not any(path == c or path.startswith(f"{c}.") for c in called):
+            for name in [*m._parameters, *m._buffers]:
+                if f"{path}.{name}".lstrip(".") not in read:
+                    delattr(m, name)
 
 
 def _original(model: nn.Module) -> Any:

@@ -176,12 +176,9 @@ def _zeros_in_parameters(root: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
         order = {node: i for i, node in enumerate(graph.nodes)}
         for node in list(graph.nodes):
             part: Any = node.args[0] if node.op == "call_method" and node.target == "zero_" else None
-            if (
-                node.users
-                or not isinstance(part, fx.Node)
-                or part.target is not operator.getitem
-                or len(part.users) > 1
-            ):
+            if node.users or not isinstance(part, fx.Node) or part.target is not operator.getitem:
+                continue
+            if len(part.users) > 1 or len(part.all_input_nodes) > 1:
                 continue
             copied: Any = part.args[0]
             if copied.op != "call_method" or copied.target != "clone" or copied.args[0].op != "get_attr":

@@ -204,7 +204,10 @@ class _ShapeTracer(_Tracer):
             return proxy
         values = []
         try:
-            with self.ghost.fake, torch.no_grad(), _untraced():
+            # Only where modules may be called: with every change of nn.Module, Python forgets what it knows of all its
+            # subclasses, a millisecond.
+            calls = kind == "call_module" or (kind == "call_function" and _origin(target) not in _LIBRARIES)
+            with self.ghost.fake, torch.no_grad(), _untraced() if calls else contextlib.nullcontext():
                 for i in (0, 1):
                     values.append(self._value(kind, target, args, kwargs, i))
         except Exception:
@@ -321,12 +324,19 @@ def symbolic(
     return graphs[0], graphs[1]
 
 
+_LIBRARIES = ("torch", "_operator", "operator", "builtins", "math")
+
+
+def _origin(function: Any) -> str:
+    """The library that a function is from."""
+    return str((getattr(function, "__module__", None) or "torch").split(".")[0])
+
+
 def opaque(graph: fx.Graph) -> bool:
     """Whether parameters go into functions that torch.fx was told not to look into."""
     for node in graph.nodes:
         if node.op == "call_function" and any(n.op == "get_attr" for n in node.all_input_nodes):
-            origin = (getattr(node.target, "__module__", None) or "torch").split(".")[0]
-            if origin not in ("torch", "_operator", "operator", "builtins", "math"):
+            if _origin(node.target) not in _LIBRARIES:
                 return True
     return False
 

@@ -313,26 +313,34 @@ def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trac
     defaults = defaults_of(model, len(inputs), who)
     # Torch's own attention is taken apart if that can be traced; shapes are only known where they have to be, or where
     # parameters go into functions that torch.fx alone does not look into.
-    fallback: Traced | None = None
-    failure: TraceError | None = None
+    failure: Untraceable | None = None
     for apart in (True, False) if unpacked else (False,):
-        for shaped in (False, True):
+        closed = False
+        for shaped, closed_too in ((False, False), (True, True), (False, True)):
+            if (shaped, closed_too) == (False, True) and not closed:
+                continue
             try:
-                found = _attempt(model, inputs, defaults, who, apart, shaped)
+                return _attempt(model, inputs, defaults, who, apart, shaped, closed_too)
+            except _Closed:
+                closed = True
             except Untraceable as error:
                 failure = error
-                continue
-            if shaped or not opaque(found.module.graph):
-                return found
-            fallback = fallback or found
-        if fallback is not None:
-            return fallback
     assert failure is not None
     raise TraceError(str(failure)) from failure.__cause__
 
 
+class _Closed(Exception):
+    """Parameters go into functions that torch.fx was told not to look into."""
+
+
 def _attempt(
-    model: nn.Module, inputs: tuple[Tensor, ...], defaults: dict[str, Any], who: str, apart: bool, shaped: bool
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    defaults: dict[str, Any],
+    who: str,
+    apart: bool,
+    shaped: bool,
+    closed_too: bool,
 ) -> Traced:
     notes = [f"{name}: its hooks are not part of the traced network" for name in hooked(model)]
     root = clone(model)
@@ -343,6 +351,8 @@ def _attempt(
         apart = False
     probes = [rebatch(inputs, PROBE_BATCH), rebatch(inputs, PROBE_BATCH + 2)]
     graph, training = symbolic(root, probes if shaped else None, defaults, who)
+    if not closed_too and opaque(graph):
+        raise _Closed
     if shaped:
         notes.append("forward computes with shapes: the traced network takes inputs of the example's size, any batch")
     in_plain_terms(root, graph, training)
@@ -358,10 +368,13 @@ def _attempt(
     module.recompile()
 
     batch, shapes, failure = 0, {}, None
+    ghost = None
+    with contextlib.suppress(Exception):  # where it can't be made, running for real shows whether the network works
+        ghost = Ghost(module)
     varies: dict[fx.Node, set[int]] = {}
     for probe in (rebatch(inputs, PROBE_BATCH), inputs):
         try:
-            shapes = _propagate(module, probe)
+            shapes = _propagate(module, ghost, probe)
         except _Failed as failed:
             error = failed.__cause__
             assert error is not None
@@ -382,7 +395,7 @@ def _attempt(
         notes.append("forward works at the example's batch size only")
     else:
         with contextlib.suppress(_Failed):
-            other = _propagate(module, rebatch(inputs, PROBE_BATCH + 2))
+            other = _propagate(module, ghost, rebatch(inputs, PROBE_BATCH + 2))
             varies = {n: _differing(s, other[n]) for n, s in shapes.items() if isinstance(s, Shape)}
     return Traced(module, shapes, inputs, batch, notes, varies)
 
@@ -407,11 +420,10 @@ def _differing(s: Shape, t: Any) -> set[int]:
     return {d for d, (m, n) in enumerate(zip(s, t, strict=True)) if m != n}
 
 
-def _propagate(module: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
-    """The shape of every value in eval mode: of a copy without values, or else by running."""
+def _propagate(module: fx.GraphModule, ghost: Ghost | None, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
+    """The shape of every value in eval mode: of the copy without values, or else by running."""
     try:
-        ghost = Ghost(module)
-        assert isinstance(ghost.module, fx.GraphModule)
+        assert ghost is not None and isinstance(ghost.module, fx.GraphModule)
         runner = _Shapes(ghost.module)
         with mode(ghost.module, False), torch.no_grad(), ghost.fake:
             runner.run(*(ghost.tensor(t) for t in inputs))
