@@ -42,6 +42,7 @@ from structadmm.analysis import Analysis
 from structadmm.files import atomic_write_text
 from structadmm.layout import settle
 from structadmm.trace import tensors_in, trace
+from structadmm.tracking import title
 
 RESULTS = Path(__file__).parent / "results" / "zoo.json"
 # One model of each of these families of timm, the smallest or nearly.
@@ -374,7 +375,7 @@ def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
         if isinstance(m, nn.modules.batchnorm._BatchNorm):  # its statistics are those of the other activations
             m.train()
     total(tensors_in(net(x))).backward()
-    idle, unexplained, why = 0, {}, Counter[str]()
+    idle, beside_whole, unexplained, why = 0, 0, {}, Counter[str]()
     for path, m in net.named_modules():
         if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and path not in small.report.whole:
             by_filter = m.weight.transpose(0, 1) if isinstance(m, nn.modules.conv._ConvTransposeNd) else m.weight
@@ -385,9 +386,32 @@ def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
             idle += int(nothing.sum())
             for reason, n in notes.items():
                 why[re.sub(r"\S*\d\S*", "*", reason)[:100]] += n
-            if int(nothing.sum()) > sum(notes.values()):
-                unexplained[path] = int(nothing.sum()) - sum(notes.values())
-    return {"idle_filters": idle, "idle_because": dict(why.most_common(8)), "unexplained": unexplained}
+            rest = int(nothing.sum()) - sum(notes.values())
+            if rest > 0 and feeds_whole(small, path):
+                beside_whole += rest
+            elif rest > 0:
+                unexplained[path] = rest
+    return {
+        "idle_filters": idle,
+        "beside_whole": beside_whole,
+        "idle_because": dict(why.most_common(8)),
+        "unexplained": unexplained,
+    }
+
+
+def feeds_whole(small: Any, path: str) -> bool:
+    """Whether an operation that was left whole reads what the layer makes, with no other layer in between."""
+    stack = [n for n in small.graph.nodes if n.op == "call_module" and n.target == path]
+    seen = set(stack)
+    while stack:
+        for user in stack.pop().users:
+            module = small.get_submodule(str(user.target)) if user.op == "call_module" else None
+            if title(user) in small.report.whole:
+                return True
+            if user not in seen and not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+                seen.add(user)
+                stack.append(user)
+    return False
 
 
 def total(found: list[Tensor]) -> Tensor:

@@ -660,8 +660,28 @@ def test_shapes_taken_from_another_tensor() -> None:
     model = filled(Net())
     with torch.no_grad():
         model.a.weight[:4] = 0
+        model.b.weight[:, 9:] = 0  # what lends its shape alone is not needed for it
     small = compacted(model, tokens(2), tokens(3))
-    assert weight(small, "a") == (8, 16) and small.n.num_features == 8
+    assert weight(small, "a") == (5, 16) and small.n.num_features == 5
+
+
+def test_tensors_made_of_numbers_do_not_count_channels() -> None:
+    """Positions on the device of a parameter, as XCiT makes them."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.at, self.b = nn.Linear(16, 8), nn.Linear(1, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = torch.arange(5, device=self.a.weight.device, dtype=self.a.weight.dtype)
+            return self.b(self.a(x) + self.at(places.unsqueeze(1)))
+
+    model = filled(Net())
+    with torch.no_grad():
+        model.b.weight[:, 5:] = 0
+    small = compacted(model, tokens(2), tokens(3))
+    assert weight(small, "a") == (5, 16) and weight(small, "at") == (5, 1)
 
 
 class Decoder(nn.Module):

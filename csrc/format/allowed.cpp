@@ -190,7 +190,7 @@ constexpr Names kFunctions[] = {
     {"torch.", "relu relu_ sigmoid tanh softmax log_softmax dropout"},
     {"torch.", "cat concat stack chunk split flatten reshape permute transpose squeeze unsqueeze"},
     {"torch.", "mean sum amax argmax bmm roll unbind unflatten swapaxes movedim flip tile erf log where"},
-    {"torch.", "einsum addcmul zeros ones arange cumsum sin cos masked_fill repeat_interleave split_with_sizes"},
+    {"torch.", "einsum addcmul zeros ones arange cumsum sin cos masked_fill repeat_interleave tensor_split"},
     {"F.", "relu relu_ relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh softplus prelu"},
     {"F.", "sigmoid tanh softmax log_softmax dropout dropout2d pad conv1d conv2d linear layer_norm"},
     {"F.", "max_pool1d max_pool2d avg_pool1d avg_pool2d pixel_shuffle pixel_unshuffle channel_shuffle"},

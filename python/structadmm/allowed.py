@@ -409,7 +409,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **_named("torch", torch, "cat concat stack chunk split flatten reshape permute transpose squeeze unsqueeze"),
     **_named("torch", torch, "mean sum amax argmax bmm roll unbind unflatten swapaxes movedim flip tile erf log where"),
     **_named(
-        "torch", torch, "einsum addcmul zeros ones arange cumsum sin cos masked_fill repeat_interleave split_with_sizes"
+        "torch", torch, "einsum addcmul zeros ones arange cumsum sin cos masked_fill repeat_interleave tensor_split"
     ),
     **_named("F", F, "relu relu_ relu6 leaky_relu elu gelu silu mish hardswish hardsigmoid hardtanh softplus prelu"),
     **_named("F", F, "sigmoid tanh softmax log_softmax dropout dropout2d pad conv1d conv2d linear layer_norm"),

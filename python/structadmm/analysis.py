@@ -26,6 +26,10 @@ from .tracking import Bools, Floats, Ints, Layer, flat, operation, title
 MAX_RATIO = 100.0
 
 
+# Operations that take the shape or type of their second operand and no values.
+LIKE = ("reshape_as", "view_as", "type_as")
+
+
 def components(n: int, edges: Sequence[tuple[Ints, Ints]]) -> Ints:
     """[n] labels: equal exactly for nodes that the edges connect (minimum propagation with pointer jumping)."""
     label = np.arange(n)
@@ -87,7 +91,8 @@ class Analysis(Channels):
                         self.hard[source] = self.hard.get(source, np.False_) | hard.reshape(shape)
                 continue
             tracked = [s for s, _, _ in self.sources[node]]
-            for source in node.all_input_nodes:
+            alike = operation(node) in LIKE and node.op != "call_module"
+            for source in node.all_input_nodes[:1] if alike else node.all_input_nodes:
                 origin = self.parts[source][0] if source in self.parts else source
                 if origin not in tracked and source not in self.sizes:
                     self._demand(source, None)

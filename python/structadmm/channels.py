@@ -112,7 +112,7 @@ class Channels(Pointwise, Movement, Mixing):
             self._pin(node, "network output")
             return
         inputs = node.all_input_nodes
-        if inputs and all(n in self.sizes for n in inputs):
+        if inputs and all(n in self.sizes for n in inputs) and not isinstance(shape, Shape):
             self._forward_size(node)
             return
         handler = self._handler(node)

@@ -187,7 +187,8 @@ def _zeros_in_parameters(root: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
             owner = root.get_submodule(path.rpartition(".")[0])
             parameter = getattr(owner, path.rpartition(".")[2])
             mask = torch.ones_like(parameter, requires_grad=False)
-            mask[part.args[1]] = 0
+            index: Any = part.args[1]
+            mask[index] = 0
             parent, _, last = path.rpartition(".")[0].rpartition(".")
             name = f"{last}_mask" if last else "mask"
             root.get_submodule(parent).register_buffer(name, mask)
@@ -210,7 +211,8 @@ def _computed_biases(root: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
             if node.op != "call_function" or node.target is not F.linear:
                 continue
             a = _arguments(node)
-            weight, bias = (a["weight"], a["bias"]) if a else (None, None)
+            weight: Any = a["weight"] if a else None
+            bias = a["bias"] if a else None
             if not isinstance(bias, fx.Node) or bias.op == "get_attr" or getattr(weight, "op", "") != "get_attr":
                 continue
             path = str(weight.target).rpartition(".")[0]
@@ -221,7 +223,7 @@ def _computed_biases(root: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
                 parent, _, last = path.rpartition(".")
                 root.get_submodule(parent).register_parameter(f"{last}_bias", owner.bias)
                 moved[f"{path}.bias"] = f"{parent}.{last}_bias" if parent else f"{last}_bias"
-                owner.bias = None
+                owner.register_parameter("bias", None)
             with graph.inserting_before(node):
                 product = graph.call_function(F.linear, (node.args[0], weight))
                 new = graph.call_function(operator.add, (product, bias))

@@ -335,9 +335,9 @@ def _origin(function: Any) -> str:
 def opaque(graph: fx.Graph) -> bool:
     """Whether parameters go into functions that torch.fx was told not to look into."""
     for node in graph.nodes:
-        if node.op == "call_function" and any(n.op == "get_attr" for n in node.all_input_nodes):
-            if _origin(node.target) not in _LIBRARIES:
-                return True
+        given = node.op == "call_function" and any(n.op == "get_attr" for n in node.all_input_nodes)
+        if given and _origin(node.target) not in _LIBRARIES:
+            return True
     return False
 
 

@@ -205,7 +205,8 @@ class Tracker:
             if node.op == "call_module":
                 self._calls[node.target] = self._calls.get(node.target, 0) + 1
         for node in self.module.graph.nodes:
-            if node.op == "get_attr":
+            kind_only = node.users and all(u.target is getattr and u.args[1] in ("device", "dtype") for u in node.users)
+            if node.op == "get_attr" and not kind_only:
                 names = users.setdefault(id(attribute(self.module, node.target)), [])
                 owner = str(node.target).rpartition(".")[0]
                 if owner in names and owner not in self._calls:
