@@ -117,7 +117,7 @@ def dense(short: str) -> tuple[nn.Module, list[tuple[int, ...]]]:
     return model, [(3, 16, 224, 224)] if short.startswith("mvit") else [
         (3, 8, 64, 64),
         (3, 16, 64, 64),
-        (3, 16, 112, 112),
+        (3, 16, 224, 224),
     ]
 
 
@@ -343,15 +343,15 @@ def decoder(name: str) -> dict[str, Any]:
 
 
 class Smooth(nn.Module):
-    """In the place of activations whose derivative is 0 in places: a channel then has an effect unless no weight
+    """In the place of activations whose derivative is 0 in places, or rounded to 0: a channel then has an effect unless no weight
     carries it on."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 0.5 * torch.sin(x)
 
 
-_KINKED = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh)
-_KINKED_NAMES = ("relu", "relu_", "relu6", "hardswish", "hardsigmoid", "hardtanh", "clamp", "clamp_")
+_KINKED = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.GELU, nn.SiLU)
+_KINKED_NAMES = ("relu", "relu_", "relu6", "hardswish", "hardsigmoid", "hardtanh", "clamp", "clamp_", "gelu", "silu")
 
 
 def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
@@ -387,7 +387,7 @@ def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
             for reason, n in notes.items():
                 why[re.sub(r"\S*\d\S*", "*", reason)[:100]] += n
             rest = int(nothing.sum()) - sum(notes.values())
-            if rest > 0 and feeds_whole(small, path):
+            if rest > 0 and is_beside_whole(small, path):
                 beside_whole += rest
             elif rest > 0:
                 unexplained[path] = rest
@@ -399,18 +399,20 @@ def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
     }
 
 
-def feeds_whole(small: Any, path: str) -> bool:
-    """Whether an operation that was left whole reads what the layer makes, with no other layer in between."""
+def is_beside_whole(small: Any, path: str) -> bool:
+    """Whether what the layer makes meets an operation that was left whole, with no other layer in between."""
     stack = [n for n in small.graph.nodes if n.op == "call_module" and n.target == path]
     seen = set(stack)
+    first = set(stack)
     while stack:
-        for user in stack.pop().users:
-            module = small.get_submodule(str(user.target)) if user.op == "call_module" else None
-            if title(user) in small.report.whole:
+        node = stack.pop()
+        for other in node.users if node in first else (*node.users, *node.all_input_nodes):
+            module = small.get_submodule(str(other.target)) if other.op == "call_module" else None
+            if title(other) in small.report.whole:
                 return True
-            if user not in seen and not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-                seen.add(user)
-                stack.append(user)
+            if other not in seen and not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+                seen.add(other)
+                stack.append(other)
     return False
 
 
