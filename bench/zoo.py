@@ -343,15 +343,28 @@ def decoder(name: str) -> dict[str, Any]:
 
 
 class Smooth(nn.Module):
-    """In the place of activations whose derivative is 0 in places, or rounded to 0: a channel then has an effect unless no weight
-    carries it on."""
+    """In the place of activations whose derivative is 0 in places, or rounded to 0: a channel then has an effect unless
+    no weight carries it on."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 0.5 * torch.sin(x)
 
 
-_KINKED = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.GELU, nn.SiLU)
-_KINKED_NAMES = ("relu", "relu_", "relu6", "hardswish", "hardsigmoid", "hardtanh", "clamp", "clamp_", "gelu", "silu")
+class Gate(nn.Module):
+    """In the place of activations that saturate: never 0, as they are factors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.5 + F.softsign(x)
+
+
+_KINKED: dict[type[nn.Module], Any] = {
+    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardswish, nn.GELU, nn.SiLU), Smooth),
+    **dict.fromkeys((nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh), Gate),
+}
+_KINKED_NAMES = {
+    **dict.fromkeys(("relu", "relu_", "relu6", "hardswish", "clamp", "clamp_", "gelu", "silu"), "smooth"),
+    **dict.fromkeys(("hardsigmoid", "hardtanh", "sigmoid", "sigmoid_", "tanh"), "gate"),
+}
 
 
 def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
@@ -359,15 +372,16 @@ def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
     derivative of the outputs by all of them is exactly zero. What the report does not explain is counted by layer."""
     net = copy.deepcopy(small)
     net.add_module("smooth", Smooth())
+    net.add_module("gate", Gate())
     for path, m in list(net.named_modules()):
         if type(m) in _KINKED:
             parent, _, last = path.rpartition(".")
-            setattr(net.get_submodule(parent), last, Smooth())
+            setattr(net.get_submodule(parent), last, _KINKED[type(m)]())
     for node in net.graph.nodes:
         called = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         if node.op in ("call_function", "call_method") and called in _KINKED_NAMES:
             with net.graph.inserting_before(node):
-                node.replace_all_uses_with(net.graph.call_module("smooth", node.args[:1]))
+                node.replace_all_uses_with(net.graph.call_module(_KINKED_NAMES[called], node.args[:1]))
             net.graph.erase_node(node)
     net.recompile()
     net.eval().requires_grad_(True)
