@@ -117,7 +117,7 @@ def dense(short: str) -> tuple[nn.Module, list[tuple[int, ...]]]:
     return model, [(3, 16, 224, 224)] if short.startswith("mvit") else [
         (3, 8, 64, 64),
         (3, 16, 64, 64),
-        (3, 16, 112, 112),
+        (3, 16, 224, 224),
     ]
 
 
@@ -343,15 +343,28 @@ def decoder(name: str) -> dict[str, Any]:
 
 
 class Smooth(nn.Module):
-    """In the place of activations whose derivative is 0 in places: a channel then has an effect unless no weight
-    carries it on."""
+    """In the place of activations whose derivative is 0 in places, or rounded to 0: a channel then has an effect unless
+    no weight carries it on."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 0.5 * torch.sin(x)
 
 
-_KINKED = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh)
-_KINKED_NAMES = ("relu", "relu_", "relu6", "hardswish", "hardsigmoid", "hardtanh", "clamp", "clamp_")
+class Gate(nn.Module):
+    """In the place of activations that saturate: never 0, as they are factors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.5 + F.softsign(x)
+
+
+_KINKED: dict[type[nn.Module], Any] = {
+    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardswish, nn.GELU, nn.SiLU), Smooth),
+    **dict.fromkeys((nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh), Gate),
+}
+_KINKED_NAMES = {
+    **dict.fromkeys(("relu", "relu_", "relu6", "hardswish", "clamp", "clamp_", "gelu", "silu"), "smooth"),
+    **dict.fromkeys(("hardsigmoid", "hardtanh", "sigmoid", "sigmoid_", "tanh"), "gate"),
+}
 
 
 def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
@@ -359,15 +372,16 @@ def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
     derivative of the outputs by all of them is exactly zero. What the report does not explain is counted by layer."""
     net = copy.deepcopy(small)
     net.add_module("smooth", Smooth())
+    net.add_module("gate", Gate())
     for path, m in list(net.named_modules()):
         if type(m) in _KINKED:
             parent, _, last = path.rpartition(".")
-            setattr(net.get_submodule(parent), last, Smooth())
+            setattr(net.get_submodule(parent), last, _KINKED[type(m)]())
     for node in net.graph.nodes:
         called = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         if node.op in ("call_function", "call_method") and called in _KINKED_NAMES:
             with net.graph.inserting_before(node):
-                node.replace_all_uses_with(net.graph.call_module("smooth", node.args[:1]))
+                node.replace_all_uses_with(net.graph.call_module(_KINKED_NAMES[called], node.args[:1]))
             net.graph.erase_node(node)
     net.recompile()
     net.eval().requires_grad_(True)
@@ -387,7 +401,7 @@ def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
             for reason, n in notes.items():
                 why[re.sub(r"\S*\d\S*", "*", reason)[:100]] += n
             rest = int(nothing.sum()) - sum(notes.values())
-            if rest > 0 and feeds_whole(small, path):
+            if rest > 0 and is_beside_whole(small, path):
                 beside_whole += rest
             elif rest > 0:
                 unexplained[path] = rest
@@ -399,18 +413,20 @@ def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
     }
 
 
-def feeds_whole(small: Any, path: str) -> bool:
-    """Whether an operation that was left whole reads what the layer makes, with no other layer in between."""
+def is_beside_whole(small: Any, path: str) -> bool:
+    """Whether what the layer makes meets an operation that was left whole, with no other layer in between."""
     stack = [n for n in small.graph.nodes if n.op == "call_module" and n.target == path]
     seen = set(stack)
+    first = set(stack)
     while stack:
-        for user in stack.pop().users:
-            module = small.get_submodule(str(user.target)) if user.op == "call_module" else None
-            if title(user) in small.report.whole:
+        node = stack.pop()
+        for other in node.users if node in first else (*node.users, *node.all_input_nodes):
+            module = small.get_submodule(str(other.target)) if other.op == "call_module" else None
+            if title(other) in small.report.whole:
                 return True
-            if user not in seen and not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-                seen.add(user)
-                stack.append(user)
+            if other not in seen and not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+                seen.add(other)
+                stack.append(other)
     return False
 
 
