@@ -423,6 +423,30 @@ def zero_at_random(model: nn.Module, rate: float, seed: int, leak: bool = True) 
     return model
 
 
+def zero_recurrent(m: Any, rate: float, g: torch.Generator) -> None:
+    """Units without weights, written to by nothing, or read by nothing; inputs that are not read."""
+    n = m.hidden_size
+    writer = {"LSTM": 2, "GRU": 2}.get(m.mode, 0) * n
+    for p in m.parameters():
+        p.copy_(torch.randn(p.shape, generator=g) * (0.5 if p.dim() > 1 else 0.3))
+    for name in [name for name, _ in m.named_parameters() if name.startswith("weight_hh")]:
+        suffix = name.removeprefix("weight_hh_")
+        w_ih, w_hh = getattr(m, f"weight_ih_{suffix}"), getattr(m, name)
+        rest = [getattr(m, f"bias_{k}_{suffix}") for k in ("ih", "hh")] if m.bias else []
+        w_hh[torch.rand(w_hh.shape, generator=g) < rate] = 0
+        w_ih[:, torch.rand(w_ih.shape[1], generator=g) < rate / 2] = 0
+        for unit in range(n):
+            how = torch.rand(1, generator=g).item() / rate
+            if how < 0.3:  # all of it, biases included or not
+                for p in (w_ih, w_hh, *(rest if how < 0.2 else [])):
+                    p[unit::n] = 0
+            elif how < 0.6:  # what writes its state
+                for p in (w_ih, w_hh, *(rest if how < 0.5 else [])):
+                    p[writer + unit] = 0
+            elif how < 1:
+                w_hh[:, unit] = 0
+
+
 def check(seed: int) -> tuple[int, int]:
     """Compact one random network; weights before and after. Raises where the two differ."""
     import structadmm as sa

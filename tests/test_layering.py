@@ -18,7 +18,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"_load", "ops"},
     {"constraints", "masks", "plan", "schedules", "nn", "symbolic", "plain", "unpack"},
     {"admm", "trace"},
-    {"tracking", "pointwise", "movement", "mixing", "channels", "analysis"},
+    {"tracking", "pointwise", "movement", "mixing", "recurrent", "channels", "analysis"},
     {"layout", "rewrite", "paths", "purify", "compact", "carry", "structure", "importers", "forms"},
     {"allowed"},
     {"artefact", "segments"},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import structadmm as sa
 from networks import ResNet, randomise
-from random_graphs import Attention, Gated, Recurrent, Scale
+from random_graphs import Attention, Gated, Scale
 from structadmm import symbolic
 from structadmm.analysis import Analysis
 from structadmm.errors import CompactError, TraceError
@@ -325,17 +325,6 @@ def test_layer_scale_and_activations_that_are_not_zero_at_zero() -> None:
     small = compacted(model, maps(2), maps(3))
     assert small.get_submodule("0").out_channels == 5
     assert small.get_submodule("2").gamma.shape[0] == 5 and small.get_submodule("3").num_parameters == 5
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_recurrent_layers_stay_whole_with_a_reason(kind) -> None:
-    model = filled(nn.Sequential(nn.Linear(16, 16), Recurrent(16, kind), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 2)))
-    with torch.no_grad():
-        model[0].weight[:4] = 0
-        model[2].weight[:2] = 0
-    small = compacted(model, tokens(2), tokens(3))
-    assert weight(small, "0") == (16, 16) and weight(small, "2") == (4, 16)
-    assert "gates" in small.report.whole["1.rnn"]
 
 
 # Tracing

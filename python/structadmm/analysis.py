@@ -328,12 +328,12 @@ class Analysis(Channels):
         return delta
 
     def notes(self) -> dict[str, dict[str, int]]:
-        """Per layer: reasons why filters without effect stay, each with the number of filters."""
+        """Per layer: reasons why filters or hidden units without effect stay, each with their number."""
         out: dict[str, dict[str, int]] = {}
-        for node, layer in self.layers.items():
-            assert layer.needed is not None
-            idle = (layer.outs.const | ~layer.needed) & ~self.removed[layer.outs.ids]
-            for label in self.label[layer.outs.ids[idle]].tolist():
+        for node in (*self.layers, *self.recurrent):
+            outs = self.layers[node].outs if node in self.layers else self.facts[node]
+            idle = (outs.const | ~self.need[node].reshape(outs.ids.shape)) & ~self.removed[outs.ids]
+            for label in self.label[outs.ids[idle]].tolist():
                 reason = self.reasons.get(label, "other layers of its residual stream use the channel")
                 per = out.setdefault(str(node.target), {})
                 per[reason] = per.get(reason, 0) + 1

@@ -27,6 +27,7 @@ from .pointwise import (
     POINTWISE_NAMES,
     Pointwise,
 )
+from .recurrent import RECURRENT, Recurrents
 from .symbolic import is_identity
 from .trace import Shape, Traced
 from .tracking import function_name, given, title
@@ -50,6 +51,7 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Softmax: "_softmax",
     nn.LogSoftmax: "_softmax",
     nn.Embedding: "_embedding",
+    **dict.fromkeys(RECURRENT, "_recurrent"),
 }
 _FUNCTIONS: dict[str, str] = {
     **dict.fromkeys(POINTWISE_NAMES, "_pointwise"),
@@ -74,8 +76,7 @@ _FUNCTIONS: dict[str, str] = {
 }
 # Why well-known layers are left whole.
 _WHOLE: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.RNNBase, "its gates share one state: what leaves a channel without effect is not tracked"),
-    (nn.RNNCellBase, "its gates share one state: what leaves a channel without effect is not tracked"),
+    (nn.RNNCellBase, "what its state holds at the start is not tracked"),
     (nn.MultiheadAttention, "its projections are packed; compact takes it apart where its arguments allow"),
     (nn.Bilinear, "it multiplies channels of two inputs"),
     (nn.EmbeddingBag, "it pools over rows"),
@@ -86,7 +87,7 @@ _WHOLE: tuple[tuple[type[nn.Module], str], ...] = (
 )
 
 
-class Channels(Pointwise, Movement, Mixing):
+class Channels(Pointwise, Movement, Mixing, Recurrents):
     """Ids and constants of every tensor.
 
     create_bias: a layer without bias may get one to take a constant.
@@ -94,6 +95,8 @@ class Channels(Pointwise, Movement, Mixing):
 
     def __init__(self, traced: Traced, create_bias: bool = True) -> None:
         super().__init__(traced, create_bias)
+        # Rules of what returns several tensors or numbers.
+        self._several = (self._split, self._size, self._recurrent, self._states)
         for node in self.module.graph.nodes:
             self._forward(node)
 
@@ -116,7 +119,7 @@ class Channels(Pointwise, Movement, Mixing):
         if handler is None:
             self._pin(node, self._untracked(node))
             return
-        if not isinstance(shape, Shape) and handler not in (self._split, self._size):
+        if not isinstance(shape, Shape) and handler not in self._several:
             self._pin(node, f"{self._kind(node)} does not return one tensor")
             return
         try:
@@ -126,7 +129,7 @@ class Channels(Pointwise, Movement, Mixing):
             reason = f"its arguments are not understood ({type(error).__name__}: {error})"
         if reason is not None:
             tables = (self.facts, self.sources, self.layers, self.norms, self.affine, self.tables, self.parts)
-            for found in (*tables, self.sizes, self.edits, self.readers, self.moves):
+            for found in (*tables, self.sizes, self.edits, self.readers, self.moves, self.recurrent):
                 found.pop(node, None)
             self.grids = [g for g in self.grids if g[0] is not node]
             self.together = [g for g in self.together if g[0] is not node]
@@ -168,6 +171,8 @@ class Channels(Pointwise, Movement, Mixing):
             if node.target is getattr or function_name(node.target) == "getattr":
                 return self._size if node.args[1] in ("shape", *HARMLESS) else None
             name = _FUNCTIONS.get(function_name(node.target))
+            if name == "_getitem" and (node.args[0] in self.recurrent or node.args[0] in self.states):
+                return self._states
             if "dropout" in function_name(node.target) and given(node, "input", "p", "training").get("training", True):
                 name = None
         else:

@@ -22,8 +22,9 @@ from .errors import CompactError
 from .layout import Layouts, settle
 from .nn import CompactConv2d, CompactLinear
 from .paths import assert_same, check_weights, fold, remarks_text, render, tolerance_for
+from .recurrent import RECURRENT, matrices
 from .rewrite import cut, edit_graph
-from .trace import Traced, clone, rebatch, trace
+from .trace import Shape, Traced, clone, rebatch, trace
 
 COLUMNS = ("auto", "always", "never")
 
@@ -36,8 +37,8 @@ MIN_WORK = 4096
 
 @dataclass
 class LayerReport:
-    """One convolution or linear layer before and after. Weights are stored weights; multiply-adds are per sample of the
-    example."""
+    """One convolution, linear or recurrent layer before and after. Weights are stored weights; multiply-adds are per
+    sample of the example. The shape is that of the weight, of a recurrent layer that of the first weight_ih."""
 
     name: str
     kind: str
@@ -224,13 +225,18 @@ def _replace(root: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 def _positions(traced: Traced) -> dict[str, int]:
-    """Convolutions and linear layers of the graph: output positions per sample, at each of which a weight is used
-    once."""
+    """Convolutions, linear and recurrent layers of the graph: output positions per sample, at each of which a weight is
+    used once."""
     out: dict[str, int] = {}
     for node in traced.module.graph.nodes:
         if node.op == "call_module":
-            conv = isinstance(traced.module.get_submodule(node.target), nn.modules.conv._ConvNd)
-            if conv or isinstance(traced.module.get_submodule(node.target), nn.Linear):
+            m = traced.module.get_submodule(node.target)
+            conv = isinstance(m, nn.modules.conv._ConvNd)
+            if isinstance(m, RECURRENT):
+                shape = traced.shapes[node][0]
+                if isinstance(shape, Shape):
+                    out[node.target] = out.get(node.target, 0) + shape[int(m.batch_first and len(shape) == 3)]
+            elif conv or isinstance(m, nn.Linear):
                 shape = traced.shapes[node]
                 out[node.target] = out.get(node.target, 0) + math.prod(shape[2:] if conv else shape[1:-1])
     return out
@@ -239,13 +245,15 @@ def _positions(traced: Traced) -> dict[str, int]:
 def _layer_rows(traced: Traced) -> list[LayerReport]:
     rows = []
     for name, positions in _positions(traced).items():
-        m: Any = traced.module.get_submodule(name)
-        w = m.weight.detach()
-        nonzero = int(torch.count_nonzero(w))
-        rows.append(
-            LayerReport(name, type(m).__name__, tuple(w.shape), None, w.numel(), nonzero, 0, w.numel() * positions, 0)
-        )
+        m = traced.module.get_submodule(name)
+        weights = _weights(m)
+        n, nonzero = sum(w.numel() for w in weights), sum(int(torch.count_nonzero(w)) for w in weights)
+        rows.append(LayerReport(name, type(m).__name__, tuple(weights[0].shape), None, n, nonzero, 0, n * positions, 0))
     return rows
+
+
+def _weights(m: Any) -> list[Tensor]:
+    return matrices(m) if isinstance(m, RECURRENT) else [m.weight]
 
 
 def _fill_rows(report: CompactReport, small: fx.GraphModule, positions: dict[str, int]) -> None:
@@ -254,8 +262,9 @@ def _fill_rows(report: CompactReport, small: fx.GraphModule, positions: dict[str
         if row.name in positions:
             m: Any = small.get_submodule(row.name)
             row.kind = type(m).__name__
-            row.shape_after = tuple((m.dense_weight() if hasattr(m, "to_dense") else m.weight).shape)
-            row.weights_after = m.weight.numel()
+            weights = _weights(m)
+            row.shape_after = tuple((m.dense_weight() if hasattr(m, "to_dense") else weights[0]).shape)
+            row.weights_after = sum(w.numel() for w in weights)
             row.macs_after = row.weights_after * positions[row.name]
     report.notes = {name: note for name, note in report.notes.items() if name in positions}
 

@@ -15,6 +15,7 @@ import numpy as np
 from torch import fx
 
 from .analysis import Analysis
+from .recurrent import Recurrent
 from .tracking import Ints, Layer, axes_of, given, operation, title
 
 # Rounds of giving back channels before everything in conflict stays: more than networks of any depth were seen to take.
@@ -60,6 +61,13 @@ def _round_up(analysis: Analysis, multiple: int) -> bool:
             row = keep if depthwise else per[per.any(1).argmax()]
             ids = layer.outs.ids if depthwise else layer.outs.ids.reshape(layer.groups, -1)[per.any(1).argmax()]
             analysis.give_back(ids[np.flatnonzero(~row)[:more]], f"{title(node)} is rounded to {multiple} filters")
+            changed = True
+    for node in analysis.recurrent:
+        ids = analysis.facts[node].ids[0, 0]  # the other layers and directions follow
+        keep = analysis.keep(ids)
+        more = min(-int(keep.sum()) % multiple, int((~keep).sum()))
+        if more and node in live:
+            analysis.give_back(ids[~keep][:more], f"{title(node)} is rounded to {multiple} units")
             changed = True
     return changed
 
@@ -107,7 +115,7 @@ class Layouts:
             if n in self.of and not np.array_equal(self.of[n].reshape(-1), np.arange(self.analysis.facts[n].ids.size)):
                 raise Conflict("takes all channels in their order")
 
-    def inputs(self, layer: Layer) -> Ints:
+    def inputs(self, layer: Layer | Recurrent) -> Ints:
         """The remaining input channels of a layer, in their order."""
         return self._get(layer.source).reshape(-1) if layer.direct else np.arange(layer.ins.ids.size)
 
@@ -131,6 +139,8 @@ class Layouts:
         facts = a.facts[node]
         if node in a.layers:
             return self.outputs(a.layers[node]).reshape([-1 if n > 1 else 1 for n in facts.ids.shape])
+        if node in a.recurrent:
+            return self._units(node)
         kind = a.edits.get(node)
         if kind in ("scores", "weighted", "attention"):
             return self._attention(node, kind)
@@ -157,6 +167,13 @@ class Layouts:
             source, positions, _ = a.sources[node][0]
             return self._inverse(positions, a.facts[source].ids.size)[a.moves[node](self._get(source))]
         return self._same_places(node)
+
+    def _units(self, node: fx.Node) -> Ints:
+        """[layers * directions, 1, n] the remaining units of a recurrent layer."""
+        keep = self.analysis.keep(self.analysis.facts[node].ids)
+        if len(set(keep.sum((1, 2)))) > 1:
+            raise Conflict("has layers of different sizes")
+        return np.flatnonzero(keep).reshape(len(keep), 1, -1)
 
     def _inverse(self, positions: Ints, n: int) -> Ints:
         where = np.full(n, -1)

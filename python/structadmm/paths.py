@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .analysis import Analysis
 from .errors import CompactError
+from .recurrent import fold as fold_recurrent
 from .symbolic import mode
 from .trace import as_inputs, clone, rebatch, tensors_in, trace
 from .tracking import filters
@@ -199,6 +200,9 @@ def fold(analysis: Analysis, root: nn.Module) -> None:
                     assert layer.shift == "new"
                     new = _on(delta, weight).to(weight.dtype)
                     m.bias = nn.Parameter(new, requires_grad=m.weight.requires_grad)
+    for node, recurrent in analysis.recurrent.items():
+        ins, units = (analysis.removed[facts.ids] for facts in (recurrent.ins, recurrent.outs))
+        fold_recurrent(root.get_submodule(str(node.target)), recurrent, ins, units, analysis.need[node])
     for node in (*analysis.norms, *analysis.affine):
         m = root.get_submodule(str(node.target))
         facts = analysis.facts[node]

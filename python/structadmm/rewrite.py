@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from .layout import Layouts
 from .nn import ChannelBias
-from .tracking import Layer, axes_of, given, operation
+from .recurrent import Recurrent, pieces
+from .tracking import Ints, Layer, axes_of, given, operation
 
 # Attributes by which modules count the channels of their parameters.
 _COUNTS = ("num_features", "num_channels", "num_parameters")
@@ -44,12 +45,18 @@ def cut(layouts: Layouts) -> dict[str, Kept]:
     analysis = layouts.analysis
     root = analysis.module
     kept: dict[str, Kept] = {}
+    m: Any
     for node, layer in analysis.layers.items():
         if node in layouts.of:
             _cut_layer(str(node.target), root.get_submodule(str(node.target)), layer, layouts, kept)
+    for node, recurrent in analysis.recurrent.items():
+        if node in layouts.of:
+            units = layouts.of[node][:, 0] % recurrent.outs.ids.shape[-1]
+            m = root.get_submodule(str(node.target))
+            _cut_recurrent(str(node.target), m, recurrent, layouts.inputs(recurrent), units, kept)
     for node in (*analysis.norms, *analysis.affine):
         if node in layouts.of:
-            m: Any = root.get_submodule(str(node.target))
+            m = root.get_submodule(str(node.target))
             order = layouts.of[node].reshape(-1)
             if order.size == analysis.facts[node].ids.size and np.array_equal(order, np.arange(order.size)):
                 continue
@@ -103,6 +110,15 @@ def _cut_layer(name: str, m: Any, layer: Layer, layouts: Layouts, kept: dict[str
         m.in_features, m.out_features = len(ins), len(outs)
     else:
         m.in_channels, m.out_channels, m.groups = len(ins), len(outs), len(groups)
+
+
+def _cut_recurrent(name: str, m: Any, layer: Recurrent, ins: Ints, units: Ints, kept: dict[str, Kept]) -> None:
+    if units.size == layer.outs.ids.size and np.array_equal(ins, np.arange(layer.ins.ids.size)):
+        return
+    for parameter, rows, columns in pieces(layer, ins, units):
+        _take(m, f"{name}.{parameter}", Kept(rows, columns), kept)
+    m.input_size, m.hidden_size = len(ins), units.shape[1]
+    m.flatten_parameters()
 
 
 def edit_graph(layouts: Layouts) -> None:

@@ -2,7 +2,7 @@
 
 Every channel of every tensor has an *id*, in an array that broadcasts against the tensor's shape: dimensions along
 which the channel does not change, the batch among them, have size 1. The rules for one family of operations each are in
-pointwise.py, movement.py and mixing.py; channels.py puts them together.
+pointwise.py, movement.py, mixing.py and recurrent.py; channels.py puts them together.
 """
 
 from __future__ import annotations
@@ -166,6 +166,9 @@ class Tracker:
         # Nodes without facts: the reason.
         self.why: dict[fx.Node, str] = {}
         self.layers: dict[fx.Node, Layer] = {}
+        # Recurrent layers (recurrent.py), and what they return of several states.
+        self.recurrent: dict[fx.Node, Any] = {}
+        self.states: set[fx.Node] = set()
         # BatchNorm -> its input; other modules with one set of parameters a channel -> the names of these.
         self.norms: dict[fx.Node, fx.Node] = {}
         self.affine: dict[fx.Node, tuple[str, ...]] = {}
