@@ -158,6 +158,18 @@ def test_a_unit_of_an_rnn_that_emits_its_bias(nonlinearity: str) -> None:
     assert small.rnn.hidden_size == H - 1 and small.b.in_features == H - 1
 
 
+def test_a_constant_unit_reads_the_constant_that_stays() -> None:
+    """Of inputs that are all constant one is left; a unit of which the bias alone is constant would not know it."""
+    model = filled(Net(nn.RNN))
+    with torch.no_grad():
+        model.a.weight.zero_()
+        model.rnn.weight_ih_l0[:, 0] = 0
+        model.rnn.weight_ih_l0[1, 0] = 1.0
+        model.rnn.weight_hh_l0[1] = 0
+    small = compacted(model, sequences(2), sequences(3, 4))
+    assert small.rnn.input_size == 1 and small.rnn.hidden_size == H
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_go(kind: type[nn.RNNBase], bias: bool) -> None:
