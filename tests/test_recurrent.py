@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 
 import structadmm as sa
 from random_graphs import zero_recurrent
+from structadmm import _core
+from structadmm.allowed import KINDS as LAYERS
+from structadmm.allowed import Refused
+from structadmm.errors import ArtefactError
 from structadmm.paths import report_of
 
 C, H, T = 6, 5, 7
@@ -151,6 +156,18 @@ def test_a_unit_of_an_rnn_that_emits_its_bias(nonlinearity: str) -> None:
         model.rnn.weight_hh_l0[:, 1] = 0
     small = compacted(model, sequences(2), sequences(3, 4))
     assert small.rnn.hidden_size == H - 1 and small.b.in_features == H - 1
+
+
+def test_a_constant_unit_reads_the_constant_that_stays() -> None:
+    """Of inputs that are all constant one is left; a unit of which the bias alone is constant would not know it."""
+    model = filled(Net(nn.RNN))
+    with torch.no_grad():
+        model.a.weight.zero_()
+        model.rnn.weight_ih_l0[:, 0] = 0
+        model.rnn.weight_ih_l0[1, 0] = 1.0
+        model.rnn.weight_hh_l0[1] = 0
+    small = compacted(model, sequences(2), sequences(3, 4))
+    assert small.rnn.input_size == 1 and small.rnn.hidden_size == H
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -364,3 +381,32 @@ def test_units_are_rounded_up() -> None:
     small = sa.compact(model, sequences(2), columns="never", round_to=4)
     assert small.rnn.hidden_size == 4
     assert any("rounded to 4 units" in why for why in small.report.notes["rnn"])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_files_hold_recurrent_layers(kind: type[nn.RNNBase], tmp_path: Path) -> None:
+    model = filled(Net(kind, num_layers=2, bidirectional=True, batch_first=False))
+    with torch.no_grad():
+        for p in model.rnn.parameters():
+            p[rows(model.rnn, 2)] = 0
+    small = sa.compact(model, sequences(2), columns="never")
+    path = tmp_path / "net.safetensors"
+    sa.save(small, path, example=sequences(2))
+    loaded = sa.load(path)
+    assert loaded.rnn.hidden_size == H - 1
+    with torch.no_grad():
+        assert torch.equal(loaded(sequences(3, 4)), small(sequences(3, 4)))
+    assert _core.why_not(path.read_bytes())["rnn"] is not None
+
+
+def test_files_hold_no_other_recurrent_layers(tmp_path: Path) -> None:
+    for model, why in ((nn.LSTM(C, H, proj_size=3), "proj_size got 3"), (nn.RNN(C, H), "RNN")):
+        with pytest.raises(ArtefactError, match=why):
+            sa.save(nn.Sequential(model), tmp_path / "net.safetensors", example=torch.randn(T, 2, C))
+    config = LAYERS["GRU"].read(nn.GRU(C, H, num_layers=2))
+    with pytest.raises(Refused, match="num_layers got 65, wanted at most 64"):
+        LAYERS["GRU"].check_config(config | {"num_layers": 65})
+    tensors = dict(nn.GRU(C, H, num_layers=2).state_dict())
+    LAYERS["GRU"].check_tensors(config, tensors)
+    with pytest.raises(Refused, match="weight_hh_l1 got"):
+        LAYERS["GRU"].check_tensors(config, tensors | {"weight_hh_l1": torch.zeros(3 * H, C)})

@@ -2,6 +2,7 @@
 #include "format/allowed.h"
 
 #include <algorithm>
+#include <string>
 
 namespace structadmm::format {
 namespace {
@@ -83,6 +84,23 @@ std::vector<Wanted> channel_bias(const Config& c) {
   return {{"bias", {whole(c, "channels")}}};
 }
 
+template <int kGates>
+std::vector<Wanted> recurrent(const Config& c) {
+  const int64_t h = whole(c, "hidden_size"), rows = kGates * h, directions = truth(c, "bidirectional") ? 2 : 1;
+  std::vector<Wanted> wanted;
+  for (int64_t layer = 0; layer < whole(c, "num_layers"); ++layer) {
+    for (int64_t d = 0; d < directions; ++d) {
+      const std::string suffix = "_l" + std::to_string(layer) + (d ? "_reverse" : "");
+      wanted.push_back({"weight_ih" + suffix, {rows, layer ? h * directions : whole(c, "input_size")}});
+      wanted.push_back({"weight_hh" + suffix, {rows, h}});
+      if (!truth(c, "bias")) continue;
+      wanted.push_back({"bias_ih" + suffix, {rows}});
+      wanted.push_back({"bias_hh" + suffix, {rows}});
+    }
+  }
+  return wanted;
+}
+
 std::vector<Field> conv_fields(int n) {
   return {{"in_channels", Type::kCount}, {"out_channels", Type::kCount}, {"kernel_size", Type::kSizes, n},
           {"stride", Type::kSizes, n},   {"padding", Type::kPadding, n}, {"dilation", Type::kSizes, n},
@@ -96,6 +114,9 @@ const std::vector<Field> kBatchNormFields = {{"num_features", Type::kCount},
                                              {"momentum", Type::kFloatOrNull},
                                              {"affine", Type::kBool},
                                              {"track_running_stats", Type::kBool}};
+const std::vector<Field> kRecurrentFields = {
+    {"input_size", Type::kCount}, {"hidden_size", Type::kCount},   {"num_layers", Type::kCount},  {"bias", Type::kBool},
+    {"batch_first", Type::kBool}, {"dropout", Type::kProbability}, {"bidirectional", Type::kBool}};
 const std::vector<Field> kInplace = {{"inplace", Type::kBool}};
 const std::vector<Field> kDropoutFields = {{"p", Type::kProbability}, {"inplace", Type::kBool}};
 
@@ -176,6 +197,8 @@ std::vector<LayerKind> make_kinds() {
       {"CompactConv2d", compact_conv, compact},
       {"CompactLinear", kLinearFields, compact},
       {"ChannelBias", {{"channels", Type::kCount}, {"dim", Type::kNatural}}, channel_bias},
+      {"LSTM", kRecurrentFields, recurrent<4>},
+      {"GRU", kRecurrentFields, recurrent<3>},
   };
 }
 

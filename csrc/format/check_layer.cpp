@@ -14,6 +14,8 @@ using VK = Value::Kind;
 
 // Sizes and counts stay below this, so that products of a few of them are far from overflow.
 constexpr int64_t kLimit = int64_t{1} << 31;
+// Of a recurrent module: its tensors are counted before any is looked for.
+constexpr int64_t kMaxLayers = 64;
 
 template <class... Parts>
 std::string text(const Parts&... parts) {
@@ -220,6 +222,9 @@ std::string wrong_config(const LayerKind& kind, const Config& config) {
   if (kind.name == "GroupNorm" && whole(config, "num_channels") % whole(config, "num_groups")) {
     return text("num_groups got ", whole(config, "num_groups"), ", wanted a divisor of ", whole(config, "num_channels"),
                 " channels");
+  }
+  if (config.contains("num_layers") && whole(config, "num_layers") > kMaxLayers) {
+    return text("num_layers got ", whole(config, "num_layers"), ", wanted at most ", kMaxLayers);
   }
   return "";
 }

@@ -249,6 +249,43 @@ def _pool(cls: type[nn.Module], n: int, average: bool) -> Kind:
     return Kind(cls, fields, fixed={} if average else {"return_indices": False})
 
 
+# Most layers of a recurrent module: its tensors are counted before any is looked for.
+_LAYERS = 64
+
+
+def _recurrent(cls: type[nn.Module], gates: int) -> Kind:
+    def tensors(c: Config) -> Shapes:
+        h = c["hidden_size"]
+        directions = ("", "_reverse") if c["bidirectional"] else ("",)
+        shapes: Shapes = {}
+        for layer in range(c["num_layers"]):
+            for suffix in (f"l{layer}{d}" for d in directions):
+                shapes[f"weight_ih_{suffix}"] = (gates * h, h * len(directions) if layer else c["input_size"])
+                shapes[f"weight_hh_{suffix}"] = (gates * h, h)
+                if c["bias"]:
+                    shapes[f"bias_ih_{suffix}"] = shapes[f"bias_hh_{suffix}"] = (gates * h,)
+        return shapes
+
+    fields = {
+        "input_size": COUNT,
+        "hidden_size": COUNT,
+        "num_layers": COUNT,
+        "bias": BOOL,
+        "batch_first": BOOL,
+        "dropout": PROBABILITY,
+        "bidirectional": BOOL,
+    }
+    return Kind(
+        cls,
+        fields,
+        tensors,
+        consistent=lambda c: (
+            f"num_layers got {c['num_layers']}, wanted at most {_LAYERS}" if c["num_layers"] > _LAYERS else None
+        ),
+        fixed={"proj_size": 0},
+    )
+
+
 def _plain(cls: type[nn.Module], **fields: Field) -> Kind:
     return Kind(cls, fields)
 
@@ -392,6 +429,8 @@ KINDS: dict[str, Kind] = {
             getters={"channels": lambda m: m.bias.numel()},
             make=lambda channels, dim: ChannelBias(torch.empty(channels), dim),
         ),
+        _recurrent(nn.LSTM, 4),
+        _recurrent(nn.GRU, 3),
     )
 }
 

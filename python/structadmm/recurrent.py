@@ -81,7 +81,7 @@ class Recurrent:
                         break
                     units |= read
                 hard[row] |= read & cell.const
-                into |= cell.reads[units & ~cell.const].any(0)
+                into |= cell.reads[units & ~cell.dead].any(0)  # constants too: an input that stays keeps its value
             stuck = into & facts.const & (facts.value != 0) & (not self.bias)
             if start:
                 need[start - self.directions : start] |= into.reshape(self.directions, -1)
