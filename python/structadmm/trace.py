@@ -24,6 +24,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from .errors import TraceError
+from .exported import exported
 from .plain import modules_for_functions
 from .symbolic import VIEWS, Ghost, Untraceable, culprit, defaults_of, first_line, mode, opaque, symbolic
 from .unpack import unpack
@@ -31,6 +32,9 @@ from .unpack import unpack
 # Shapes are propagated at this batch size, which no channel count, conv group or head count is likely to equal: a
 # reshape that mixes the batch with channels then shows.
 PROBE_BATCH = 3
+
+# The batch size of what torch.export runs on, whose guards are about this number: one that no other size equals.
+EXPORT_BATCH = 11
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -246,8 +250,10 @@ def _rebind_mutated(graph: fx.Graph, who: str) -> None:
             later = [u for u in users if u.target not in ("size", "dim", getattr)]
             if kind in VIEWS and later:
                 raise Untraceable(
-                    f"{who}: {node.name} got a view ({source.name}) to overwrite while {later[0].name} still uses "
-                    "what it is a view of, wanted an operation that is not in place"
+                    who,
+                    f"{node.name} got a view ({source.name}) to overwrite while {later[0].name} still uses what it is "
+                    "a view of",
+                    "an operation that is not in place",
                 )
 
 
@@ -296,15 +302,28 @@ _DROPOUTS: dict[Any, type[nn.Module]] = {
 }
 
 
-def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trace", unpacked: bool = False) -> Traced:
+# The front ends: torch.fx's own tracer, the one that knows shapes, and torch.export.
+VIAS = ("fx", "shapes", "export")
+
+
+def trace(
+    model: nn.Module,
+    example: Tensor | Sequence[Tensor],
+    who: str = "trace",
+    unpacked: bool = False,
+    via: str | None = None,
+) -> Traced:
     """Trace a copy of `model` on `example` (a tensor or a tuple of tensors, batch first, any batch size).
 
     The model is left as it is. Every module keeps its train/eval flag. Errors begin with `who`. unpacked: attention
-    modules of torch are taken apart where that works (unpack.py), under other names then.
+    modules of torch are taken apart where that works (unpack.py), under other names then. via: the only front end to
+    use, "fx", "shapes" or "export"; default: the first that follows forward, in this order.
 
-    Raises TraceError: the example does not fit the model's dtype or device; forward cannot be traced (the message names
-    the module and the source line); forward fails on the example.
+    Raises TraceError: the example does not fit the model's dtype or device; no front end follows forward (the message
+    names module, operator and source line at which torch.fx and torch.export stopped); forward fails on the example.
     """
+    if via is not None and via not in VIAS:
+        raise TraceError(f"{who}: via got {via!r}, wanted one of {', '.join(VIAS)}")
     for attribute in ("_orig_mod", "module"):
         inner = getattr(model, attribute, None)
         if type(model).__module__.startswith("torch.") and isinstance(inner, nn.Module):
@@ -313,37 +332,56 @@ def trace(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trac
     defaults = defaults_of(model, len(inputs), who)
     # Torch's own attention is taken apart if that can be traced; shapes are only known where they have to be, or where
     # parameters go into functions that torch.fx alone does not look into.
-    fallback: Traced | None = None
-    failure: TraceError | None = None
-    for apart in (True, False) if unpacked else (False,):
-        for shaped in (False, True):
-            try:
-                found = _attempt(model, inputs, defaults, who, apart, shaped)
-            except Untraceable as error:
-                failure = error
-                continue
-            if shaped or not opaque(found.module.graph):
-                return found
-            fallback = fallback or found
-        if fallback is not None:
-            return fallback
-    assert failure is not None
-    raise TraceError(str(failure)) from failure.__cause__
+    takes = unpacked and any(type(m) is nn.MultiheadAttention for m in model.modules())
+    failures: dict[str, Untraceable] = {}
+    for ways in (VIAS[:2], VIAS[2:]):
+        for apart in (True, False) if takes else (False,):
+            fallback: Traced | None = None
+            for way in ways:
+                if via not in (None, way):
+                    continue
+                try:
+                    found = _attempt(model, inputs, defaults, who, apart, way)
+                except Untraceable as error:
+                    failures[way] = error
+                    continue
+                if way != "fx" or via is not None or not opaque(found.module.graph):
+                    return found
+                fallback = fallback or found
+            if fallback is not None:
+                return fallback
+    raise _all_failed(who, failures)
+
+
+def _all_failed(who: str, failures: dict[str, Untraceable]) -> TraceError:
+    """One error that says where each front end stopped."""
+    first = failures.get("shapes") or next(iter(failures.values()))
+    other = failures.get("export")
+    message = str(first)
+    if other is not None and other is not first:
+        message = f"{who}: {first.got}; and by torch.export {other.got}; wanted {first.wanted}"
+    error = TraceError(message)
+    error.__cause__ = first.__cause__
+    return error
 
 
 def _attempt(
-    model: nn.Module, inputs: tuple[Tensor, ...], defaults: dict[str, Any], who: str, apart: bool, shaped: bool
+    model: nn.Module, inputs: tuple[Tensor, ...], defaults: dict[str, Any], who: str, apart: bool, way: str
 ) -> Traced:
     notes = [f"{name}: its hooks are not part of the traced network" for name in hooked(model)]
     root = clone(model)
     for module in root.modules():  # what is left are hooks of the user's; the note says that they are gone
         for kind in _HOOKS:
             getattr(module, kind).clear()
-    if apart and not unpack(root):
-        apart = False
-    probes = [rebatch(inputs, PROBE_BATCH), rebatch(inputs, PROBE_BATCH + 2)]
-    graph, training = symbolic(root, probes if shaped else None, defaults, who)
-    if shaped:
+    if apart:
+        unpack(root)
+    if way == "export":
+        graph, training, more = exported(root, rebatch(inputs, EXPORT_BATCH), who)
+        notes += more
+    else:
+        probes = [rebatch(inputs, PROBE_BATCH), rebatch(inputs, PROBE_BATCH + 2)]
+        graph, training = symbolic(root, probes if way == "shapes" else None, defaults, who)
+    if way != "fx":
         notes.append("forward computes with shapes: the traced network takes inputs of the example's size, any batch")
     modules_for_functions(root, graph, training)
     for g in (graph, training):
