@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import io
 import logging
 import operator
 import warnings
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -63,6 +64,7 @@ _FUNCTIONAL |= {f"conv{n}d" for n in (1, 2, 3)} | {f"conv_transpose{n}d" for n i
 _FUNCTIONAL |= {"scaled_dot_product_attention", "selu", "celu", "hardshrink", "channel_shuffle"}
 _OPERATORS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv}
 _OTHER_NAMES = {"log_sigmoid": "logsigmoid", "_unsafe_view": "reshape", "split_with_sizes": "split"}
+_NEW = {f"aten::new_{kind}" for kind in ("zeros", "ones", "full", "empty")}
 _FOREVER = 2**63 - 1
 # Operations whose result shares memory with their first argument.
 _VIEWS = {"view", "reshape", "flatten", "slice", "select", "transpose", "permute", "squeeze", "unsqueeze", "expand"}
@@ -144,44 +146,67 @@ class _Made:
     fields: dict[str, Any]
 
 
-def exported(root: nn.Module, inputs: Sequence[Tensor], who: str) -> tuple[fx.Graph, fx.Graph, list[str]]:
+def exported(
+    root: nn.Module, inputs: Sequence[Tensor], probe: Sequence[Tensor], who: str
+) -> tuple[fx.Graph, fx.Graph, list[str]]:
     """Graphs of the network in evaluation and in training, over the modules of `root`, and notes.
 
-    inputs: at a batch size that no other size of the network equals. Raises Untraceable with the operator and the
+    inputs: the example. probe: the same at a batch size that no other size of the network equals. Raises Untraceable with the operator and the
     source line where torch.export stops, or with the operation that can't be said in terms of torch.fx.
     """
-    graphs, notes = [], []
+    graphs, notes, dynamic = [], [], _dynamic(probe)
+    programs: list[tuple[ExportedProgram, Any]] = []
     for training in (False, True):
-        watch, found = _Watch(), list[Any]()
-        flat = _Flat(root, found, watch)
+        watch = _Watch()
         try:
-            with mode(root, training), _leaves(root), warnings.catch_warnings(), _quiet():
-                warnings.simplefilter("ignore")
-                program = torch.export.export(flat, tuple(inputs), dynamic_shapes=_dynamic(inputs), strict=False)
-            graphs.append(_Translation(root, program, found[0], inputs, training).graph)
+            programs.append(_program(root, probe, training, watch, dynamic))
+            if dynamic is not None and not _any_batch(programs[-1][0]):  # forward asks for the batch as a number
+                programs[-1] = _program(root, inputs, training, watch, None)
+            graphs.append(_Translation(root, *programs[-1], len(inputs)).graph)
         except Exception as error:
-            if training:  # evaluation went through: dropout still obeys the mode
+            if training:
                 notes.append(f"forward can't be followed in training mode ({type(error).__name__}{_place(error)})")
-                graphs.append(_Translation(root, last, template, inputs, True).graph)
+                graphs.append(_Translation(root, *programs[0], len(inputs), trains=True).graph)
                 break
             raise Untraceable(who, _stop(root, error, watch), FOLLOWED) from error
-        last, template = program, found[0]
     return graphs[0], graphs[1], notes
 
 
+def _program(
+    root: nn.Module, inputs: Sequence[Tensor], training: bool, watch: _Watch, dynamic: Any
+) -> tuple[ExportedProgram, Any]:
+    """The exported network, and the template of its output."""
+    found: list[Any] = []
+    with mode(root, training), _leaves(root), _quiet():
+        flat = _Flat(root, found, watch)
+        program = torch.export.export(flat, tuple(inputs), dynamic_shapes=dynamic, strict=False)
+    return program, found[0]
+
+
+def _any_batch(program: ExportedProgram) -> bool:
+    """Whether the sizes of the batch are open."""
+    names = {s.arg.name for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT}
+    inputs = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
+    sizes = [n.meta["val"].shape[0] for n in inputs]
+    return all(isinstance(n, torch.SymInt) and n.node.maybe_as_int() is None for n in sizes)
+
+
 def _dynamic(inputs: Sequence[Tensor]) -> Any:
+    """torch.export's word for: dimension 0 of all inputs is the batch, and open. None where they have no batch."""
     common = len({t.shape[0] if t.dim() else -1 for t in inputs}) == 1 and inputs[0].dim() > 0
-    return (tuple({0: Dim.AUTO} if common else None for _ in inputs),)
+    return (tuple({0: Dim.AUTO} for _ in inputs),) if common else None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch logs what it raises."""
+    """torch logs and prints what it raises."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
 
@@ -239,6 +264,8 @@ def _stop(root: nn.Module, error: BaseException, watch: _Watch) -> str:
         if path:
             break
     name = f"{path} ({type(module).__name__})" if path else type(module).__name__
+    if isinstance(error, _Unsaid):
+        return f"{type(root).__name__} got {error}"
     during = f" in {watch.last}" if watch.last else ""
     return f"{name} got {type(error).__name__}{during}{_place(error)}: {first_line(error)}"
 
@@ -247,9 +274,10 @@ class _Translation:
     """An exported program as a graph over the modules of `root`."""
 
     def __init__(
-        self, root: nn.Module, program: ExportedProgram, template: Any, inputs: Sequence[Tensor], training: bool
+        self, root: nn.Module, program: ExportedProgram, template: Any, n_inputs: int, trains: bool = False
     ) -> None:
-        self.root, self.program, self.inputs, self.training = root, program, inputs, training
+        self.root, self.program = root, program
+        self.trains = trains  # functional dropout drops, whatever the program says
         self.graph = fx.Graph()
         # The value of every ATen node; after an operation in place, what it left there.
         self.env: dict[fx.Node, Any] = {}
@@ -264,13 +292,13 @@ class _Translation:
             for name, t in (*m._parameters.items(), *m._buffers.items()):
                 if t is not None:
                     self.owners.setdefault(id(t), []).append(f"{path}.{name}" if path else name)
-        self._placeholders(program)
+        self._placeholders(program, n_inputs)
         self._nodes(program.graph, program.graph_module)
         self._output(program, template)
 
-    def _placeholders(self, program: ExportedProgram) -> None:
+    def _placeholders(self, program: ExportedProgram, n_inputs: int) -> None:
         lifted = {}
-        names = iter(_names(self.root, len(self.inputs)))
+        names = iter(_names(self.root, n_inputs))
         for spec in program.graph_signature.input_specs:
             lifted[getattr(spec.arg, "name", "")] = spec
         for node in program.graph.nodes:
@@ -280,17 +308,16 @@ class _Translation:
             if spec.kind is InputKind.USER_INPUT:
                 self.env[node] = self.graph.placeholder(next(names))
             elif spec.target is not None:
-                self.env[node] = _Stored(self._stored(spec.target))
+                self.env[node] = self._stored(spec.target)
 
-    def _stored(self, target: str) -> Any:
-        path = target.removeprefix("network.")
+    def _stored(self, target: str) -> _Stored:
         value: Any = self.root
         try:
-            for part in path.split("."):
+            for part in target.removeprefix("network.").split("."):
                 value = getattr(value, part)
-            return value
-        except AttributeError:
-            return self.program.constants[target]
+            return _Stored(value)
+        except AttributeError:  # a constant in the code of forward
+            return _Stored(self.program.constants[target].clone(), constant=True)
 
     def _read(self, value: Any, node: fx.Node) -> Any:
         """An argument as a node of the new graph; parameters by the name that the calling module has for them."""
@@ -301,13 +328,18 @@ class _Translation:
         home = self._home(node)
         here = next((n for n in names if home is not None and n.rpartition(".")[0] == home), None)
         name = here or (names[0] if names else None)
-        if name is None:
-            number = 0
-            while hasattr(self.root, name := f"constant_{number}"):
-                number += 1
-            self.root.register_buffer(name, t, persistent=True)
-            self.owners[id(t)] = [name]
-        return self.graph.get_attr(name)
+        return self.graph.get_attr(self._constant(t) if name is None else name)
+
+    def _constant(self, t: Tensor) -> str:
+        """The name of a buffer with these values: those that the network's other mode made, or a new one."""
+        number = 0
+        while hasattr(self.root, name := f"constant_{number}"):
+            known = getattr(self.root, name)
+            if isinstance(known, Tensor) and known.dtype == t.dtype and torch.equal(known, t):
+                return name
+            number += 1
+        self.root.register_buffer(name, t.detach().clone())
+        return name
 
     def _home(self, node: fx.Node) -> str | None:
         """The path of the module that did an operation."""
@@ -334,11 +366,18 @@ class _Translation:
     def _call(self, node: fx.Node) -> None:
         target: Any = node.target
         if not isinstance(target, OpOverload):
-            if "wrap_with_set_grad_enabled" in str(target):
+            if str(target) == "wrap_with_set_grad_enabled":
                 self._inside(node, node.args[1], node.args[2:])
                 return
-            if type(target).__module__.startswith("torch._higher_order_ops"):
-                raise NotImplementedError(f"{target} is not followed{_line(node)}")
+            if str(target) == "wrap_with_autocast" and not node.args[2]:  # a block without autocast
+                self._inside(node, node.args[4], node.args[5:])
+                return
+            if isinstance(target, HigherOrderOperator):
+                raise _Unsaid(f"{target}{_line(node)}: not followed")
+            if target is operator.getitem and isinstance(found := self.env[node.args[0]], (list, _Stored)):
+                value = found.value if isinstance(found, _Stored) else found
+                self.env[node] = value[node.args[1]] if isinstance(found, list) else _Stored(value[node.args[1]], True)
+                return
             self._emit(node, target, *self._mapped(node, (node.args, node.kwargs)))
             return
         name = target._schema.name.partition("::")[2]
@@ -351,12 +390,41 @@ class _Translation:
             x, path = node.args
             self._emit(node, str(path), (self._mapped(node, x),), {}, "call_module")
             return
+        if self._folded(node, target):
+            return
         named = self._arguments(node, target)
         if name.endswith("_") and target._schema.is_mutable:
             self._in_place(node, name, target, named)
             return
         self._view(node, name, named)
+        if name == "slice" and _slice(named) == slice(None):
+            self.env[node] = self.env[named["self"]]
+            return
+        layer = self._layer(node, name, named)
+        if layer is not None:
+            x = named["indices"] if name == "embedding" else named.get("input", named.get("self"))
+            self._emit(node, layer, (self._mapped(node, x),), {}, "call_module")
+            return
         self._emit(node, *self._said(node, name, target, self._mapped(node, named)))
+
+    def _folded(self, node: fx.Node, target: OpOverload) -> bool:
+        """Constants made of constants are computed, in place too, as torch.fx's tracers do."""
+        sources = [self.env.get(n) for n in node.all_input_nodes]
+        constant = all(isinstance(s, _Stored) and s.constant for s in sources)
+        name = target._schema.name
+        if torch.Tag.nondeterministic_seeded in target.tags or target.namespace != "aten":
+            return False
+        args, kwargs = node.args, node.kwargs
+        if name in _NEW and len(sources) == 1:  # of the first argument only its type counts
+            like = node.meta["val"]
+            args = (torch.empty(0, dtype=like.dtype, device=like.device), *node.args[1:])
+        elif not constant:
+            return False
+        args, kwargs = fx.node.map_arg((args, kwargs), lambda n: self.env[n].value)
+        with torch.no_grad():
+            found = target(*args, **kwargs)
+        self.env[node] = _Stored(found, constant=True)
+        return True
 
     def _inside(self, node: fx.Node, body: Any, operands: Any) -> None:
         """The operations of a block, such as that of torch.no_grad."""
@@ -379,9 +447,6 @@ class _Translation:
         return fx.node.map_arg(value, lambda n: self._read(self.env[n], node))
 
     def _emit(self, node: fx.Node, target: Any, args: Any, kwargs: Any = None, op: str = "") -> None:
-        if target is operator.getitem and isinstance(args[0], list):
-            self.env[node] = args[0][args[1]]
-            return
         op = op or ("call_method" if isinstance(target, str) else "call_function")
         new = self.graph.create_node(op, target, tuple(args), kwargs or {}, name=node.name)
         if node.meta.get("stack_trace"):
@@ -414,8 +479,9 @@ class _Translation:
     def _in_place(self, node: fx.Node, name: str, target: OpOverload, a: dict[str, Any]) -> None:
         """The operation as one that is not, whose result all that comes after sees in the tensor's place."""
         destination = a["self"]
-        if isinstance(self.env[destination], _Stored):  # a counter, a running value: nothing that evaluation reads
-            self.env[node] = self.env[destination]
+        stored = self.env[destination]
+        if isinstance(stored, _Stored) and not stored.constant:  # a counter, a running value: nothing that evaluation reads
+            self.env[node] = stored
             return
         mapped = self._mapped(node, a)
         if name in ("copy_", "fill_", "zero_"):
@@ -437,12 +503,12 @@ class _Translation:
         if base is not destination:
             later = [u for u in base.users if self.order.get(u, -1) > now]
             if index_of is None and later:
-                raise NotImplementedError(f"{name} overwrites a view of a tensor that is used later{_line(node)}")
+                raise _Unsaid(f"{name}{_line(node)}: overwrites a view of a tensor that is used later")
             if later or base.op == "placeholder":
                 self._put(node, base, index_of, new)
         for view, (origin, _) in self.views.items():
             if origin is base and view not in chain and any(self.order.get(u, -1) > now for u in view.users):
-                raise NotImplementedError(f"{name} overwrites a tensor of which a view is used later{_line(node)}")
+                raise _Unsaid(f"{name}{_line(node)}: overwrites a tensor of which a view is used later")
         self.env[destination] = self.env[node] = new
 
     def _put(self, node: fx.Node, base: fx.Node, index: list[Any], value: Any) -> None:
@@ -456,18 +522,11 @@ class _Translation:
 
     def _said(self, node: fx.Node, name: str, target: OpOverload, a: dict[str, Any]) -> tuple[Any, ...]:
         """Target, positional and keyword arguments, and the kind of node where it is none of a function or method."""
-        home = self._home(node)
-        layer = self.root.get_submodule(home) if home is not None else None
-        if layer is not None and type(layer) in _LAYERS.get(name, ()) and self._own(layer, node):
-            x = a.get("input", a.get("indices")) if name in ("embedding",) else a.get("input", a.get("self"))
-            padded = getattr(layer, "padding_mode", "zeros") == "zeros"
-            turned = tuple(a["output_padding"]) == layer.output_padding if "transpose" in name else True  # type: ignore
-            rescaled = getattr(layer, "max_norm", None) is not None
-            if padded and turned and not rescaled and isinstance(x, fx.Node):
-                return home, (x,), {}, "call_module"
-        if name == "feature_dropout":
-            function = {3: F.dropout1d, 5: F.dropout3d}.get(node.meta["val"].dim(), F.dropout2d)
-            return function, (a["input"], a["p"], a["train"]), {}
+        if name in ("dropout", "feature_dropout", "alpha_dropout"):
+            function: Any = F.alpha_dropout if name == "alpha_dropout" else F.dropout
+            if name == "feature_dropout":
+                function = {3: F.dropout1d, 5: F.dropout3d}.get(node.meta["val"].dim(), F.dropout2d)
+            return function, (a["input"], a["p"], a["train"] or self.trains), {}
         special = _SAID.get(name)
         if special is not None:
             found = special(a)
@@ -491,11 +550,19 @@ class _Translation:
             kwargs.pop("layout")
         return self._function(name, target), tuple(args), kwargs
 
-    def _own(self, layer: nn.Module, node: fx.Node) -> bool:
-        """Whether all parameters that go into an operation are the layer's."""
+    def _layer(self, node: fx.Node, name: str, a: dict[str, Any]) -> str | None:
+        """The path of the module of torch.nn whose forward is this operation, and nothing else."""
+        home = self._home(node)
+        layer: Any = self.root.get_submodule(home) if home else None
+        if type(layer) not in _LAYERS.get(name, ()):
+            return None
         own = {id(t) for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))}
         stored = [self.env[n] for n in node.all_input_nodes if isinstance(self.env.get(n), _Stored)]
-        return all(id(s.value) in own for s in stored)
+        if not all(id(s.value) in own for s in stored) or getattr(layer, "padding_mode", "zeros") != "zeros":
+            return None
+        if "transpose" in name and tuple(a["output_padding"]) != layer.output_padding:
+            return None
+        return None if getattr(layer, "max_norm", None) is not None else home
 
     def _function(self, name: str, target: OpOverload) -> Any:
         name = _OTHER_NAMES.get(name, name)
@@ -540,9 +607,14 @@ def _names(root: nn.Module, count: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stored:
-    """A parameter, buffer or constant."""
+    """A parameter, buffer or other tensor of the network; or a constant, which is known as it is."""
 
     value: Any
+    constant: bool = False
+
+
+class _Unsaid(Exception):
+    """An operation that can't be said in terms of torch.fx."""
 
 
 def _slots(template: Any) -> int:
@@ -626,10 +698,6 @@ def _pool(function: Callable[..., Any]) -> Callable[[dict[str, Any]], tuple[Any,
     return said
 
 
-def _dropout(a: dict[str, Any]) -> tuple[Any, ...]:
-    return F.dropout, (a["input"], a["p"], a["train"]), {}
-
-
 def _upsample(how: str) -> Callable[[dict[str, Any]], tuple[Any, ...] | None]:
     def said(a: dict[str, Any]) -> tuple[Any, ...] | None:
         if "scale_factors" not in a:
@@ -664,8 +732,6 @@ _SAID: dict[str, Callable[[dict[str, Any]], tuple[Any, ...] | None]] = {
     "layer_norm": _first(F.layer_norm, "input", "normalized_shape", "weight", "bias", "eps"),
     "group_norm": _first(F.group_norm, "input", "num_groups", "weight", "bias", "eps"),
     "embedding": _first(F.embedding, "indices", "weight"),
-    "dropout": _dropout,
-    "alpha_dropout": lambda a: (F.alpha_dropout, (a["input"], a["p"], a["train"]), {}),
     "constant_pad_nd": lambda a: (F.pad, (a["self"], tuple(a["pad"]), "constant", a["value"]), {}),
     "pad": lambda a: (F.pad, (a["self"], tuple(a["pad"]), a["mode"], a["value"]), {}),
     "softmax": lambda a: (torch.softmax, (a["self"], a["dim"]), {"dtype": a["dtype"]} if a.get("dtype") else {}),

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from .errors import TraceError
 from .exported import exported
 from .plain import modules_for_functions
-from .symbolic import VIEWS, Ghost, Untraceable, culprit, defaults_of, first_line, mode, opaque, symbolic
+from .symbolic import FOLLOWED, VIEWS, Ghost, Untraceable, culprit, defaults_of, first_line, mode, opaque, symbolic
 from .unpack import unpack
 
 # Shapes are propagated at this batch size, which no channel count, conv group or head count is likely to equal: a
@@ -376,7 +376,7 @@ def _attempt(
     if apart:
         unpack(root)
     if way == "export":
-        graph, training, more = exported(root, rebatch(inputs, EXPORT_BATCH), who)
+        graph, training, more = exported(root, inputs, rebatch(inputs, EXPORT_BATCH), who)
         notes += more
     else:
         probes = [rebatch(inputs, PROBE_BATCH), rebatch(inputs, PROBE_BATCH + 2)]
@@ -405,10 +405,12 @@ def _attempt(
             assert error is not None
             node = failed.node
             where = f"{node.target} " if node is not None and node.op == "call_module" else ""
-            failure = TraceError(
-                f"{who}: {where}got {type(error).__name__}{culprit(error)}: {first_line(error)}; "
-                f"wanted an example that the network takes, got shapes {', '.join(str(tuple(t.shape)) for t in inputs)}"
-            )
+            got = f"{where}got {type(error).__name__}{culprit(error)}: {first_line(error)}"
+            if way == "export":
+                failure = Untraceable(who, got, FOLLOWED)
+            else:
+                shown = ", ".join(str(tuple(t.shape)) for t in inputs)
+                failure = TraceError(f"{who}: {got}; wanted an example that the network takes, got shapes {shown}")
             failure.__cause__ = error
             continue
         batch = probe[0].shape[0] if probe[0].dim() else 1
