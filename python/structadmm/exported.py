@@ -480,7 +480,9 @@ class _Translation:
         """The operation as one that is not, whose result all that comes after sees in the tensor's place."""
         destination = a["self"]
         stored = self.env[destination]
-        if isinstance(stored, _Stored) and not stored.constant:  # a counter, a running value: nothing that evaluation reads
+        if (
+            isinstance(stored, _Stored) and not stored.constant
+        ):  # a counter, a running value: nothing that evaluation reads
             self.env[node] = stored
             return
         mapped = self._mapped(node, a)

@@ -287,11 +287,14 @@ def defaults_of(model: nn.Module, n_inputs: int, who: str) -> dict[str, Any]:
 
 
 class Untraceable(TraceError):
-    """A forward that a tracer can't follow; `got` is the part of the message that says where it stopped."""
+    """A forward that a tracer can't follow.
 
-    def __init__(self, who: str, got: str, wanted: str) -> None:
+    got: the part of the message that says where it stopped. endless: no other tracer should try.
+    """
+
+    def __init__(self, who: str, got: str, wanted: str, endless: bool = False) -> None:
         super().__init__(f"{who}: {got}; wanted {wanted}")
-        self.got, self.wanted = got, wanted
+        self.got, self.wanted, self.endless = got, wanted, endless
 
 
 def symbolic(
@@ -322,7 +325,7 @@ def symbolic(
         module = model.get_submodule(path)
         name = f"{path} ({type(module).__name__})" if path else type(module).__name__
         got = f"{name} got {type(error).__name__}{culprit(error)}: {first_line(error)}"
-        raise Untraceable(who, got, FOLLOWED) from error
+        raise Untraceable(who, got, FOLLOWED, tracer is not None and tracer.count > MAX_NODES) from error
     return graphs[0], graphs[1]
 
 

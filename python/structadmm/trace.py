@@ -118,8 +118,11 @@ def hooked(model: nn.Module) -> list[str]:
     return found
 
 
-def as_inputs(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trace") -> tuple[Tensor, ...]:
-    """The example as a tuple of tensors, checked against the model's dtype and device. Raises TraceError."""
+def as_inputs(
+    model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "trace", argument: str = "example"
+) -> tuple[Tensor, ...]:
+    """The example as a tuple of tensors, checked against the model's dtype and device; errors call it `argument`.
+    Raises TraceError."""
     inputs = (example,) if isinstance(example, Tensor) else example
     if not isinstance(inputs, (tuple, list)) or not inputs or not all(isinstance(t, Tensor) for t in inputs):
         kind = (
@@ -127,13 +130,13 @@ def as_inputs(model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "
             if not isinstance(example, (tuple, list))
             else f"({', '.join(type(t).__name__ for t in example)})"
         )
-        raise TraceError(f"{who}: example got {kind}, wanted a tensor or a tuple of tensors")
+        raise TraceError(f"{who}: {argument} got {kind}, wanted a tensor or a tuple of tensors")
     named = next(((n, p) for n, p in model.named_parameters() if p.is_floating_point()), None)
     for i, t in enumerate(inputs):
         if named is None:
             break
         name, p = named
-        which = "example" if len(inputs) == 1 else f"example[{i}]"
+        which = argument if len(inputs) == 1 else f"{argument}[{i}]"
         if t.device != p.device:
             raise TraceError(f"{who}: {which} got a tensor on {t.device}, wanted {p.device} as {name}")
         if t.is_floating_point() and t.dtype != p.dtype:
@@ -344,6 +347,8 @@ def trace(
                     found = _attempt(model, inputs, defaults, who, apart, way)
                 except Untraceable as error:
                     failures[way] = error
+                    if error.endless:
+                        raise TraceError(str(error)) from error.__cause__
                     continue
                 if way != "fx" or via is not None or not opaque(found.module.graph):
                     return found
