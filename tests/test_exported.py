@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import pickle
 import sys
@@ -106,7 +107,7 @@ class Stated(Base):
     """A class for the output, and state that forward leaves behind."""
 
     def forward(self, x: Tensor) -> Out:
-        assert type(x) is Tensor or isinstance(x, nn.Parameter) or isinstance(x, Tensor)
+        assert isinstance(x, Tensor)
         y = self.head(x)
         return Out(self.tail(y), (y.mean((2, 3)),))
 
@@ -185,34 +186,59 @@ OPERATIONS: dict[str, Any] = {
     "arithmetic": lambda y: (2 - y) / 3 + y * y - torch.add(y, y, alpha=2) ** 2,
     "division": lambda y: torch.div(y, 0.3, rounding_mode="floor") + y // 2 + y % 3,
     "activations": lambda y: F.relu6(F.gelu(F.silu(y), approximate="tanh")) + F.logsigmoid(F.hardswish(y)) + F.selu(y),
-    "more activations": lambda y: F.leaky_relu(y, 0.2) + F.elu(y, 0.5) + F.hardtanh(y, -2, 2) + F.softplus(y) + F.mish(y),
+    "more activations": lambda y: (
+        F.leaky_relu(y, 0.2) + F.elu(y, 0.5) + F.hardtanh(y, -2, 2) + F.softplus(y) + F.mish(y)
+    ),
     "glu": lambda y: F.glu(y, 1),
-    "pools": lambda y: F.max_pool2d(y, 2) + F.avg_pool2d(y, 2) + F.adaptive_avg_pool2d(y, 3) + F.adaptive_max_pool2d(y, 3),
-    "padded pools": lambda y: F.avg_pool2d(y, 3, 2, 1, count_include_pad=False) + F.max_pool2d(y, 3, 2, 1, ceil_mode=True)[..., :3, :3],
+    "pools": lambda y: (
+        F.max_pool2d(y, 2) + F.avg_pool2d(y, 2) + F.adaptive_avg_pool2d(y, 3) + F.adaptive_max_pool2d(y, 3)
+    ),
+    "padded pools": lambda y: (
+        F.avg_pool2d(y, 3, 2, 1, count_include_pad=False) + F.max_pool2d(y, 3, 2, 1, ceil_mode=True)[..., :3, :3]
+    ),
     "indices": lambda y: F.max_pool2d(y, 2, return_indices=True),
-    "resizing": lambda y: F.interpolate(y, scale_factor=2) + F.interpolate(y, (12, 12), mode="bilinear", align_corners=True),
-    "bicubic": lambda y: F.interpolate(y, scale_factor=2, mode="bicubic") + F.interpolate(y, scale_factor=2, mode="nearest-exact"),
+    "resizing": lambda y: (
+        F.interpolate(y, scale_factor=2) + F.interpolate(y, (12, 12), mode="bilinear", align_corners=True)
+    ),
+    "bicubic": lambda y: (
+        F.interpolate(y, scale_factor=2, mode="bicubic") + F.interpolate(y, scale_factor=2, mode="nearest-exact")
+    ),
     "pads": lambda y: F.pad(y, (1, 2, 0, 1), value=2.0)[..., 1:, :] + F.pad(y, (1, 2, 0, 0), mode="reflect"),
-    "shapes": lambda y: y.view(y.size(0), 2, 4, -1).permute(0, 2, 1, 3).flatten(1, 2).reshape(-1, 8, 6, 6).transpose(1, 3),
+    "shapes": lambda y: (
+        y.view(y.size(0), 2, 4, -1).permute(0, 2, 1, 3).flatten(1, 2).reshape(-1, 8, 6, 6).transpose(1, 3)
+    ),
     "splits": lambda y: (y.split(3, 1), y.chunk(2, -1), y.unbind(2), torch.split(y, [1, 7], 1), y.tensor_split(3, 1)),
     "joins": lambda y: (torch.cat([y, y[:, :2]], 1), torch.stack((y, y), -1), torch.cat((y, y), dim=-2)),
     "slices": lambda y: y[:, 1:-1, ::2, 3] + y.select(1, 2)[:, None, ::2, 1] + y.narrow(1, 0, 1)[:, :, :3, -1],
     "squeezes": lambda y: y.unsqueeze(1).squeeze(1).mean(1, keepdim=True).squeeze(1).unflatten(1, (2, 3)),
-    "expands": lambda y: y.mean((2, 3), keepdim=True).expand(-1, -1, 6, 6) + y.mean(0).expand_as(y) + y.amax(1, True).repeat(1, 8, 1, 1),
+    "expands": lambda y: (
+        y.mean((2, 3), keepdim=True).expand(-1, -1, 6, 6) + y.mean(0).expand_as(y) + y.amax(1, True).repeat(1, 8, 1, 1)
+    ),
     "sums": lambda y: (y.sum(), y.sum(1), y.mean(), y.std((1, 2)), y.norm(dim=1), y.argmax(1), y.cumsum(2), y.sort(1)),
     "products": lambda y: (y @ y.mT, torch.einsum("bchw,bdhw->bcd", y, y), torch.bmm(y.flatten(2), y.flatten(2).mT)),
-    "attention": lambda y: F.scaled_dot_product_attention(y, y * 2, y + 1, is_causal=True, scale=0.3).softmax(-1).log_softmax(1),
-    "shuffles": lambda y: (F.pixel_shuffle(y, 2), F.pixel_unshuffle(y, 2), F.channel_shuffle(y, 4), y.roll(1, 2).flip(1)),
+    "attention": lambda y: (
+        F.scaled_dot_product_attention(y, y * 2, y + 1, is_causal=True, scale=0.3).softmax(-1).log_softmax(1)
+    ),
+    "shuffles": lambda y: (
+        F.pixel_shuffle(y, 2),
+        F.pixel_unshuffle(y, 2),
+        F.channel_shuffle(y, 4),
+        y.roll(1, 2).flip(1),
+    ),
     "types": lambda y: y.double().to(torch.float32).type_as(y).contiguous(memory_format=torch.channels_last),
-    "choices": lambda y: torch.where(y > 0, y, torch.zeros(())) + y.masked_fill(y < 0, 1.0) + torch.maximum(y, y.abs().neg()),
+    "choices": lambda y: (
+        torch.where(y > 0, y, torch.zeros(())) + y.masked_fill(y < 0, 1.0) + torch.maximum(y, y.abs().neg())
+    ),
     "sizes": lambda y: y.reshape(y.shape[0] * 2, -1).sum(1).view(y.size(0), 2) * y.shape[0] / y.shape[-1],
     "sizes as output": lambda y: {"rows": y.shape[0] * 2, "y": [y, None, "name", 3], "shape": y.shape},
-    "factories": lambda y: y + torch.ones(y.shape[0], 1, 1, 1) + torch.linspace(0, 1, 6) + torch.eye(6) + torch.tensor([2.0]),
+    "factories": lambda y: (
+        y + torch.ones(y.shape[0], 1, 1, 1) + torch.linspace(0, 1, 6) + torch.eye(6) + torch.tensor([2.0])
+    ),
     "mask": masked,
     "overwritten": overwritten,
     "indexed": indexed,
     "normalise": lambda y: F.normalize(y, dim=1) + F.layer_norm(y, (6, 6)) + F.group_norm(y, 2) + F.instance_norm(y),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -430,7 +456,7 @@ def test_endless_networks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def left(monkeypatch: pytest.MonkeyPatch, model: nn.Module, x: Tensor, via: str) -> tuple[dict[str, Any], Any]:
     """What is left of every layer, and the report."""
-    module = sys.modules["structadmm.compact"]
+    module = importlib.import_module("structadmm.compact")  # the package has a function of this name
     with monkeypatch.context() as patch:
         patch.setattr(module, "trace", functools.partial(trace, via=via))
         # Networks with random weights multiply rounding errors; this is about what goes.

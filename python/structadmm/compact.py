@@ -136,15 +136,15 @@ def compact(
 ) -> fx.GraphModule:
     """A smaller network that computes what `model` computes in eval mode, zeros used up.
 
-    model: any module that torch.fx or torch.export follows, with zeros in its weights, however they came. It is left as it is. example:
-    a tensor or a tuple of tensors as the model takes them, batch first; the result takes any batch size. columns: what
-    becomes of zero columns and block-columns that remain in the smaller layers. "auto": CompactConv2d or CompactLinear
-    where
-        the stored density is at most 0.8 and there is enough work; "always": wherever a column is zero; "never":
-    ordinary layers only. verify: compare with `model` in eval mode on random inputs of the example's shape, at another
-    batch size; a tensor or a tuple of tensors as the model takes them: on these too. tolerance: largest difference allowed, times the larger of 1 and the largest output. Default: 1e-4 in
-    float32, 1e-10 in float64. round_to: layers keep a multiple of so many filters, or all; the additional ones are
-    zero: dense kernels are slow at odd widths.
+    model: any module that torch.fx or torch.export follows, with zeros in its weights, however they came. It is left as
+    it is. example: a tensor or a tuple of tensors as the model takes them, batch first; the result takes any batch
+    size. columns: what becomes of zero columns and block-columns that remain in the smaller layers. "auto":
+    CompactConv2d or CompactLinear where the stored density is at most 0.8 and there is enough work; "always": wherever
+    a column is zero; "never": ordinary layers only. verify: compare with `model` in eval mode on random inputs of the
+    example's shape, at another batch size; a tensor or a tuple of tensors as the model takes them: on this data too.
+    tolerance: largest difference allowed, times the larger of 1 and the largest output. Default: 1e-4 in float32, 1e-10
+    in float64. round_to: layers keep a multiple of so many filters, or all; the additional ones are zero: dense kernels
+    are slow at odd widths.
 
     Returns a torch.fx.GraphModule of ordinary layers and structadmm.nn layers under the model's own attribute paths. It
     trains, copies and pickles; flags (train/eval, requires_grad) are the model's. `result.report` is a CompactReport;

@@ -58,7 +58,7 @@ _NOTHING = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_c
 _NOTHING |= {"sym_constrain_range_for_size"}
 _SAME = {"alias", "lift_fresh_copy", "lift_fresh", "detach_", "lift"}
 # In torch.nn.functional under the same name, with the same arguments in the same order.
-_FUNCTIONAL = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
+_FUNCTIONAL = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg") for n in (1, 2, 3)}
 _FUNCTIONAL |= {"linear", "prelu", "group_norm", "layer_norm", "rms_norm", "pixel_shuffle", "pixel_unshuffle", "pad"}
 _FUNCTIONAL |= {f"conv{n}d" for n in (1, 2, 3)} | {f"conv_transpose{n}d" for n in (1, 2, 3)}
 _FUNCTIONAL |= {"scaled_dot_product_attention", "selu", "celu", "hardshrink", "channel_shuffle"}
@@ -148,13 +148,15 @@ class _Made:
 
 def exported(
     root: nn.Module, inputs: Sequence[Tensor], probe: Sequence[Tensor], who: str
-) -> tuple[fx.Graph, fx.Graph, list[str]]:
-    """Graphs of the network in evaluation and in training, over the modules of `root`, and notes.
+) -> tuple[fx.Graph, fx.Graph, list[str], bool]:
+    """Graphs of the network in evaluation and in training, over the modules of `root`; notes; whether they are for the
+    example's batch size alone.
 
-    inputs: the example. probe: the same at a batch size that no other size of the network equals. Raises Untraceable with the operator and the
-    source line where torch.export stops, or with the operation that can't be said in terms of torch.fx.
+    inputs: the example. probe: the same at a batch size that no other size of the network equals. Raises Untraceable
+    with the operator and the source line where torch.export stops, or with the operation that can't be said in terms of
+    torch.fx.
     """
-    graphs, notes, dynamic = [], [], _dynamic(probe)
+    graphs, notes, dynamic, fixed = [], [], _dynamic(probe), False
     programs: list[tuple[ExportedProgram, Any]] = []
     for training in (False, True):
         watch = _Watch()
@@ -162,6 +164,7 @@ def exported(
             programs.append(_program(root, probe, training, watch, dynamic))
             if dynamic is not None and not _any_batch(programs[-1][0]):  # forward asks for the batch as a number
                 programs[-1] = _program(root, inputs, training, watch, None)
+                fixed = True
             graphs.append(_Translation(root, *programs[-1], len(inputs)).graph)
         except Exception as error:
             if training:
@@ -169,7 +172,7 @@ def exported(
                 graphs.append(_Translation(root, *programs[0], len(inputs), trains=True).graph)
                 break
             raise Untraceable(who, _stop(root, error, watch), FOLLOWED) from error
-    return graphs[0], graphs[1], notes
+    return graphs[0], graphs[1], notes, fixed
 
 
 def _program(
@@ -214,17 +217,13 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _leaves(root: nn.Module) -> Iterator[None]:
     """Modules that only training shows (dropout, stochastic depth) leave one operation each that names them."""
-    changed = []
-    for path, m in root.named_modules():
-        if type(m) in _DROPOUTS or is_identity(m):
-            changed.append(m)
-    for path, m in root.named_modules():
-        if m in changed:
-            m.forward = _Leaf(path)  # type: ignore[method-assign]
+    changed = {path: m for path, m in root.named_modules() if type(m) in _DROPOUTS or is_identity(m)}
+    for path, m in changed.items():
+        m.forward = _Leaf(path)
     try:
         yield
     finally:
-        for m in changed:
+        for m in changed.values():
             del m.forward
 
 
@@ -373,10 +372,13 @@ class _Translation:
                 self._inside(node, node.args[4], node.args[5:])
                 return
             if isinstance(target, HigherOrderOperator):
-                raise _Unsaid(f"{target}{_line(node)}: not followed")
-            if target is operator.getitem and isinstance(found := self.env[node.args[0]], (list, _Stored)):
+                blocks = [self.env[n] for n in node.all_input_nodes if isinstance(self.env.get(n), nn.Module)]
+                lines = [_line(n) for block in blocks for n in getattr(block, "graph", fx.Graph()).nodes]
+                raise _Unsaid(f"{target}{next(filter(None, lines), _line(node))}: not followed")
+            given: Any = node.args
+            if target is operator.getitem and isinstance(found := self.env.get(given[0]), (list, _Stored)):
                 value = found.value if isinstance(found, _Stored) else found
-                self.env[node] = value[node.args[1]] if isinstance(found, list) else _Stored(value[node.args[1]], True)
+                self.env[node] = value[given[1]] if isinstance(found, list) else _Stored(value[given[1]], True)
                 return
             self._emit(node, target, *self._mapped(node, (node.args, node.kwargs)))
             return
@@ -384,7 +386,7 @@ class _Translation:
         if name in _NOTHING:
             return
         if name in _SAME:
-            self.env[node] = self.env[node.args[0]]
+            self.env[node] = self.env[node.all_input_nodes[0]]
             return
         if target.namespace == "structadmm_trace":
             x, path = node.args
@@ -399,6 +401,10 @@ class _Translation:
         self._view(node, name, named)
         if name == "slice" and _slice(named) == slice(None):
             self.env[node] = self.env[named["self"]]
+            return
+        if name.startswith("adaptive_max_pool") and all(u.args[1] == 0 for u in node.users):  # nobody takes the indices
+            self._emit(node, getattr(F, name), (self._mapped(node, named["self"]), named["output_size"]))
+            self.env[node] = [self.env[node]]
             return
         layer = self._layer(node, name, named)
         if layer is not None:
