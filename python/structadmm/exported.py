@@ -402,9 +402,11 @@ class _Translation:
         if name == "slice" and _slice(named) == slice(None):
             self.env[node] = self.env[named["self"]]
             return
-        if name.startswith("adaptive_max_pool") and all(u.args[1] == 0 for u in node.users):  # nobody takes the indices
+        if name.startswith("adaptive_max_pool") and not any(
+            u.args[1] == 1 and u.users for u in node.users
+        ):  # nobody takes the indices
             self._emit(node, getattr(F, name), (self._mapped(node, named["self"]), named["output_size"]))
-            self.env[node] = [self.env[node]]
+            self.env[node] = [self.env[node], None]
             return
         layer = self._layer(node, name, named)
         if layer is not None:
