@@ -503,7 +503,7 @@ def test_random_graphs_agree(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
-@pytest.mark.parametrize("name", ["squeezenet1_0", "shufflenet_v2_x0_5", "mobilenet_v3_small", "swin_t", "vit_b_32"])
+@pytest.mark.parametrize("name", ["squeezenet1_0", "shufflenet_v2_x0_5", "swin_t"])
 def test_networks_that_people_use_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from zoo import build, fill
 
