@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import structadmm as sa
 from networks import VGG, ResNet, random_chain, randomise
-from structadmm.errors import CompactError
+from structadmm.errors import CompactError, TraceError
 from structadmm.groups import expand_keep, n_groups
 from structadmm.trace import clone
 
@@ -568,3 +568,39 @@ def test_block_columns_expand() -> None:
     """The zeros that randomise makes are what they are called, so that the property tests test something."""
     keep = torch.tensor([True, False] * 9)
     assert expand_keep(keep, "column", (4, 2, 3, 3)).float().mean() == 0.5
+
+
+class Sized(nn.Module):
+    """Does on large maps what it does not on small ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return 2 * y if x.shape[-1] > 8 else y
+
+
+def test_verify_takes_the_users_data() -> None:
+    model, x = Sized().eval(), torch.randn(2, 3, 8, 8)
+    report = sa.compact(model, x).report
+    assert report.data_abs_diff is None and "on data" not in str(report)
+    report = sa.compact(model, x, verify=torch.randn(6, 3, 8, 8)).report
+    assert report.max_abs_diff is not None and report.data_abs_diff is not None and report.data_abs_diff < 1e-5
+    assert report.data_rel_diff is not None and "input network on data: " in str(report)
+    assert sa.compact(model, x, verify=(x,)).report.data_abs_diff is not None
+    assert sa.compact(model, x, verify=False).report.max_abs_diff is None
+    with pytest.raises(CompactError, match="outputs that differ by"):  # the probe, of the example's size, does not
+        sa.compact(model, x, verify=torch.randn(2, 3, 12, 12))
+    for data, message in (
+        ("data", "compact: verify got str, wanted a tensor or a tuple of tensors"),
+        ((x, x), "compact: verify got 2 tensors, wanted 1 as example"),
+        (x.double(), "compact: verify got torch.float64, wanted torch.float32 as conv.weight"),
+        (
+            torch.randn(2, 5, 8, 8),
+            r"compact: verify got shapes \(2, 5, 8, 8\) .*wanted .* the example's \(2, 3, 8, 8\)",
+        ),
+    ):
+        with pytest.raises((TraceError, CompactError), match=message):
+            sa.compact(model, x, verify=data)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"decisions", "engine", "groups", "layers", "reference", "timing"},
     {"_load", "ops"},
     {"constraints", "masks", "plan", "schedules", "nn", "symbolic", "plain", "unpack"},
+    {"exported"},
     {"admm", "trace"},
     {"tracking", "pointwise", "movement", "mixing", "recurrent", "channels", "analysis"},
     {"layout", "rewrite", "paths", "purify", "compact", "carry", "structure", "importers", "forms"},

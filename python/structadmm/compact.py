@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from .analysis import Analysis
-from .errors import CompactError
+from .errors import CompactError, TraceError
 from .layout import Layouts, settle
 from .nn import CompactConv2d, CompactLinear
 from .paths import assert_same, check_weights, fold, remarks_text, render, tolerance_for
 from .recurrent import RECURRENT, matrices
 from .rewrite import cut, edit_graph
-from .trace import Shape, Traced, clone, rebatch, trace
+from .symbolic import first_line
+from .trace import Shape, Traced, as_inputs, clone, rebatch, trace
 
 COLUMNS = ("auto", "always", "never")
 
@@ -58,6 +59,7 @@ class CompactReport:
 
     whole: operation left whole -> reason. remarks: anything else to know. max_abs_diff, max_rel_diff: largest
     difference from the input network on a probe batch, and relative to its largest output (None when not verified).
+    data_abs_diff, data_rel_diff: the same on the data given to `verify`.
     """
 
     layers: list[LayerReport]
@@ -66,6 +68,8 @@ class CompactReport:
     remarks: list[str] = field(default_factory=list)
     max_abs_diff: float | None = None
     max_rel_diff: float | None = None
+    data_abs_diff: float | None = None
+    data_rel_diff: float | None = None
 
     def _sum(self, name: str) -> int:
         return sum(getattr(r, name) for r in self.layers)
@@ -115,9 +119,11 @@ class CompactReport:
         head = ("layer", "kind", "shape", "compact", "weights", "nonzero", "stored", "multiply-adds", "compact")
         text = render("Compacted", head, rows, ("all", "", "", "", *sums))
         text += remarks_text(self.notes, self.whole, self.remarks)
-        if self.max_abs_diff is not None:
-            text += f"largest difference from the input network: {self.max_abs_diff:.3g}, "
-            text += f"{self.max_rel_diff:.3g} of the largest output\n"
+        differences = (("", self.max_abs_diff, self.max_rel_diff), (" on data", self.data_abs_diff, self.data_rel_diff))
+        for where, absolute, relative in differences:
+            if absolute is not None:
+                text += f"largest difference from the input network{where}: {absolute:.3g}, "
+                text += f"{relative:.3g} of the largest output\n"
         return text
 
 
@@ -125,21 +131,21 @@ def compact(
     model: nn.Module,
     example: Tensor | Sequence[Tensor],
     columns: str = "auto",
-    verify: bool = True,
+    verify: bool | Tensor | Sequence[Tensor] = True,
     tolerance: float | None = None,
     round_to: int = 1,
 ) -> fx.GraphModule:
     """A smaller network that computes what `model` computes in eval mode, zeros used up.
 
-    model: any module that torch.fx traces, with zeros in its weights, however they came. It is left as it is. example:
-    a tensor or a tuple of tensors as the model takes them, batch first; the result takes any batch size. columns: what
-    becomes of zero columns and block-columns that remain in the smaller layers. "auto": CompactConv2d or CompactLinear
-    where
-        the stored density is at most 0.8 and there is enough work; "always": wherever a column is zero; "never":
-    ordinary layers only. verify: compare with `model` in eval mode on random inputs of the example's shape, at another
-    batch size. tolerance: largest difference allowed, times the larger of 1 and the largest output. Default: 1e-4 in
-    float32, 1e-10 in float64. round_to: layers keep a multiple of so many filters, or all; the additional ones are
-    zero: dense kernels are slow at odd widths.
+    model: any module that torch.fx or torch.export follows, with zeros in its weights, however they came. It is left as
+    it is. example: a tensor or a tuple of tensors as the model takes them, batch first; the result takes any batch
+    size. columns: what becomes of zero columns and block-columns that remain in the smaller layers. "auto":
+    CompactConv2d or CompactLinear where the stored density is at most 0.8 and there is enough work; "always": wherever
+    a column is zero; "never": ordinary layers only. verify: compare with `model` in eval mode on random inputs of the
+    example's shape, at another batch size; a tensor or a tuple of tensors as the model takes them: on this data too.
+    tolerance: largest difference allowed, times the larger of 1 and the largest output. Default: 1e-4 in float32, 1e-10
+    in float64. round_to: layers keep a multiple of so many filters, or all; the additional ones are zero: dense kernels
+    are slow at odd widths.
 
     Returns a torch.fx.GraphModule of ordinary layers and structadmm.nn layers under the model's own attribute paths. It
     trains, copies and pickles; flags (train/eval, requires_grad) are the model's. `result.report` is a CompactReport;
@@ -154,7 +160,10 @@ def compact(
     if columns not in COLUMNS:
         raise CompactError(f"compact: columns got {columns!r}, wanted one of {', '.join(COLUMNS)}")
     check_weights(model, "compact")
+    data = None if isinstance(verify, bool) else as_inputs(model, verify, "compact", "verify")
     traced = trace(model, example, "compact", unpacked=True)
+    if data is not None and len(data) != len(traced.inputs):
+        raise TraceError(f"compact: verify got {len(data)} tensors, wanted {len(traced.inputs)} as example")
     _densify(traced.module)
     for note in traced.notes:
         if "hooks" in note:
@@ -179,13 +188,26 @@ def compact(
         _compact_columns(small, positions, _origins(layouts), columns == "always")
     _fill_rows(report, small, positions)
 
-    if verify:
+    if verify is not False:
         batch = traced.inputs[0].shape[0] if traced.inputs[0].dim() else 1
         if traced.batch != batch:  # the probe batch of the trace went through, so another one will
             batch = 5 if batch == 4 else 4
         probe = rebatch(traced.inputs, batch, seed=0)
         limit = tolerance_for(model, tolerance)
         report.max_abs_diff, report.max_rel_diff = assert_same("compact", clone(model), small, probe, limit)
+        if data is not None:
+            try:
+                found = assert_same("compact", clone(model), small, data, limit)
+            except CompactError:
+                raise
+            except Exception as error:
+                shapes = ", ".join(str(tuple(t.shape)) for t in data)
+                known = ", ".join(str(tuple(t.shape)) for t in traced.inputs)
+                raise CompactError(
+                    f"compact: verify got shapes {shapes} ({type(error).__name__}: {first_line(error)}), "
+                    f"wanted what both networks take, such as the example's {known}"
+                ) from error
+            report.data_abs_diff, report.data_rel_diff = found
     preserve_report(small, report)
     # For save: what the network takes, and the structure (no values) that it is compared with.
     small.meta["structadmm"] = {

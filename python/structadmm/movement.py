@@ -408,7 +408,7 @@ class Movement(Tracker):
         if isinstance(dim, int):
             # Where there is one channel, dimension 1 still counts channels.
             d = dim % len(self.shapes[source])
-            return [facts.ids] if facts.ids.shape[d] > 1 or d == 1 else []
+            return [facts.ids] if facts.ids.shape[d] > 1 or (d == 1 and facts.ids.size == 1) else []
         return [facts.ids]
 
     def _forward_size(self, node: fx.Node) -> None:

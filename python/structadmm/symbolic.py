@@ -38,6 +38,9 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
+# What a tracer wants of a forward.
+FOLLOWED = "a forward that torch.fx or torch.export follows: no branches on the values of tensors"
+
 # A network that unrolls into more operations than this would take minutes: the module where it happens is named.
 MAX_NODES = 100_000
 _OURS = re.compile(rf'  File "{re.escape(__file__)}", line \d+, in .*\n(?:    .*\n?)*')
@@ -287,7 +290,14 @@ def defaults_of(model: nn.Module, n_inputs: int, who: str) -> dict[str, Any]:
 
 
 class Untraceable(TraceError):
-    """A forward that a tracer can't follow."""
+    """A forward that a tracer can't follow.
+
+    got: the part of the message that says where it stopped. endless: no other tracer should try.
+    """
+
+    def __init__(self, who: str, got: str, wanted: str, endless: bool = False) -> None:
+        super().__init__(f"{who}: {got}; wanted {wanted}")
+        self.got, self.wanted, self.endless = got, wanted, endless
 
 
 def symbolic(
@@ -317,10 +327,8 @@ def symbolic(
         path = next((p for p in reversed(tracer.at) if p), "") if tracer else ""
         module = model.get_submodule(path)
         name = f"{path} ({type(module).__name__})" if path else type(module).__name__
-        raise Untraceable(
-            f"{who}: {name} got {type(error).__name__}{culprit(error)}: {first_line(error)}; "
-            "wanted a forward that torch.fx traces: no branches on the values of tensors, no item assignment"
-        ) from error
+        got = f"{name} got {type(error).__name__}{culprit(error)}: {first_line(error)}"
+        raise Untraceable(who, got, FOLLOWED, tracer is not None and tracer.count > MAX_NODES) from error
     return graphs[0], graphs[1]
 
 
