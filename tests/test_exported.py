@@ -491,7 +491,7 @@ def test_chains_agree(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_agreement(monkeypatch, randomise(random_chain(seed), 0.5, seed).eval(), torch.randn(2, 3, 12, 12))
 
 
-# Seeds of which something goes, without recurrent layers: these stay functions in the graphs of torch.export, and whole.
+# Seeds of which something goes, without recurrent layers: these stay functions in torch.export's graphs, and whole.
 @pytest.mark.parametrize("seed", [2, 3, 4, 5, 7, 9, 10, 11, 12, 13, 15, 16, 17, 18, 19])
 def test_random_graphs_agree(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(seed)
