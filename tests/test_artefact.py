@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from structadmm.allowed import FUNCTIONS, KINDS, METHODS
-from structadmm.artefact import DIGEST_KEY, MANIFEST_KEY, _digest, load, rebuild, save
+from structadmm.artefact import load, save
+from structadmm.container import DIGEST_KEY, MANIFEST_KEY, sha256_of
 from structadmm.errors import ArtefactError
+from structadmm.manifest import rebuild
 from structadmm.nn import ChannelBias, CompactConv2d, CompactLinear, DropPath
 
 
@@ -87,7 +89,7 @@ def write(path, manifest, tensors, mend=True):
     text = manifest if isinstance(manifest, str) else json.dumps(manifest)
     data = safetensors.torch.save(tensors, {MANIFEST_KEY: text, DIGEST_KEY: "0" * 64})
     if mend:
-        data = data.replace(b"0" * 64, _digest([data]).encode(), 1)
+        data = data.replace(b"0" * 64, sha256_of([data]).encode(), 1)
     path.write_bytes(data)
     return path
 
@@ -149,7 +151,7 @@ def test_any_safetensors_reader_reads_the_tensors(residual, saved):
     # The digest of FORMAT.md by other means than the writer's.
     data = saved.read_bytes()
     digest = safetensors.safe_open(saved, "pt").metadata()[DIGEST_KEY]
-    assert data.count(digest.encode()) == 1 and _digest([data.replace(digest.encode(), b"0" * 64)]) == digest
+    assert data.count(digest.encode()) == 1 and sha256_of([data.replace(digest.encode(), b"0" * 64)]) == digest
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -192,6 +194,7 @@ def test_every_kind_of_layer(tmp_path):
         "PixelUnshuffle": (2,),
         "PixelShuffle": (2,), "ChannelShuffle": (2,), "Flatten": (0, 1), "Dropout": (0.25,), "Dropout1d": (0.1,),
         "Dropout2d": (0.1, True), "ReLU": (True,), "RMSNorm": ((4,), 1e-5), "Embedding": (5, 3),
+        "LSTM": (3, 4, 2, False, True, 0.1, True), "GRU": (3, 4),
     }  # fmt: skip
     for name, kind in KINDS.items():
         if not kind.cls.__module__.startswith("torch."):

@@ -14,7 +14,8 @@ from torch import fx, nn
 from networks import VGG, InvertedResidual, ResNet, randomise
 from structadmm import _core, save
 from structadmm.allowed import FUNCTIONS, KINDS, METHODS
-from structadmm.artefact import DIGEST_KEY, load
+from structadmm.artefact import load
+from structadmm.container import DIGEST_KEY
 from structadmm.errors import ArtefactError
 from structadmm.nn import ChannelBias, CompactConv2d, CompactLinear
 from test_artefact import columns, mutate, parts, trained, write

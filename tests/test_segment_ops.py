@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from networks import ResNet, randomise
-from structadmm import artefact, ops
+from structadmm import container, ops
 from structadmm.trace import trace
 
 
 def program(model, x):
     module = trace(model, x, who="test").module
-    return torch.frombuffer(bytearray(artefact.to_bytes(module)), dtype=torch.uint8).clone()
+    return torch.frombuffer(bytearray(container.to_bytes(module)), dtype=torch.uint8).clone()
 
 
 @pytest.fixture(scope="module")

@@ -456,7 +456,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **_named("F", F, "scaled_dot_product_attention interpolate group_norm rms_norm normalize selu celu logsigmoid"),
     **_named("F", F, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d"),
     **_named("F", F, "unfold fold dropout1d dropout3d max_pool3d avg_pool3d adaptive_avg_pool3d conv3d"),
-    "getattr": getattr,  # of `shape`, `dtype`, `device` alone, see artefact.py
+    "getattr": getattr,  # of `shape`, `dtype`, `device` alone, see manifest.py
     "math.ceil": math.ceil,
     "structadmm.assigned": assigned,
 }

@@ -316,8 +316,9 @@ def inspect(
 
 def describe(file: Path) -> dict[str, Any]:
     """What `inspect` shows, as JSON values. Raises ArtefactError."""
-    from .artefact import load, rebuild
+    from .artefact import load
     from .layers import layer_table
+    from .manifest import rebuild
 
     network = load(file, optimized=False)
     about = network.meta["structadmm"]
@@ -483,7 +484,8 @@ def measure(
     """What `bench` prints, as JSON values; seconds per batch. Raises ArtefactError, CommandError."""
     import torch
 
-    from .artefact import load, rebuild
+    from .artefact import load
+    from .manifest import rebuild
     from .ops import isa
     from .optimize import optimize
     from .timing import interleave

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import __version__, forms, ops, segments
-from .artefact import is_optimized, structure
+from .artefact import is_optimized
 from .compact import preserve_report
 from .decisions import Decisions, cpu_model
 from .errors import ArtefactError, OptimizeError
+from .manifest import structure
 from .nn import CompactConv2d, CompactLinear
 from .paths import render, tolerance_for
 from .timing import Timings, interleave

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import _core, ops
-from .artefact import OPTIMIZED, from_bytes, to_bytes
+from .container import OPTIMIZED, from_bytes, to_bytes
 from .errors import OptimizeError
 from .forms import COMPILED, FORMS, Form, VendorConv2d, make, use_vendor
 from .nn import ChannelBias, CompactConv2d, CompactLinear
