@@ -26,6 +26,42 @@ def test_conv_is_the_dense_convolution(isa: str, c: dict[str, Any], images: int,
     check_close(run("nonzeros", isa, c, spec, x, residual), c, x, dense, bias, residual)
 
 
+LANES = {"scalar": 4, "avx2": 8, "avx512": 16}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=80, deadline=None)
+@given(c=steps(), data=st.data())
+def test_planes_in_lanes_hold_the_same(isa: str, c: dict[str, Any], data: Any) -> None:
+    rows = data.draw(st.sampled_from([n for n in (1, 2, 4) if n <= LANES[isa]]))
+    cols = data.draw(st.sampled_from([n for n in (1, 2, 4) if rows * n <= LANES[isa]]))
+    grid = (LANES[isa] // rows // cols, rows, cols)
+    if rows * cols > 1:  # a rectangle of outputs is that of inputs
+        c["kernel"] = tuple(k | 1 for k in c["kernel"])
+        c["padding"] = tuple(d * (k // 2) for k, d in zip(c["kernel"], c["dilation"], strict=True))
+        c["size"] = tuple(n * s * data.draw(st.integers(1, 6)) for n, s in zip(grid[1:], c["stride"], strict=True))
+    where = st.sampled_from(["lanes", "arena"])
+    c |= {"block": 1, "batch": data.draw(st.integers(1, 2 * grid[0] + 1)), "x_layout": data.draw(where)}
+    c |= {"y_layout": data.draw(where), "x_halo": (0, 0, 0, 0), "y_halo": (0, 0, 0, 0)}
+    c |= {"residual": data.draw(st.sampled_from(["none", "lanes", "arena", "tensor"]))}
+    spec, dense, bias = make_spec(c)
+    x, residual = inputs(c, spec, dense)
+    got = run("nonzeros", isa, c, spec, x, residual, grid=grid)
+    check_close(got, c, x, dense, bias, residual)
+    plain = {**c, "x_layout": "arena", "y_layout": "arena", "residual": "none" if residual is None else "arena"}
+    assert torch.equal(got, run("nonzeros", isa, plain, spec, x, residual))
+
+
+def test_a_grid_that_does_not_fit_is_an_error() -> None:
+    spec, _, _ = make_spec({**CASE, "block": 1})
+    x = torch.zeros(2, 3, 9, 9).numpy()
+    for grid in ((2, 1, 1), (1, 2, 2)):
+        with pytest.raises(ValueError, match="conv_nonzeros: planes in lanes got a grid of .* wanted 4 lanes that fit"):
+            _core.conv_step("nonzeros", "scalar", spec, x, y_layout="lanes", grid=grid)
+    with pytest.raises(ValueError, match="planes in lanes"):
+        _core.conv_step("taps_f32", "scalar", spec, x, y_layout="lanes", grid=(4, 1, 1))
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=30, deadline=None)
 @given(

@@ -112,10 +112,12 @@ def inputs(c: dict[str, Any], spec: dict[str, Any], dense: Tensor) -> tuple[Tens
     return x, None if c["residual"] == "none" else torch.randn(out)
 
 
-def run(family: str, isa: str, c: dict[str, Any], spec: dict[str, Any], x: Tensor, residual: Tensor | None) -> Tensor:
+def run(
+    family: str, isa: str, c: dict[str, Any], spec: dict[str, Any], x: Tensor, residual: Tensor | None, **more: Any
+) -> Tensor:
     names = ("x_layout", "y_layout", "y_halo", "spare_images", "threads", "guard")
     halo = c["x_halo"] if c["x_layout"] == "arena" else (0, 0, 0, 0)
-    where = {} if residual is None else {"residual_layout": c["residual"]}
+    where = more if residual is None else {**more, "residual_layout": c["residual"]}
     added = None if residual is None else residual.numpy()
     y, kernel = _core.conv_step(family, isa, spec, x.numpy(), added, x_halo=halo, **where, **{n: c[n] for n in names})
     assert (isa if isa in ("scalar", "avx2") else "avx512") in kernel  # the best row not above

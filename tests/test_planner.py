@@ -249,3 +249,49 @@ def test_bad_inputs_are_errors_that_name_what_was_got() -> None:
     with pytest.raises(ValueError, match="inputs got"):
         e.run(x.numpy(), x.numpy())
     assert e.run(x[:0].numpy()).shape[0] == 0
+
+
+class Scattered(nn.Module):
+    """Residual blocks of single weights over maps of several sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.first = nn.ModuleList([nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)])
+        self.down = nn.Conv2d(16, 24, 3, 2, 1)
+        self.short = nn.Conv2d(16, 24, 1, 2)
+        self.last = nn.ModuleList([nn.Conv2d(24, 24, 3, padding=1) for _ in range(4)])
+        with torch.no_grad():
+            for conv in (*self.first, self.down, self.short, *self.last):
+                conv.weight *= torch.rand_like(conv.weight) < 0.2
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for a, b in (self.first[:2], self.first[2:]):
+            x = F.relu(x + b(F.relu(a(x))))
+        x = F.relu(self.down(x) + self.short(x))
+        for a, b in (self.last[:2], self.last[2:]):
+            x = F.relu(x + b(F.relu(a(x))))
+        return x
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ("scalar", "avx2", "avx512") if isa in _core.supported_isas()])
+@pytest.mark.parametrize("size", [(16, 16), (8, 8), (12, 20), (14, 14), (9, 7)])
+def test_single_weights_keep_values_in_lanes(isa: str, size: tuple[int, int]) -> None:
+    net = Scattered()
+    x = torch.randn(33, 3, *size)
+    e = sa.Engine(artefact.to_bytes(trace(net, x).module), isa=isa)
+    with torch.no_grad():
+        want = net(x).numpy()
+    got = e.run(x.numpy())
+    close(got, want, 1e-4)
+    for batch in (1, 2, 3, 5, 16):
+        np.testing.assert_array_equal(e.run(x[:batch].numpy()), got[:batch], err_msg=f"batch {batch}")
+    for batch in (1, 16):
+        kernels = [s["kernel"] for s in e.describe((batch, 3, *size))]
+        inner = [k for k in kernels if "_xy__" in k]
+        assert all("__" + isa in k for k in inner)
+        if size == (16, 16):  # grids divide the maps
+            assert len(inner) >= 6, kernels

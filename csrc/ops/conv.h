@@ -44,10 +44,23 @@ class PackedConv {
 
   // x has at least the halo that `padding` (and the right and bottom edge that the kernel reaches) asks for. residual:
   // planes of y's sizes, null without epilogue.residual; the step's inputs are then {x, residual}. residual and y may
-  // be the same memory if their planes are equal. images: the most that a run has.
+  // be the same memory if their planes are equal. images: the most that a run has. Any of them may be in lanes where
+  // the family has lanes(), all of one grid that fits().
   virtual std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual,
                                      int64_t images) const = 0;
+
+  // Of a vector, where the family takes planes in lanes; else 0.
+  virtual int64_t lanes() const { return 0; }
 };
+
+// Whether a convolution can have planes in lanes: a rectangle of outputs is that of inputs, unless maps are whole.
+inline bool fits(const Grid& grid, const ConvSpec& s, const int64_t (&in)[2], const int64_t (&out)[2]) {
+  const int64_t parts[2] = {grid.rows, grid.cols};
+  for (int i = 0; i < 2; ++i) {
+    if (parts[i] > 1 && (out[i] % parts[i] != 0 || in[i] != out[i] * s.stride[i])) return false;
+  }
+  return true;
+}
 
 // Each throws Error where the specification is not well formed or the family can't run it.
 std::shared_ptr<const PackedConv> pack_conv_taps_f32(const ConvSpec& spec, Isa isa);

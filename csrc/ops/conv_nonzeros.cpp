@@ -4,8 +4,11 @@
 // there are images enough to fill the lanes, else a part of it. A *block* is a part of the regions, the same of every
 // lane, whose sums and patches stay in the level-2 cache. A *tile* of it is what registers hold. Channels come in
 // chunks whose patch of one tile stays in the level-1 cache, for all filters, while the sums go by.
+//
+// Planes in lanes say themselves what the regions are; their patches are gathered tile by tile.
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -123,6 +126,8 @@ struct Sizes {
   int64_t images, out[2], kernel[2], stride[2], dilation[2];
   int64_t filters, channels;  // of a conv group
   double per_filter;          // nonzeros
+  Grid grid;                  // of those planes that are in lanes
+  bool x_in_lanes, y_in_lanes;
 };
 
 // In multiply-adds of a vector out of level 1, measured on Granite Rapids: a sum that comes and goes counts 1, a vector
@@ -140,7 +145,8 @@ double cut_cost(const Sizes& s, int lanes, const Cut& c) {
   const double nonzero = std::max(vectors + 1.0, 8.0 / kernels::filters_at_once(vectors));
   const double filters = static_cast<double>(s.filters), chunks = static_cast<double>(div_up(s.channels, c.chunk));
   return tiles * filters * (s.per_filter * nonzero + chunks * (vectors + 10.0)) +
-         8.0 * (patch * static_cast<double>(s.channels) + outputs * filters);
+         (s.x_in_lanes ? 4.0 : 8.0) * patch * static_cast<double>(s.channels) +
+         (s.y_in_lanes ? 4.0 : 8.0) * outputs * filters;
 }
 
 Cut best_cut(const Sizes& s, const ConvNonzeros& k) {
@@ -156,7 +162,7 @@ Cut best_cut(const Sizes& s, const ConvNonzeros& k) {
     c.chunk = div_up(s.channels, std::max<int64_t>(1, div_up(s.channels, c.chunk)));
     // The block grows by tiles while its sums fit, to the right first: whole rows of planes are read and written at
     // once (measured: 10 % of a network of 3 x 3 convolutions).
-    for (int side = 1; side >= 0; --side) {
+    for (int side = 1; side >= 0 && !s.x_in_lanes; --side) {
       const int64_t line = c.block[1 - side] * s.filters;
       while (c.block[side] < c.region[side] && (c.block[side] + c.tile[side]) * line <= kBlockSumVectors) {
         c.block[side] = std::min(c.region[side], c.block[side] + c.tile[side]);
@@ -174,6 +180,7 @@ Cut best_cut(const Sizes& s, const ConvNonzeros& k) {
       c.region[1] = div_up(s.out[1], rx);
       for (int i = 0; i < 2; ++i) c.regions[i] = div_up(s.out[i], c.region[i]);
       if (c.regions[0] != ry || c.regions[1] != rx) continue;
+      if (s.grid.images > 0 && (ry != s.grid.rows || rx != s.grid.cols)) continue;
       for (int64_t r = 1; r <= std::min<int64_t>(c.region[0], kMostTileRows); ++r) {
         for (int64_t q = 1; q <= std::min<int64_t>(c.region[1], kMostTileCols); ++q) {
           if (!k.sum[r - 1][q - 1]) continue;
@@ -215,7 +222,12 @@ class NonzerosStep final : public Step {
                 .dilation = {s.dilation[0], s.dilation[1]},
                 .filters = filters_,
                 .channels = 1,
-                .per_filter = static_cast<double>(weights_->ones.size()) / static_cast<double>(s.out_channels)};
+                .per_filter = static_cast<double>(weights_->ones.size()) / static_cast<double>(s.out_channels),
+                .grid = x.in_lanes()   ? x.grid
+                        : y.in_lanes() ? y.grid
+                                       : residual_.grid,
+                .x_in_lanes = x.in_lanes(),
+                .y_in_lanes = y.in_lanes()};
     for (const auto& channels : weights_->channels) {
       sizes.channels = std::max(sizes.channels, static_cast<int64_t>(channels.size()));
     }
@@ -231,6 +243,7 @@ class NonzerosStep final : public Step {
     x_features_ = axis_[0].size * axis_[1].size == 1 && x.channel_stride == 1;
     y_features_ = y.height * y.width == 1 && y.channel_stride == 1 && (!residual || residual->channel_stride == 1);
     add_chunks(s);
+    if (x.in_lanes()) add_places();
   }
 
   void run(std::span<const void* const> inputs, void* output, int64_t images, Parallel& parallel) const override {
@@ -258,9 +271,11 @@ class NonzerosStep final : public Step {
     }
   }
 
+  // After the tile: which of x and y are in lanes.
   std::string kernel() const override {
-    return "conv_nonzeros_f32_" + std::to_string(cut_.tile[0]) + "x" + std::to_string(cut_.tile[1]) + "__" +
-           kernels_.isa;
+    const std::string lanes = std::string(x_.in_lanes() ? "x" : "") + (y_.in_lanes() ? "y" : "");
+    return "conv_nonzeros_f32_" + std::to_string(cut_.tile[0]) + "x" + std::to_string(cut_.tile[1]) +
+           (lanes.empty() ? "" : "_" + lanes) + "__" + kernels_.isa;
   }
 
  private:
@@ -304,6 +319,56 @@ class NonzerosStep final : public Step {
     patch_floats_ = std::max(patch_floats_, div_up(features, kMostLanes) * kMostLanes);
   }
 
+  // Where the vectors of each block's patch come from, if x is in lanes.
+  void add_places() {
+    const Grid& grid = x_.grid;
+    const int64_t size[2] = {x_.height / grid.rows, x_.width / grid.cols};
+    const auto floor_div = [](int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); };
+    std::map<std::pair<int64_t, int64_t>, int32_t> shifts;
+    const auto shift = [&](int64_t down, int64_t right) {
+      const auto [known, fresh] = shifts.emplace(std::pair(down, right), static_cast<int32_t>(shifts.size()));
+      if (!fresh) return known->second;
+      for (int64_t l = 0; l < kMostLanes; ++l) {
+        const int64_t row = l / grid.cols % grid.rows + down, col = l % grid.cols + right;
+        const bool inside = l < grid.lanes() && row >= 0 && row < grid.rows && col >= 0 && col < grid.cols;
+        shifts_.push_back(inside ? static_cast<int32_t>(l + down * grid.cols + right) : -1);
+      }
+      return known->second;
+    };
+    for (int64_t row = 0; row < cut_.region[0]; row += cut_.block[0]) {
+      for (int64_t col = 0; col < cut_.region[1]; col += cut_.block[1]) {
+        Places p;
+        std::vector<kernels::NonzerosPlace> moved;
+        const auto [rows, cols] = inputs_of(row, col);
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < cols; ++j) {
+            if (axis_[0].place[i] < 0 || axis_[1].place[j] < 0) continue;
+            const int64_t y = row * stride_[0] - padding_[0] + i, x = col * stride_[1] - padding_[1] + j;
+            const int64_t down = floor_div(y, size[0]), right = floor_div(x, size[1]);
+            const int64_t from = (y - down * size[0]) * x_.pitch + (x - right * size[1]) * grid.lanes();
+            const int64_t to = axis_[0].place[i] * row_stride_ + axis_[1].place[j] * grid.lanes();
+            (down == 0 && right == 0 ? p.all : moved)
+                .push_back({static_cast<int32_t>(from), static_cast<int32_t>(to), shift(down, right)});
+          }
+        }
+        p.as_they_are = static_cast<int64_t>(p.all.size());
+        p.all.insert(p.all.end(), moved.begin(), moved.end());
+        places_.push_back(std::move(p));
+      }
+    }
+  }
+
+  // Rows and columns of x that the block of outputs at `row`, `col` of a region reads.
+  std::pair<int64_t, int64_t> inputs_of(int64_t row, int64_t col) const {
+    const int64_t at[2] = {row, col};
+    int64_t in[2];
+    for (int i = 0; i < 2; ++i) {
+      const int64_t missing = std::max<int64_t>(0, at[i] + cut_.block[i] - cut_.region[i]);
+      in[i] = axis_[i].in - missing * stride_[i];
+    }
+    return {in[0], in[1]};
+  }
+
   struct Lanes {
     int64_t x[kMostLanes], y[kMostLanes], residual[kMostLanes];
     int32_t first_row[kMostLanes], first_col[kMostLanes];  // in the region
@@ -324,9 +389,11 @@ class NonzerosStep final : public Step {
       lanes.first_row[l] = static_cast<int32_t>(missing ? cut_.region[0] : own[0] - y);
       lanes.first_col[l] = static_cast<int32_t>(own[1] - x);
       lanes.whole = lanes.whole && lanes.first_row[l] == 0 && lanes.first_col[l] == 0;
-      lanes.x[l] = x_.at(n, 0, (y + row) * stride_[0] - padding_[0], (x + col) * stride_[1] - padding_[1]);
-      lanes.y[l] = y_.at(n, 0, y + row, x + col);
-      lanes.residual[l] = residual_.at(n, 0, y + row, x + col);
+      if (!x_.in_lanes()) {
+        lanes.x[l] = x_.at(n, 0, (y + row) * stride_[0] - padding_[0], (x + col) * stride_[1] - padding_[1]);
+      }
+      if (!y_.in_lanes()) lanes.y[l] = y_.at(n, 0, y + row, x + col);
+      if (!residual_.in_lanes()) lanes.residual[l] = residual_.at(n, 0, y + row, x + col);
       lanes.first_row[l] -= static_cast<int32_t>(row);
       lanes.first_col[l] -= static_cast<int32_t>(col);
     }
@@ -343,6 +410,7 @@ class NonzerosStep final : public Step {
     float* const patch = scratch(patch_floats_ + sum_floats_);
     float* const all_sums = patch + patch_floats_;
 
+    const auto [in_rows, in_cols] = inputs_of(row, col);
     kernels::NonzerosPackArgs pack{
         .x = static_cast<const float*>(inputs[0]),
         .lane = lanes.x,
@@ -350,8 +418,8 @@ class NonzerosStep final : public Step {
         .channel_count = 0,
         .channel_stride = x_.channel_stride,
         .row_stride = x_.pitch,
-        .rows = std::min<int64_t>(axis_[0].in, axis_[0].in - (cut_.block[0] - rows) * stride_[0]),
-        .cols = std::min<int64_t>(axis_[1].in, axis_[1].in - (cut_.block[1] - cols) * stride_[1]),
+        .rows = in_rows,
+        .cols = in_cols,
         .row_place = axis_[0].place.data(),
         .col_place = axis_[1].place.data(),
         .patch = patch,
@@ -360,14 +428,30 @@ class NonzerosStep final : public Step {
     };
     for (size_t i = first_chunk_[group]; i < first_chunk_[group + 1]; ++i) {
       const Chunk& chunk = chunks_[i];
-      pack.channels = chunk.channels;
-      pack.channel_count = chunk.channel_count;
-      if (x_features_ && chunk.channel_count > 0) {
-        pack.channel_count = 1;
-        pack.cols = chunk.channels[chunk.channel_count - 1] - chunk.channels[0] + 1;
-        pack.col_place = feature_place_.data();
+      if (x_.in_lanes()) {
+        const Places& places = places_[block];
+        kernels_.gather({
+            .x = pack.x + lane_group * x_.image_stride,
+            .channels = chunk.channels,
+            .channel_count = chunk.channel_count,
+            .channel_stride = x_.channel_stride,
+            .places = places.all.data(),
+            .as_they_are = places.as_they_are,
+            .place_count = static_cast<int64_t>(places.all.size()),
+            .shifts = shifts_.data(),
+            .patch = patch,
+            .patch_channel_stride = channel_stride_,
+        });
+      } else {
+        pack.channels = chunk.channels;
+        pack.channel_count = chunk.channel_count;
+        if (x_features_ && chunk.channel_count > 0) {
+          pack.channel_count = 1;
+          pack.cols = chunk.channels[chunk.channel_count - 1] - chunk.channels[0] + 1;
+          pack.col_place = feature_place_.data();
+        }
+        kernels_.pack(pack);
       }
-      kernels_.pack(pack);
       const bool starts = i == first_chunk_[group], ends = i + 1 == first_chunk_[group + 1];
       float* sums = all_sums;
       for (int64_t r = 0; r < rows; r += cut_.tile[0]) {
@@ -387,14 +471,22 @@ class NonzerosStep final : public Step {
           sums += (last - first) * tile_rows * tile_cols * kernels_.lanes;
         }
         if (ends) {
-          unpack(inputs, output, lanes, group * filters_ + first, last - first, r, tile_rows, cols, row_of_tiles);
+          unpack(inputs, output, lanes, {lane_group, row + r, col}, r, group * filters_ + first, last - first,
+                 tile_rows, cols, row_of_tiles);
         }
       }
     }
   }
 
-  void unpack(std::span<const void* const> inputs, float* output, const Lanes& lanes, int64_t filter, int64_t filters,
-              int64_t row, int64_t rows, int64_t cols, const float* sums) const {
+  // Where a row of tiles begins, for planes in lanes.
+  struct At {
+    int64_t lane_group, row, col;
+    int64_t in(const Planes& p) const { return lane_group * p.image_stride + row * p.pitch + col * p.grid.lanes(); }
+  };
+
+  // row: within the block.
+  void unpack(std::span<const void* const> inputs, float* output, const Lanes& lanes, const At& at, int64_t row,
+              int64_t filter, int64_t filters, int64_t rows, int64_t cols, const float* sums) const {
     int32_t first_row[kMostLanes];
     for (int l = 0; l < kernels_.lanes; ++l) first_row[l] = lanes.first_row[l] - static_cast<int32_t>(row);
     kernels::NonzerosUnpackArgs a{
@@ -403,12 +495,12 @@ class NonzerosStep final : public Step {
         .rows = rows,
         .cols = cols,
         .tile_cols = cut_.tile[1],
-        .y = output + filter * y_.channel_stride + row * y_.pitch,
+        .y = output + filter * y_.channel_stride + (y_.in_lanes() ? at.in(y_) : row * y_.pitch),
         .lane = lanes.y,
         .filter_stride = y_.channel_stride,
         .row_stride = y_.pitch,
         .residual = nullptr,
-        .residual_lane = lanes.residual,
+        .residual_lane = residual_.in_lanes() ? nullptr : lanes.residual,
         .residual_filter_stride = residual_.channel_stride,
         .residual_row_stride = residual_.pitch,
         .first_row = first_row,
@@ -417,13 +509,14 @@ class NonzerosStep final : public Step {
         .epilogue = &epilogue_,
     };
     if (epilogue_.residual) {
-      a.residual = static_cast<const float*>(inputs[1]) + filter * residual_.channel_stride + row * residual_.pitch;
+      a.residual = static_cast<const float*>(inputs[1]) + filter * residual_.channel_stride +
+                   (residual_.in_lanes() ? at.in(residual_) : row * residual_.pitch);
     }
     if (y_features_) {
       a.cols = a.tile_cols = filters;
       a.filters = 1;
     }
-    kernels_.unpack(a);
+    (y_.in_lanes() ? kernels_.finish : kernels_.unpack)(a);
   }
 
   std::shared_ptr<const Weights> weights_;
@@ -439,6 +532,12 @@ class NonzerosStep final : public Step {
   std::vector<int32_t> begin_, feature_place_;
   std::vector<Chunk> chunks_;
   std::vector<size_t> first_chunk_;  // [groups + 1]
+  struct Places {
+    std::vector<kernels::NonzerosPlace> all;
+    int64_t as_they_are = 0;
+  };
+  std::vector<Places> places_;   // of the blocks of a region
+  std::vector<int32_t> shifts_;  // [][kMostLanes]
 };
 
 void check_planes(const char* op, const char* name, const Planes& p, int64_t channels, int64_t height, int64_t width) {
@@ -458,6 +557,8 @@ class PackedNonzeros final : public PackedConv {
 
   const char* family() const override { return "nonzeros"; }
 
+  int64_t lanes() const override { return kernels::conv_nonzeros(isa_).lanes; }
+
   std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual, int64_t images) const override {
     const ConvSpec& s = spec_;
     check_planes(op_, "x", x, s.in_channels, x.height, x.width);
@@ -470,7 +571,15 @@ class PackedNonzeros final : public PackedConv {
     if (residual) check_planes(op_, "residual", *residual, s.out_channels, out[0], out[1]);
     const int64_t size[2] = {x.height, x.width}, before[2] = {x.halo.top, x.halo.left},
                   behind[2] = {x.halo.bottom, x.halo.right};
-    for (int i = 0; i < 2; ++i) {
+    Grid grid;
+    for (const Planes* p : {&x, &y, residual}) {
+      if (!p || !p->in_lanes()) continue;
+      SADMM_CHECK(grid == Grid{} || grid == p->grid, op_, ": planes in lanes got two grids, wanted one");
+      grid = p->grid;
+      SADMM_CHECK(grid.lanes() == lanes() && fits(grid, s, size, out), op_, ": planes in lanes got a grid of ",
+                  grid.images, " x ", grid.rows, " x ", grid.cols, ", wanted ", lanes(), " lanes that fit the maps");
+    }
+    for (int i = 0; i < 2 && !x.in_lanes(); ++i) {
       const int64_t reach = (out[i] - 1) * s.stride[i] + (s.kernel[i] - 1) * s.dilation[i] - s.padding[i] - size[i] + 1;
       SADMM_CHECK(before[i] >= s.padding[i] && behind[i] >= reach, op_, ": x got a halo of ", before[i], " and ",
                   behind[i], ", wanted ", s.padding[i], " and ", std::max<int64_t>(reach, 0));

@@ -13,6 +13,13 @@
 //
 // A vector of features (the input and output of a linear layer) is planes with height = width = 1 and channel_stride
 // = 1. A contiguous NCHW tensor is planes without halo, with pitch = width.
+//
+// Planes *in lanes* lie as vectors that need no transposition: maps are cut into grid.rows x grid.cols equal
+// rectangles, and those of grid.images images lie side by side, one to each lane of a vector. Pixel (i, j) of all
+// rectangles is at
+//   n / grid.images * image_stride + c * channel_stride + i * pitch + j * grid.lanes()
+// They have no halo: what a rectangle reads of its neighbours is a permutation of lanes away, or zero. Lanes without an
+// image may hold anything.
 #pragma once
 
 #include <algorithm>
@@ -27,6 +34,12 @@ struct Halo {
   bool operator==(const Halo&) const = default;
 };
 
+struct Grid {
+  int64_t images = 0, rows = 1, cols = 1;  // no images: not in lanes
+  int64_t lanes() const { return images * rows * cols; }
+  bool operator==(const Grid&) const = default;
+};
+
 struct Planes {
   Dtype dtype = Dtype::kF32;  // f32 or bf16
   int64_t channels = 0, height = 0, width = 0;
@@ -35,9 +48,17 @@ struct Planes {
   // Elements from the pointer on that may be read, halos included: kernels may load whole vectors as long as they stay
   // in [0, readable). Planes of the arena leave room for kSlack elements behind the last plane.
   int64_t readable = 0;
+  Grid grid = {};
   bool operator==(const Planes&) const = default;
 
+  bool in_lanes() const { return grid.images > 0; }
+
   int64_t at(int64_t n, int64_t c, int64_t y, int64_t x) const {
+    if (in_lanes()) {
+      const int64_t h = height / grid.rows, w = width / grid.cols;
+      const int64_t lane = (n % grid.images * grid.rows + y / h) * grid.cols + x / w;
+      return n / grid.images * image_stride + c * channel_stride + y % h * pitch + x % w * grid.lanes() + lane;
+    }
     return origin + n * image_stride + c * channel_stride + y * pitch + x;
   }
 };
@@ -62,6 +83,17 @@ inline Planes arena_planes(Dtype dtype, int64_t images, int64_t channels, int64_
   const int64_t plane = halo.top * p.pitch + halo.left + images * p.image_stride + halo.right;
   p.channel_stride = (((plane + line - 1) / line) | 1) * line;
   p.readable = channels * p.channel_stride + kSlack;
+  return p;
+}
+
+// In lanes, channels an odd number of vectors apart. The grid divides the map.
+inline Planes lane_planes(Dtype dtype, int64_t images, int64_t channels, int64_t height, int64_t width, Grid grid) {
+  Planes p{.dtype = dtype, .channels = channels, .height = height, .width = width, .halo = {}};
+  p.grid = grid;
+  p.pitch = width / grid.cols * grid.lanes();
+  p.channel_stride = (height / grid.rows * (width / grid.cols) | 1) * grid.lanes();
+  p.image_stride = channels * p.channel_stride;
+  p.readable = (images + grid.images - 1) / grid.images * p.image_stride;
   return p;
 }
 

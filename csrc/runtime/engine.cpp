@@ -126,11 +126,16 @@ bool scattered(const ConvSpec& c) {
   return 2 * zeros > static_cast<int64_t>(c.weight.size());
 }
 
+std::string family_of(const Node& n, Dtype dtype) {
+  if (!n.family.empty()) return n.family;
+  const ConvSpec& c = *n.conv;
+  if (c.groups > 1 && c.groups == c.in_channels) return "depthwise";
+  return dtype == Dtype::kF32 && scattered(c) ? "nonzeros" : "taps";
+}
+
 std::shared_ptr<const PackedConv> pack_conv(const Node& n, Dtype dtype, Isa isa) {
   const ConvSpec& c = *n.conv;
-  const bool one_channel = c.groups > 1 && c.groups == c.in_channels;
-  std::string family = n.family;
-  if (family.empty()) family = one_channel ? "depthwise" : dtype == Dtype::kF32 && scattered(c) ? "nonzeros" : "taps";
+  const std::string family = family_of(n, dtype);
   if (family == "depthwise") return pack_conv_depthwise(c, dtype, isa);
   if (family == "nonzeros" && dtype == Dtype::kF32) return pack_conv_nonzeros(c, isa);
   SADMM_CHECK(family == "taps" || family == "nonzeros", "engine: ", n.name, ": family got '", n.family,
@@ -298,7 +303,9 @@ Engine::Engine(Graph graph, EngineOptions options) : state_(std::make_unique<Sta
               dtype_name(options.dtype), ", wanted f32 or bf16");
   SADMM_CHECK(!graph.inputs.empty() && !graph.outputs.empty(), "engine: graph got no input or no output, wanted both");
   // A bf16 panel is gathered pixel by pixel anyway.
-  state_->graph = options.dtype == Dtype::kF32 ? subsample_first(std::move(graph)) : std::move(graph);
+  state_->graph = subsample_first(std::move(graph), [&](const Node& n) {
+    return options.dtype == Dtype::kBf16 || family_of(n, options.dtype) == "nonzeros";
+  });
   state_->options = options;
   state_->isa = options.isa.value_or(current_isa());
   // Also asks the system for the tile registers, where the instruction set has them.

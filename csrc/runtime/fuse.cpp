@@ -161,7 +161,7 @@ Graph fuse(Graph graph, std::vector<Affine> affine) {
   return Fuser(std::move(graph), std::move(affine)).run();
 }
 
-Graph subsample_first(Graph from) {
+Graph subsample_first(Graph from, const std::function<bool(const Node&)>& reads_strides) {
   // Multiply-adds per pixel read below which the copy is taken to cost more than it saves. Measured once, at 128
   // (ResNet-50's shortcuts): a quarter less time with the copy; the limit itself is an estimate.
   constexpr size_t kWorth = 16;
@@ -172,7 +172,8 @@ Graph subsample_first(Graph from) {
     const bool pointwise = n.kind == Kind::kConv && n.conv->kernel[0] == 1 && n.conv->kernel[1] == 1 &&
                            n.conv->padding[0] == 0 && n.conv->padding[1] == 0;
     const auto strides = pointwise ? static_cast<size_t>(n.conv->stride[0] * n.conv->stride[1]) : 1;
-    if (strides > 1 && n.conv->weight.size() >= kWorth * strides * static_cast<size_t>(n.conv->in_channels)) {
+    if (strides > 1 && !reads_strides(n) &&
+        n.conv->weight.size() >= kWorth * strides * static_cast<size_t>(n.conv->in_channels)) {
       Node pixels;
       pixels.kind = Kind::kPool;
       pixels.name = n.name;

@@ -35,6 +35,7 @@ struct Value {
   int64_t first_channel = 0;  // within the root
   bool direct = false;        // the caller's own tensor
   bool crosses = false;       // stages
+  Grid grid;                  // in lanes
   Planes planes;
   Operand operand;
   int born = 0, dies = 0;  // positions of the first writer and the last reader
@@ -54,6 +55,7 @@ class Planner {
     choose_aliases();
     choose_direct();
     cut_stages();
+    choose_lanes();
     widen_shared_lives();
     lay_out();
     place();
@@ -213,6 +215,18 @@ class Planner {
     return p;
   }
 
+  // Lanes of the convolution's planes, if its family has any; else 0.
+  int64_t lanes_of(int i) const {
+    const Node& n = g_.nodes[i];
+    return n.kind == Kind::kConv && !as_linear(*n.conv, shapes_[n.inputs[0]]) ? weights_.conv(i).lanes() : 0;
+  }
+
+  // Images at a time that leave each lane a tile of the map.
+  int64_t images_for_lanes(int i) const {
+    constexpr int64_t kTile = 16;
+    return div_up(kTile * lanes_of(i), values_[i].height * values_[i].width);
+  }
+
   // Bytes of a value of one image.
   int64_t bytes(int v) const {
     const Value& x = values_[v];
@@ -220,7 +234,12 @@ class Planner {
     return x.channels * rows * (x.width + std::max(x.halo.left, x.halo.right)) * dtype_size(dtype_);
   }
 
-  int64_t weight_bytes(const Node& n) const {
+  int64_t weight_bytes(int i) const {
+    const Node& n = g_.nodes[i];
+    if (lanes_of(i) > 0) {  // single weights, each with its place
+      const auto& w = n.conv->weight;
+      return 8 * static_cast<int64_t>(w.size() - std::count(w.begin(), w.end(), 0.0f));
+    }
     const auto size = n.conv ? n.conv->weight.size() : n.linear ? n.linear->weight.size() : 0;
     return static_cast<int64_t>(size) * dtype_size(dtype_);
   }
@@ -233,10 +252,10 @@ class Planner {
 
   // The number of images at a time that moves the fewest bytes from beyond L2 for this node.
   int64_t best_images(int i, int64_t most) const {
-    const int64_t activations = node_bytes(i), weights = weight_bytes(g_.nodes[i]), room = l2_bytes() * 9 / 20;
+    const int64_t activations = node_bytes(i), weights = weight_bytes(i), room = l2_bytes() * 9 / 20;
     int64_t best = 1;
     double least = std::numeric_limits<double>::infinity();
-    for (int64_t n = 1;; n = std::min(2 * n, most)) {
+    for (int64_t n = std::clamp<int64_t>(images_for_lanes(i), 1, most);; n = std::min(2 * n, most)) {
       const double spilled = n > 1 && n * activations > room ? 2.0 * static_cast<double>(activations) : 0.0;
       const double moved = static_cast<double>(weights) / static_cast<double>(n) + spilled;
       if (moved <= least) least = moved, best = n;
@@ -245,7 +264,8 @@ class Planner {
   }
 
   // A change of stage writes the batch out and reads it again, so nodes follow the least of their neighbours, and a
-  // stage goes on until a node wants four times as many images, or fewer.
+  // stage goes on until a node wants four times as many images, or fewer. Lanes that want more images do not follow:
+  // without them, every tile is too small (measured: a third of the time of a map of 4 x 4).
   void cut_stages() {
     constexpr int kReach = 2;
     const int64_t share = std::max<int64_t>(1, div_up(plan_.batch, plan_.threads));
@@ -256,6 +276,7 @@ class Planner {
       const auto begin = wanted.begin() + std::max(0, i - kReach),
                  end = wanted.begin() + std::min(count(), i + kReach + 1);
       int64_t n = *std::min_element(begin, end);
+      n = std::max(n, std::min(images_for_lanes(i), share));
       n = div_up(share, div_up(share, n));  // equal chunks
       if (plan_.stages.empty() || n < plan_.stages.back().images || n >= 4 * plan_.stages.back().images) {
         plan_.stages.emplace_back();
@@ -288,12 +309,43 @@ class Planner {
     }
   }
 
+  // What convolutions in lanes alone write and read, within a stage, stays in lanes: of all its images, or as few as
+  // leave a tile to each lane of the smallest map.
+  void choose_lanes() {
+    for (int s = 0; s < static_cast<int>(plan_.stages.size()); ++s) {
+      int64_t lanes = 0, least = 1;
+      for (int i = 0; i < count(); ++i) {
+        if (stage_[i] != s || lanes_of(i) == 0) continue;
+        lanes = lanes_of(i);
+        least = std::max(least, images_for_lanes(i));
+      }
+      if (lanes == 0) continue;
+      Grid grid{.images = 1};
+      while (grid.images < std::min({plan_.stages[s].images, least, lanes})) grid.images *= 2;
+      for (int64_t left = lanes / grid.images; left > 1; left /= 2)
+        (grid.rows < grid.cols ? grid.rows : grid.cols) *= 2;
+      const auto in_lanes = [&](int i) {
+        if (stage_[i] != s || lanes_of(i) == 0) return false;
+        const Value &x = values_[g_.nodes[i].inputs[0]], &y = values_[i];
+        return fits(grid, *g_.nodes[i].conv, {x.height, x.width}, {y.height, y.width});
+      };
+      for (int i = 0; i < count(); ++i) {
+        Value& v = values_[i];
+        const bool alone = v.root == i && !is_parent_[i] && !v.direct && !v.crosses && !is_output_[i];
+        if (!alone || !in_lanes(i) || !std::all_of(readers_[i].begin(), readers_[i].end(), in_lanes)) continue;
+        v.grid = grid;
+        v.halo = {};
+      }
+    }
+  }
+
   void lay_out() {
     for (int i = 0; i < count(); ++i) {
       Value& v = values_[i];
       if (v.root != i || v.direct) continue;
       const int64_t images = v.crosses ? plan_.batch + extra_images_ : plan_.stages[stage_[i]].images;
-      v.planes = arena_planes(dtype_, images, v.channels, v.height, v.width, v.halo);
+      v.planes = v.grid.images > 0 ? lane_planes(dtype_, images, v.channels, v.height, v.width, v.grid)
+                                   : arena_planes(dtype_, images, v.channels, v.height, v.width, v.halo);
     }
     for (int i = 0; i < count(); ++i) {
       Value& v = values_[i];

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "base/div_up.h"
 #include "base/isa.h"
 #include "base/parallel.h"
 #include "bindings/python/bind.h"
@@ -159,20 +160,22 @@ ConvSpec spec_of(const py::dict& d) {
 }
 
 Planes planes(const std::string& layout, Dtype dtype, int64_t images, int64_t channels, int64_t height, int64_t width,
-              Halo halo) {
+              Halo halo, const Grid& grid) {
+  if (layout == "lanes") return lane_planes(dtype, images, channels, height, width, grid);
   if (layout == "tensor") {
     SADMM_CHECK(halo == Halo{}, kOp, ": halo got one, wanted none around a tensor");
     return tensor_planes(dtype, images, channels, height, width);
   }
-  SADMM_CHECK(layout == "arena", kOp, ": layout got '", layout, "', wanted arena or tensor");
+  SADMM_CHECK(layout == "arena", kOp, ": layout got '", layout, "', wanted arena, tensor or lanes");
   return arena_planes(dtype, images, channels, height, width, halo);
 }
 
 py::tuple conv_step(const std::string& family, const std::string& isa_of, const py::dict& dict, const Array& x,
                     const std::optional<Array>& residual, const std::string& dtype_of, const std::string& x_layout,
                     const std::string& y_layout, const std::string& residual_layout,
-                    const std::array<int64_t, 4>& x_halo, const std::array<int64_t, 4>& y_halo, int64_t spare_images,
-                    int threads, const std::string& guard) {
+                    const std::array<int64_t, 4>& x_halo, const std::array<int64_t, 4>& y_halo,
+                    const std::array<int64_t, 3>& grid_of, int64_t spare_images, int threads,
+                    const std::string& guard) {
   const Family* found =
       std::find_if(std::begin(kFamilies), std::end(kFamilies), [&](const Family& f) { return family == f.name; });
   SADMM_CHECK(found != std::end(kFamilies), kOp, ": family got '", family, "', wanted one that the build has");
@@ -185,6 +188,10 @@ py::tuple conv_step(const std::string& family, const std::string& isa_of, const 
   ConvSpec spec = spec_of(dict);
   spec.epilogue.residual = residual.has_value();
   const auto packed = found->pack(spec, dtype, *isa);
+  for (const auto& layout : {x_layout, y_layout, residual_layout}) {
+    SADMM_CHECK(layout != "lanes" || packed->lanes() > 0, kOp,
+                ": got planes in lanes, wanted a family that takes them");
+  }
 
   const int64_t images = x.shape(0), planned = images + spare_images, height = x.shape(2), width = x.shape(3);
   const int64_t out_h = spec.out_size(0, height), out_w = spec.out_size(1, width);
@@ -197,11 +204,12 @@ py::tuple conv_step(const std::string& family, const std::string& isa_of, const 
                      .bottom = behind(0, height, out_h) + x_halo[2],
                      .right = behind(1, width, out_w) + x_halo[3]};
   const Halo out_halo{.top = y_halo[0], .left = y_halo[1], .bottom = y_halo[2], .right = y_halo[3]};
-  const Planes px = planes(x_layout, dtype, planned, x.shape(1), height, width, in_halo);
-  const Planes py_ = planes(y_layout, dtype, planned, spec.out_channels, out_h, out_w, out_halo);
+  const Grid grid{.images = grid_of[0], .rows = grid_of[1], .cols = grid_of[2]};
+  const Planes px = planes(x_layout, dtype, planned, x.shape(1), height, width, in_halo, grid);
+  const Planes py_ = planes(y_layout, dtype, planned, spec.out_channels, out_h, out_w, out_halo, grid);
   const bool in_place = residual && residual_layout == "y";
   const Planes pr =
-      in_place || !residual ? py_ : planes(residual_layout, dtype, planned, spec.out_channels, out_h, out_w, {});
+      in_place || !residual ? py_ : planes(residual_layout, dtype, planned, spec.out_channels, out_h, out_w, {}, grid);
   if (residual) {
     SADMM_CHECK(residual->ndim() == 4 && residual->shape(0) == images && residual->shape(1) == spec.out_channels &&
                     residual->shape(2) == out_h && residual->shape(3) == out_w,
@@ -227,7 +235,9 @@ py::tuple conv_step(const std::string& family, const std::string& isa_of, const 
     step->run(inputs, out, images, pool);
   }
   std::vector<char> inside(static_cast<size_t>(py_.readable), 0);
-  each(py_, planned, [&](int64_t at, int64_t) { inside[at] = 1; });
+  // Lanes without an image may hold anything.
+  const int64_t room = py_.in_lanes() ? div_up(planned, grid.images) * grid.images : planned;
+  each(py_, room, [&](int64_t at, int64_t) { inside[at] = 1; });
   for (int64_t i = 0; i < py_.readable; ++i) {
     const float value = from_bits(dtype, load(py_, out, i));
     SADMM_CHECK(inside[i] || value == 0.0f, kOp, ": the halo of y got ", value, " at ", i, ", wanted zeros");
@@ -244,10 +254,12 @@ void bind_conv_step(py::module_& m) {
   m.def("conv_step", &conv_step, py::arg("family"), py::arg("isa"), py::arg("spec"), py::arg("x"),
         py::arg("residual") = py::none(), py::kw_only(), py::arg("dtype") = "f32", py::arg("x_layout") = "arena",
         py::arg("y_layout") = "arena", py::arg("residual_layout") = "arena", py::arg("x_halo") = Four{},
-        py::arg("y_halo") = Four{}, py::arg("spare_images") = 0, py::arg("threads") = 1, py::arg("guard") = "end",
+        py::arg("y_halo") = Four{}, py::arg("grid") = std::array<int64_t, 3>{0, 1, 1}, py::arg("spare_images") = 0,
+        py::arg("threads") = 1, py::arg("guard") = "end",
         "One step of a convolution family on planes: (y, kernels). spec: the fields of ConvSpec and activation, low, "
         "high, "
         "slope. x_halo: top, left, bottom, right beyond what the padding needs; residual_layout 'y': in y's place; "
+        "grid: images, rows, columns of the layouts 'lanes'; "
         "spare_images: planned, but absent; guard: whether what lies before ('start') or behind ('end') faults.");
   m.def("conv_families", [] {
     std::vector<std::string> names;

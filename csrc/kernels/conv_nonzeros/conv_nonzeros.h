@@ -7,8 +7,10 @@
 // the tap, the stride or the width of the map, and no lane holds a halo.
 //
 //   pack     rows of all lanes from planes into a *patch*: [channel][row][column][lane]
+//   gather   the same from planes in lanes (ops/planes.h): copies of vectors, lanes moved where rectangles end
 //   sum      one tile of rows x columns vectors in registers, over the nonzeros of a chunk of channels, all filters
 //   unpack   sums of tiles back to planes, through the epilogue
+//   finish   the same to planes in lanes
 //
 // Every output is one chain of multiply-adds over its filter's nonzeros in order, begun with the bias. Patches and sums
 // are aligned to vectors; planes need no alignment, and nothing is read or written of them but what the arguments name.
@@ -55,15 +57,32 @@ struct NonzerosPackArgs {
   int64_t patch_channel_stride, patch_row_stride;
 };
 
+// A vector of the patch: of a channel, floats.
+struct NonzerosPlace {
+  int32_t from, to;
+  int32_t shift;  // row of `shifts`
+};
+
+struct NonzerosGatherArgs {
+  const float* x;
+  const int32_t* channels;  // [channel_count]
+  int64_t channel_count, channel_stride;
+  const NonzerosPlace* places;
+  int64_t as_they_are, place_count;  // the first places are copied as they are
+  const int32_t* shifts;             // [][kMostLanes]: the lane that each is taken from, negative for zero
+  float* patch;
+  int64_t patch_channel_stride;
+};
+
 struct NonzerosUnpackArgs {
   // A row of tiles side by side, each [filters][rows][its columns][lanes]: tile_cols columns, the last perhaps fewer.
   const float* sums;
   int64_t filters, rows, cols, tile_cols;  // cols: of all tiles
   float* y;
-  const int64_t* lane;  // [lanes] of the first tile's first pixel of the first filter, from y
+  const int64_t* lane;  // [lanes] of the first tile's first pixel of the first filter, from y; not of finish
   int64_t filter_stride, row_stride;
-  const float* residual;  // null for none
-  const int64_t* residual_lane;
+  const float* residual;         // null for none
+  const int64_t* residual_lane;  // null: in lanes
   int64_t residual_filter_stride, residual_row_stride;
   // [lanes]: a lane's outputs before this row or column are another lane's; `whole`: there are none.
   const int32_t *first_row, *first_col;
@@ -78,7 +97,8 @@ struct ConvNonzeros {
   int lanes;
   NonzerosSum sum[kMostTileRows][kMostTileCols];  // [rows - 1][cols - 1], null where registers do not hold the tile
   void (*pack)(NonzerosPackArgs);
-  void (*unpack)(NonzerosUnpackArgs);
+  void (*gather)(NonzerosGatherArgs);
+  void (*unpack)(NonzerosUnpackArgs), (*finish)(NonzerosUnpackArgs);
 };
 
 // A pure function of the instruction set, which need not be this CPU's.

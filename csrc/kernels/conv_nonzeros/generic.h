@@ -2,7 +2,8 @@
 //
 // V's *pieces*: a vector is kLanes / 4 pieces of four elements. load_pieces(p, lane) makes piece k from the four floats
 // at p + lane[4 * k]; transpose(r) turns four vectors, as 4 x 4 in each piece: r[i] with four pixels of lanes i, 4 + i,
-// 8 + i .. become four vectors of one pixel of every lane in order, and back.
+// 8 + i .. become four vectors of one pixel of every lane in order, and back. permute(r, from): lane l of r[from[l]],
+// zero where that is negative.
 
 template <class V, int R, int Q>
 inline void multiply_add(const float* patch, int64_t row_stride, float weight, typename V::Reg (&acc)[R][Q]) {
@@ -105,6 +106,19 @@ void pack(NonzerosPackArgs a) {
   }
 }
 
+template <class V>
+void gather(NonzerosGatherArgs a) {
+  for (int64_t c = 0; c < a.channel_count; ++c) {
+    const float* const x = a.x + a.channels[c] * a.channel_stride;
+    float* const to = a.patch + c * a.patch_channel_stride;
+    const NonzerosPlace* p = a.places;
+    for (; p != a.places + a.as_they_are; ++p) V::store(to + p->to, V::load(x + p->from));
+    for (; p != a.places + a.place_count; ++p) {
+      V::store(to + p->to, V::permute(V::load(x + p->from), a.shifts + p->shift * kMostLanes));
+    }
+  }
+}
+
 // Out of line: the curves are large. kClamp is not worth a call.
 template <class V>
 __attribute__((noinline)) typename V::Reg curve(typename V::Reg r, const Epilogue& epilogue) {
@@ -119,10 +133,17 @@ inline void unpack_pixels(const NonzerosUnpackArgs& a, const float* sums, int64_
   typename V::Reg r[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) r[i] = Whole || i < count ? V::load(sums + i * V::kLanes) : V::zero();
+  const bool in_lanes = a.residual && !a.residual_lane;
+  if (in_lanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      if (Whole || i < count) r[i] = V::add(r[i], V::load(residual + i * V::kLanes));
+    }
+  }
   V::transpose(r);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    if (a.residual) {
+    if (a.residual && !in_lanes) {
       typename V::Reg more;
       if constexpr (Whole) {
         more = V::load_pieces(residual, a.residual_lane + i);
@@ -157,9 +178,9 @@ void unpack(NonzerosUnpackArgs a) {
         const float* const sums = a.sums + (tile * a.filters * a.rows + (f * a.rows + row) * cols) * V::kLanes;
         for (int64_t col = 0; col < cols; col += 4) {
           const int64_t count = cols - col < 4 ? cols - col : 4, at = tile + col;
+          const float* const more = residual ? residual + (a.residual_lane ? at : at * V::kLanes) : nullptr;
           if (a.whole && count == 4) {
-            unpack_pixels<V, true>(a, sums + col * V::kLanes, 4, y + at, residual ? residual + at : nullptr, nullptr,
-                                   low, high);
+            unpack_pixels<V, true>(a, sums + col * V::kLanes, 4, y + at, more, nullptr, low, high);
             continue;
           }
           const uint8_t* b = bits[count % 4];
@@ -171,8 +192,50 @@ void unpack(NonzerosUnpackArgs a) {
             }
             b = owned;
           }
-          unpack_pixels<V, false>(a, sums + col * V::kLanes, count, y + at, residual ? residual + at : nullptr, b, low,
-                                  high);
+          unpack_pixels<V, false>(a, sums + col * V::kLanes, count, y + at, more, b, low, high);
+        }
+      }
+    }
+  }
+}
+
+// Residuals of four pixels, or fewer, from planes that are not in lanes.
+template <class V>
+inline void residual_pixels(const NonzerosUnpackArgs& a, const float* residual, int64_t count,
+                            typename V::Reg (&r)[4]) {
+  uint8_t bits[V::kLanes];
+  for (uint8_t& b : bits) b = static_cast<uint8_t>((1 << count) - 1);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = count == 4 ? V::load_pieces(residual, a.residual_lane + i)
+                      : V::load_pieces(residual, a.residual_lane + i, bits + i);
+  }
+  V::transpose(r);
+}
+
+template <class V>
+void finish(NonzerosUnpackArgs a) {
+  const typename V::Reg low = V::broadcast(a.epilogue->low), high = V::broadcast(a.epilogue->high);
+  const bool clamp = a.epilogue->activation == Activation::kClamp, scattered = a.residual && a.residual_lane;
+  for (int64_t f = 0; f < a.filters; ++f) {
+    for (int64_t row = 0; row < a.rows; ++row) {
+      float* const y = a.y + f * a.filter_stride + row * a.row_stride;
+      const float* const residual =
+          a.residual ? a.residual + (f * a.residual_filter_stride + row * a.residual_row_stride) : nullptr;
+      for (int64_t tile = 0; tile < a.cols; tile += a.tile_cols) {
+        const int64_t cols = a.cols - tile < a.tile_cols ? a.cols - tile : a.tile_cols;
+        const float* const sums = a.sums + (tile * a.filters * a.rows + (f * a.rows + row) * cols) * V::kLanes;
+        typename V::Reg more[4];
+        for (int64_t col = 0; col < cols; ++col) {
+          const int64_t at = tile + col;
+          typename V::Reg r = V::load(sums + col * V::kLanes);
+          if (scattered) {
+            if (col % 4 == 0) residual_pixels<V>(a, residual + at, cols - col < 4 ? cols - col : 4, more);
+            r = V::add(r, more[col % 4]);
+          } else if (residual) {
+            r = V::add(r, V::load(residual + at * V::kLanes));
+          }
+          V::store(y + at * V::kLanes, clamp ? V::clamp(r, low, high) : curve<V>(r, *a.epilogue));
         }
       }
     }
@@ -195,7 +258,13 @@ constexpr void fill_row(NonzerosSum (&row)[kMostTileCols], std::integer_sequence
 
 template <class V, int most>
 constexpr ConvNonzeros make(const char* isa) {
-  ConvNonzeros k{.isa = isa, .lanes = V::kLanes, .sum = {}, .pack = &pack<V>, .unpack = &unpack<V>};
+  ConvNonzeros k{.isa = isa,
+                 .lanes = V::kLanes,
+                 .sum = {},
+                 .pack = &pack<V>,
+                 .gather = &gather<V>,
+                 .unpack = &unpack<V>,
+                 .finish = &finish<V>};
   fill_row<V, most, 1>(k.sum[0], std::make_integer_sequence<int, kMostTileCols>());
   fill_row<V, most, 2>(k.sum[1], std::make_integer_sequence<int, kMostTileCols>());
   fill_row<V, most, 3>(k.sum[2], std::make_integer_sequence<int, kMostTileCols>());

@@ -36,6 +36,13 @@ struct Vec4 {
   }
   static void store(float* p, Reg r) { std::memcpy(p, &r, sizeof r); }
 
+  static Reg permute(Reg r, const int32_t* from) {
+    Reg to{};
+    for (int i = 0; i < 4; ++i) {
+      if (from[i] >= 0) to[i] = r[from[i]];
+    }
+    return to;
+  }
   static Reg load_pieces(const float* p, const int64_t* lane) { return load(p + lane[0]); }
   static Reg load_pieces(const float* p, const int64_t* lane, const uint8_t* bits) {
     Reg r{};

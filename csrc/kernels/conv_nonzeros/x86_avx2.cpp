@@ -24,6 +24,11 @@ struct Vec8 {
   static Reg curve(Reg x, const Epilogue& epilogue) { return activate(ActiveVec{x}, epilogue).v; }
   static void store(float* p, Reg r) { _mm256_store_ps(p, r); }
 
+  static Reg permute(Reg r, const int32_t* from) {
+    const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i gone = _mm256_srai_epi32(index, 31);
+    return _mm256_andnot_ps(_mm256_castsi256_ps(gone), _mm256_permutevar8x32_ps(r, index));
+  }
   static __m128i mask(uint8_t bits) {
     const __m128i bit = _mm_setr_epi32(1, 2, 4, 8);
     return _mm_cmpeq_epi32(_mm_and_si128(_mm_set1_epi32(bits), bit), bit);

@@ -24,6 +24,10 @@ struct Vec16 {
   static Reg curve(Reg x, const Epilogue& epilogue) { return activate(ActiveVec{x}, epilogue).v; }
   static void store(float* p, Reg r) { _mm512_store_ps(p, r); }
 
+  static Reg permute(Reg r, const int32_t* from) {
+    const __m512i index = _mm512_loadu_si512(from);
+    return _mm512_maskz_permutexvar_ps(_mm512_cmpge_epi32_mask(index, _mm512_setzero_si512()), index, r);
+  }
   static Reg load_pieces(const float* p, const int64_t* lane) {
     const __m512 low = _mm512_castps256_ps512(
         _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + lane[0])), _mm_loadu_ps(p + lane[4]), 1));
