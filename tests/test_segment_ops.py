@@ -134,3 +134,27 @@ def test_errors(segment):
     assert "bytes of an artefact" in error([x], code.float(), "float32", shapes)
     assert "whole safetensors file" in error([x], code[:100].clone(), "float32", shapes)
     assert "whole safetensors file" in error([x], torch.full((40,), 255, dtype=torch.uint8), "float32", shapes)
+
+
+@torch.no_grad()
+def test_large_outputs_keep_their_memory_apart():
+    """Outputs of 32 MB and more lie in memory that is used again, but only when nobody holds it."""
+    model = nn.Conv2d(1, 8, 1).eval()
+    shapes = "x0_0,8,x0_2,x0_3"
+    xs = [torch.randn(1, 1, 1200, 1024) for _ in range(3)]
+    code = program(model, xs[0])
+
+    def run(x):
+        return ops.run_segment([x], code, "float32", shapes)[0]
+
+    a, b = run(xs[0]), run(xs[1])
+    assert a.data_ptr() != b.data_ptr()
+    part, place = b[0, 1], b.data_ptr()
+    del b
+    c = run(xs[2])
+    assert c.data_ptr() not in (a.data_ptr(), place), "a view of the output holds its memory"
+    close([a, part, c], [model(xs[0]), model(xs[1])[0, 1], model(xs[2])], 1e-6)
+    del part
+    d = run(xs[0][:, :, :1100])
+    assert d.data_ptr() == place
+    close([d, a + 1], [model(xs[0][:, :, :1100]), model(xs[0]) + 1], 1e-6)
