@@ -8,6 +8,7 @@ from torch import nn
 
 from networks import ResNet, randomise
 from structadmm import artefact, ops
+from structadmm.nn import CompactConv2d
 from structadmm.trace import trace
 
 
@@ -158,3 +159,34 @@ def test_large_outputs_keep_their_memory_apart():
     d = run(xs[0][:, :, :1100])
     assert d.data_ptr() == place
     close([d, a + 1], [model(xs[0][:, :, :1100]), model(xs[0]) + 1], 1e-6)
+
+
+@torch.no_grad()
+def test_channels_that_no_tap_reads_are_not_read():
+    """Whatever they hold; and where another node reads them, all are."""
+
+    class Two(nn.Module):
+        def __init__(self, adds):
+            super().__init__()
+            torch.manual_seed(0)
+            self.adds = adds
+            self.convs = nn.ModuleList()
+            for read in ((1, 2, 5), (5, 6)):
+                conv = nn.Conv2d(9, 9, 3, padding=1)
+                conv.weight[:, [c for c in range(9) if c not in read]] = 0
+                self.convs.append(CompactConv2d.from_dense(conv, block=9))
+
+        def forward(self, x):
+            y = self.convs[0](x) + self.convs[1](x)
+            return y + x if self.adds else y
+
+    for adds in (False, True):
+        model = Two(adds).eval()
+        x = torch.randn(3, 9, 40, 33)
+        code, want = program(model, x), model(x)
+        if not adds:
+            x[:, [0, 3, 4, 7, 8]] = torch.nan
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            close(ops.run_segment([x], code, "float32", "x0_0,9,x0_2,x0_3"), [want], 1e-5)
+        torch.set_num_threads(1)
