@@ -201,6 +201,23 @@ def test_nan_and_infinity(isa: str, block: int, curve: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("filters", [24, 400])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_weights_and_pixels_beyond_the_cache_give_the_same_bits(isa: str, filters: int, batch: int) -> None:
+    """A 1 x 1 layer of a megabyte of weights, or pixels, comes in blocks of taps: the order of a sum stays."""
+    c = {**CASE, "kernel": (1, 1), "padding": (0, 0), "size": (12, 64), "batch": batch, "channels": 700}
+    c |= {"filters": filters, "block": 1000, "bias": True, "y_halo": (0, 0, 0, 0)}
+    spec, dense, bias = make_spec(c)
+    x, _ = inputs(c, spec, dense)
+    got = run("taps_f32", isa, c, spec, x, None)
+    check_close(got, c, x, dense, bias, None)
+    assert torch.equal(got, run("taps_f32", isa, {**c, "threads": 3, "x_layout": "tensor"}, spec, x, None))
+    few = {**spec, "out_channels": 20, "block_filters": [20], "weight": spec["weight"][: 20 * 700]}
+    few["bias"] = spec["bias"][:20]
+    assert torch.equal(got[:, :20, :2], run("taps_f32", isa, c, few, x[:, :, :2].contiguous(), None))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_filters_without_taps_emit_the_epilogue_of_their_bias(isa: str) -> None:
     c = {**CASE, "density": 0.0, "curve": {"activation": "silu"}, "residual": "arena"}
     spec, dense, bias = make_spec(c)

@@ -8,6 +8,7 @@ from torch import nn
 
 from networks import ResNet, randomise
 from structadmm import container, ops
+from structadmm.nn import CompactConv2d
 from structadmm.trace import trace
 
 
@@ -134,3 +135,58 @@ def test_errors(segment):
     assert "bytes of an artefact" in error([x], code.float(), "float32", shapes)
     assert "whole safetensors file" in error([x], code[:100].clone(), "float32", shapes)
     assert "whole safetensors file" in error([x], torch.full((40,), 255, dtype=torch.uint8), "float32", shapes)
+
+
+@torch.no_grad()
+def test_large_outputs_keep_their_memory_apart():
+    """Outputs of 32 MB and more lie in memory that is used again, but only when nobody holds it."""
+    model = nn.Conv2d(1, 8, 1).eval()
+    shapes = "x0_0,8,x0_2,x0_3"
+    xs = [torch.randn(1, 1, 1200, 1024) for _ in range(3)]
+    code = program(model, xs[0])
+
+    def run(x):
+        return ops.run_segment([x], code, "float32", shapes)[0]
+
+    a, b = run(xs[0]), run(xs[1])
+    assert a.data_ptr() != b.data_ptr()
+    part, place = b[0, 1], b.data_ptr()
+    del b
+    c = run(xs[2])
+    assert c.data_ptr() not in (a.data_ptr(), place), "a view of the output holds its memory"
+    close([a, part, c], [model(xs[0]), model(xs[1])[0, 1], model(xs[2])], 1e-6)
+    del part
+    d = run(xs[0][:, :, :1100])
+    assert d.data_ptr() == place
+    close([d, a + 1], [model(xs[0][:, :, :1100]), model(xs[0]) + 1], 1e-6)
+
+
+@torch.no_grad()
+def test_channels_that_no_tap_reads_are_not_read():
+    """Whatever they hold; and where another node reads them, all are."""
+
+    class Two(nn.Module):
+        def __init__(self, adds):
+            super().__init__()
+            torch.manual_seed(0)
+            self.adds = adds
+            self.convs = nn.ModuleList()
+            for read in ((1, 2, 5), (5, 6)):
+                conv = nn.Conv2d(9, 9, 3, padding=1)
+                conv.weight[:, [c for c in range(9) if c not in read]] = 0
+                self.convs.append(CompactConv2d.from_dense(conv, block=9))
+
+        def forward(self, x):
+            y = self.convs[0](x) + self.convs[1](x)
+            return y + x if self.adds else y
+
+    for adds in (False, True):
+        model = Two(adds).eval()
+        x = torch.randn(3, 9, 40, 33)
+        code, want = program(model, x), model(x)
+        if not adds:
+            x[:, [0, 3, 4, 7, 8]] = torch.nan
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            close(ops.run_segment([x], code, "float32", "x0_0,9,x0_2,x0_3"), [want], 1e-5)
+        torch.set_num_threads(1)

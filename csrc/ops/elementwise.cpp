@@ -286,14 +286,50 @@ Work work(RowOp op, const Planes& sizes, Place x, Place y, const Epilogue& epilo
           .epilogue = epilogue};
 }
 
+// Runs of channels, one after the other, each a step of its own.
+class PartsStep final : public Step {
+ public:
+  PartsStep(std::vector<std::unique_ptr<Step>> parts, int64_t elements)
+      : parts_(std::move(parts)), elements_(elements) {}
+
+  void run(std::span<const void* const> inputs, void* output, int64_t images, Parallel& parallel) const override {
+    split(parallel, static_cast<int64_t>(parts_.size()), images * elements_, kSerialElements,
+          [&](int64_t begin, int64_t end) {
+            Serial serial;
+            for (int64_t i = begin; i < end; ++i) parts_[static_cast<size_t>(i)]->run(inputs, output, images, serial);
+          });
+  }
+
+  std::string kernel() const override { return parts_.front()->kernel(); }
+
+ private:
+  std::vector<std::unique_ptr<Step>> parts_;
+  int64_t elements_;  // of an image
+};
+
 }  // namespace
 
-std::unique_ptr<Step> import_step(const TensorView& x, const Planes& y, Isa isa) {
+std::unique_ptr<Step> import_step(const TensorView& x, const Planes& y, Isa isa, const std::vector<int64_t>& channels) {
   constexpr auto op = "import";
-  const Place from = place(op, "x", x);
+  const Place from = place(op, "x", x), to = place(y);
   check_sizes(op, "x", x, y);
   check_dtype(op, "y", y.dtype);
-  return std::make_unique<ElementStep>(work(RowOp::kCopy, y, from, place(y)), isa);
+  if (channels.empty()) return std::make_unique<ElementStep>(work(RowOp::kCopy, y, from, to), isa);
+  std::vector<std::unique_ptr<Step>> parts;
+  for (size_t i = 0; i < channels.size();) {
+    const size_t first = i++;
+    while (i < channels.size() && channels[i] == channels[i - 1] + 1) ++i;
+    SADMM_CHECK(channels[first] >= 0 && channels[i - 1] < y.channels, op, ": channels got ", channels[first], " to ",
+                channels[i - 1], ", wanted 0 to ", y.channels - 1);
+    Planes some = y;
+    some.channels = static_cast<int64_t>(i - first);
+    Place a = from, b = to;
+    a.offset += channels[first] * a.strides[1];
+    b.offset += channels[first] * b.strides[1];
+    parts.push_back(std::make_unique<ElementStep>(work(RowOp::kCopy, some, a, b), isa));
+  }
+  const auto count = static_cast<int64_t>(channels.size());
+  return std::make_unique<PartsStep>(std::move(parts), count * y.height * y.width);
 }
 
 std::unique_ptr<Step> export_step(const Planes& x, const TensorView& y, int64_t images, Isa isa) {

@@ -15,7 +15,9 @@
 namespace structadmm {
 
 // A user's tensor [N, C, H, W] or [N, C] (any strides in elements, f32 or bf16 or f16) into planes, converted.
-std::unique_ptr<Step> import_step(const TensorView& x, const Planes& y, Isa isa);
+// channels: those that are wanted, ascending; the others of y are not written. Empty: all.
+std::unique_ptr<Step> import_step(const TensorView& x, const Planes& y, Isa isa,
+                                  const std::vector<int64_t>& channels = {});
 
 // Planes into a user's tensor, likewise; a flattened output [N, C*H*W] is given as [N, C, H, W] with its strides.
 std::unique_ptr<Step> export_step(const Planes& x, const TensorView& y, int64_t images, Isa isa);

@@ -24,6 +24,9 @@ constexpr int64_t kSharePixels = 192;        // of a thread, below which its til
 constexpr int64_t kSerialMacs = 1 << 20;     // ten microseconds of work: a parallel region costs as much
 constexpr int64_t kMaxPeriod = 16;           // images in one table of tiles
 constexpr int64_t kSpan = kernels::kMaxSpan;
+constexpr int64_t kBlockFloats = 6 * 1024;   // of the weights of a job, which tiles of a span read from L1
+constexpr int64_t kFarStrips = 4;            // of x, with more of which it does not stay in L2
+constexpr int64_t kFarWeights = 256 * 1024;  // floats, likewise
 
 // Cycles of a job of `taps` taps. What a tile costs besides its taps (its first sums, its stores) was measured in
 // AVX-512.
@@ -192,6 +195,13 @@ int64_t job_units(const TapPlan& plan, const Packed& packed, const Job& job, int
   return div_up(images, plan.pixels.period) * static_cast<int64_t>(plan.pixels.tiles[c].size());
 }
 
+// Tiles begin to end of a job's `units`: its share of a strip.
+struct Share {
+  int64_t begin, end, units;
+  // Whether x lies beyond L2, and comes in a strip ahead of its use.
+  bool far() const { return units > kFarStrips * (end - begin) && end < units; }
+};
+
 struct Operands {
   const float *x, *residual;
   float* y;
@@ -215,8 +225,7 @@ void to_image(const TapPlan& plan, const Output& first, int64_t image, int64_t i
   o.images = static_cast<int>(images);
 }
 
-void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, int64_t begin,
-                 int64_t end) {
+void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
   const GemmCompact& k = *plan.kernels;
   const auto& t = plan.filters;
   const Panel& panel = packed.panels[job.panel];
@@ -230,7 +239,8 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
                 .taps = packed.taps + panel.first_tap,
                 .n_taps = panel.n_taps,
                 .w = packed.weights + panel.weight,
-                .bias = packed.bias + panel.first_filter,
+                .panel_stride = panel.n_taps * panel.width,
+                .start = packed.bias + panel.first_filter,
                 .filters = filters,
                 .pixel = nullptr,
                 .row = nullptr,
@@ -244,6 +254,19 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
       .sums = nullptr, .sums_stride = a.sums_stride, .filters = 0, .vectors = 0, .stores = nullptr, .out = out};
   waits.out.stores = t.stores.data();
   int spread = filters;  // filters of it that are done
+  // Where each tap reads another channel and weights or x come from afar, all tiles of a span take so many taps at a
+  // time: fewer than the weights that L1 holds. (A 3x3 kernel reads the same x for many taps, and lost 5 %.)
+  const bool far_weights = packed.header->weights > kFarWeights;
+  const bool in_blocks = packed.header->kernel_h * packed.header->kernel_w == 1 && (far_weights || share.far());
+  const int64_t blocks = in_blocks ? std::max<int64_t>(1, div_up(panel.n_taps * a.sums_stride, kBlockFloats)) : 1;
+  // Lines of the weights of the next job, where they come from beyond L2.
+  const char *stream = reinterpret_cast<const char*>(a.w), *stream_end = stream;
+  const int64_t next_panel = job.panel + job.panels;
+  if (far_weights && share.end == share.units && next_panel < static_cast<int64_t>(packed.panels.size())) {
+    const int64_t first = packed.panels[next_panel].weight;
+    stream = reinterpret_cast<const char*>(packed.weights + first);
+    stream_end = stream + 4 * std::min(panel.n_taps * a.sums_stride, packed.header->weights - first);
+  }
   const auto spread_until = [&](int64_t end) {
     for (; spread < end; spread += panel.width) {
       kernels::SpreadArgs some = waits;
@@ -254,19 +277,32 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
       k.spread(some);
     }
   };
-  for (int64_t u = begin; u < end; ++u) {
+  for (int64_t u = share.begin; u < share.end; ++u) {
     const int64_t image = u / t.spans * t.period, images = std::min(t.period, data.images - image);
     const int64_t first = u % t.spans * kSpan, count = std::min(kSpan, images * plan.outputs - first);
     if (count <= 0) continue;
     a.x = data.x + image * plan.x.image_stride;
     const int64_t tiles = div_up(count, most);
     float* const to = sums + (waits.sums == sums ? kSums : 0);
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t at = i * count / tiles, n = (i + 1) * count / tiles - at;
-      a.pixel = t.pixel.data() + first + at;
-      a.sums = to + at * a.sums_stride;
-      kernel[n - 1](a);
-      spread_until(filters * (i + 1) / tiles);
+    const int64_t next = std::min(kSpan, static_cast<int64_t>(t.pixel.size()) - first - kSpan);
+    const bool far = share.far() && next > 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t from = block * panel.n_taps / blocks;
+      a.taps = packed.taps + panel.first_tap + from;
+      a.n_taps = (block + 1) * panel.n_taps / blocks - from;
+      a.w = packed.weights + panel.weight + from * panel.width;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t at = i * count / tiles, n = (i + 1) * count / tiles - at;
+        a.pixel = t.pixel.data() + first + at;
+        a.ahead = far ? a.pixel[i * next / tiles + kSpan - at] : a.pixel[0];
+        a.stream = far || stream < stream_end ? stream : nullptr;
+        if (stream < stream_end) stream += a.n_taps * 64;
+        a.sums = to + at * a.sums_stride;
+        a.start = block == 0 ? packed.bias + panel.first_filter : a.sums;
+        a.start_stride = block == 0 ? 0 : a.sums_stride;
+        kernel[n - 1](a);
+        spread_until(filters * (block * tiles + i + 1) / (blocks * tiles));
+      }
     }
     spread_until(filters);
     to_image(plan, out, image, images, waits.out);
@@ -278,8 +314,7 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
   spread_until(filters);
 }
 
-void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, int64_t begin,
-                int64_t end) {
+void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
   const GemmCompact& k = *plan.kernels;
   const auto& t = plan.pixels;
   const Panel& panel = packed.panels[job.panel];
@@ -299,10 +334,20 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
                .vectors = nullptr,
                .out = out};
   a.out.stores = t.stores.data();
-  for (int64_t u = begin; u < end; ++u) {
+  // The first jobs fetch one vector of the tile each.
+  const int64_t fetches = &job - plan.jobs.data();
+  const bool far = share.far() && fetches < k.nr[c];
+  for (int64_t u = share.begin; u < share.end; ++u) {
     const int64_t image = u / tiles * t.period, images = std::min(t.period, data.images - image);
     const Tile& tile = t.tiles[c][u % tiles];
     a.vectors = t.vectors.data() + tile.first;
+    if (far) {
+      const int64_t ahead = u + share.end - share.begin;
+      const Tile& later = t.tiles[c][ahead % tiles];
+      a.ahead = ahead < share.units ? t.vectors[later.first + fetches % later.count].offset +
+                                          (ahead / tiles * t.period - image) * plan.x.image_stride
+                                    : 0;
+    }
     int n = tile.count;
     while (n > 0 && t.stores[a.vectors[n - 1].first_store].image >= images) --n;
     if (n == 0) continue;
@@ -430,7 +475,7 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
         const int64_t begin = low + std::max<int64_t>(0, first - at), end = std::min(high, low + last - at);
         at += high - low;
         if (begin >= end) continue;
-        (job.panels > 0 ? run_filters : run_pixels)(plan, packed, job, data, begin, end);
+        (job.panels > 0 ? run_filters : run_pixels)(plan, packed, job, data, {begin, end, n});
       }
     }
   });

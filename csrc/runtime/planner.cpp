@@ -474,6 +474,36 @@ class Planner {
     return r;
   }
 
+  // The channels of a value of the caller's that some convolution has a tap on, ascending. Empty: all, or a reader that
+  // is no compacted f32 convolution. (A depthwise kernel multiplies what it reads by zeros.)
+  std::vector<int64_t> channels_read(int v) const {
+    const Value& x = values_[v];
+    std::vector<bool> read(static_cast<size_t>(x.channels), false);
+    const auto parent = is_parent_.find(v);
+    if (dtype_ != Dtype::kF32 || x.root != v || is_output_[v] || (parent != is_parent_.end() && parent->second)) {
+      return {};
+    }
+    for (int r : readers_[v]) {
+      const Node& n = g_.nodes[r];
+      const bool residual = n.inputs.size() > 1 && n.inputs[1] == v;
+      if (n.kind != Kind::kConv || residual || (n.conv->groups > 1 && n.conv->groups == n.conv->in_channels)) return {};
+      const ConvSpec& c = *n.conv;
+      const int64_t positions = c.kernel[0] * c.kernel[1], group_channels = c.in_channels / c.groups;
+      int64_t filter = 0;
+      for (size_t b = 0; b < c.block_filters.size(); filter += c.block_filters[b++]) {
+        const int64_t first = filter / (c.out_channels / c.groups) * group_channels;
+        for (int32_t t = c.block_taps[b]; t < c.block_taps[b + 1]; ++t) {
+          read[static_cast<size_t>(first + c.taps[static_cast<size_t>(t)] / positions)] = true;
+        }
+      }
+    }
+    std::vector<int64_t> channels;
+    for (size_t i = 0; i < read.size(); ++i) {
+      if (read[i]) channels.push_back(static_cast<int64_t>(i));
+    }
+    return channels.size() == read.size() ? std::vector<int64_t>{} : channels;
+  }
+
   void plan_steps() {
     for (int i = 0; i < count(); ++i) {
       const Node& n = g_.nodes[i];
@@ -495,7 +525,7 @@ class Planner {
                                .index = k,
                                .offset = 0,
                                .image_bytes = in_[k].strides[0] * dtype_size(in_[k].dtype)};
-          add(i, import_step(image_view(as_value(in_[k], y), images), to, isa_), {source}, y.operand);
+          add(i, import_step(image_view(as_value(in_[k], y), images), to, isa_, channels_read(i)), {source}, y.operand);
           break;
         }
         case Kind::kConv:

@@ -1,7 +1,12 @@
 // run_segment: a subgraph of a network, given as the bytes of its artefact, in one call. Engines are made at the first
 // call with some bytes and kept; calls after that find theirs by address and digest.
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <cstring>
 #include <list>
 #include <memory>
@@ -110,10 +115,82 @@ int32_t type_of(Dtype dtype) {
                                 : aoti_torch_dtype_float32();
 }
 
+// Memory of large outputs, kept for the next ones. The C library gives blocks of this size back to the system, which
+// zeroes new ones page by page: a 1x1 convolution to 51 MB took eight times as long on a fresh output.
+class LargeBlocks {
+ public:
+  static constexpr int64_t kLarge = 32 << 20;  // bytes; the C library's own threshold grows no further
+  static constexpr int64_t kKept = 256 << 20;  // bytes of idle blocks
+  static constexpr int64_t kUnit = 2 << 20;    // a huge page
+  static LargeBlocks& instance() {
+    static auto* const blocks = new LargeBlocks;  // never destroyed: tensors may outlive static objects
+    return *blocks;
+  }
+
+  // A tensor that gives its memory back here. Its storage can't grow.
+  Tensor tensor(std::span<const int64_t> sizes, std::span<const int64_t> strides, Dtype dtype, int64_t bytes) {
+    const Block block = take((bytes + kUnit - 1) / kUnit * kUnit);
+    const auto free = [](void* data, void* size) {
+      LargeBlocks::instance().give({data, static_cast<int64_t>(reinterpret_cast<intptr_t>(size))});
+    };
+    AtenTensorHandle handle = nullptr;
+    const auto status =
+        torch_from_blob(block.data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, type_of(dtype),
+                        aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, free,
+                        reinterpret_cast<void*>(static_cast<intptr_t>(block.bytes)));
+    if (status != 0) give(block);
+    SADMM_CHECK(status == 0, kOp, ": sizes got no tensor, wanted one for the output");
+    return Tensor(handle);
+  }
+
+ private:
+  struct Block {
+    void* data;
+    int64_t bytes;
+  };
+
+  Block take(int64_t bytes) {
+    {
+      const std::lock_guard lock(mutex_);
+      for (auto it = idle_.begin(); it != idle_.end(); ++it) {
+        if (it->bytes < bytes || it->bytes > bytes + bytes / 4) continue;
+        const Block found = *it;
+        idle_.erase(it);
+        kept_ -= found.bytes;
+        return found;
+      }
+    }
+    void* const data = std::aligned_alloc(kUnit, static_cast<size_t>(bytes));
+    SADMM_CHECK(data, kOp, ": sizes got no memory, wanted ", bytes, " bytes for the output");
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    madvise(data, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+#endif
+    return {data, bytes};
+  }
+
+  // The oldest make room.
+  void give(Block block) {
+    const std::lock_guard lock(mutex_);
+    idle_.push_back(block);
+    for (kept_ += block.bytes; kept_ > kKept; idle_.pop_front()) {
+      std::free(idle_.front().data);
+      kept_ -= idle_.front().bytes;
+    }
+  }
+
+  std::mutex mutex_;
+  std::list<Block> idle_;
+  int64_t kept_ = 0;
+};
+
 // Contiguous, through the C shim, which finds no op by its name.
 Tensor empty(std::span<const int64_t> sizes, Dtype dtype) {
   int64_t strides[kMaxDims], next = 1;
   for (size_t d = sizes.size(); d-- > 0; next *= std::max<int64_t>(sizes[d], 1)) strides[d] = next;
+  const bool any = std::find(sizes.begin(), sizes.end(), 0) == sizes.end();
+  if (any && next * dtype_size(dtype) >= LargeBlocks::kLarge) {
+    return LargeBlocks::instance().tensor(sizes, {strides, sizes.size()}, dtype, next * dtype_size(dtype));
+  }
   AtenTensorHandle handle = nullptr;
   const auto status = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
                                                type_of(dtype), aoti_torch_device_type_cpu(), 0, &handle);

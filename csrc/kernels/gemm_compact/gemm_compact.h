@@ -69,6 +69,7 @@ struct PixelsArgs {
   const float* bias;
   int filters;                 // 1 to MR: those that exist
   const PixelVector* vectors;  // [NR]
+  int64_t ahead = 0;           // if given, what each tap reads at this offset in x is fetched into L2 meanwhile
   Output out;                  // its stores are those that the vectors count
 };
 
@@ -78,8 +79,16 @@ struct FiltersArgs {
   const int64_t* position_offset;
   const Tap* taps;
   int64_t n_taps;
-  const float* w;  // [NV][n_taps][panel width]
-  const float* bias;
+  const float* w;  // of panel v from w + v * panel_stride on: [n_taps][panel width]
+  int64_t panel_stride;
+  // The sums of pixel p begin with start + p * start_stride: the bias (start_stride = 0), or the sums over earlier
+  // taps.
+  const float* start;
+  int64_t start_stride = 0;
+  // Fetched into L2 meanwhile, where they are given and the pixels are neighbours: what each tap reads of the pixel at
+  // this offset in x, and a line per tap from here on.
+  int64_t ahead = 0;
+  const void* stream = nullptr;
   int filters;           // 1 to NV * width: those that exist
   const int32_t* pixel;  // [P] offsets in x
   // With `row`, filters are neighbours in y (y_stride = 1), and pixel p goes to y + row[p], plus residual +

@@ -62,26 +62,36 @@ void pixels(const PixelsArgs& a) {
     base[v] = a.x + a.vectors[v].offset;
     if constexpr (Gather) index[v] = V::index(a.vectors[v].lane);
   }
-  const float* w = a.w;
   const Tap* const end = a.taps + a.n_taps;
-  for (const Tap* t = a.taps; t != end; ++t, w += a.w_stride) {
-    // Scalar units are idle here, so the offset is worked out per tile instead of kept per size of map.
-    const int64_t offset = t->channel * a.channel_stride + a.position_offset[t->position];
-    typename V::Reg px[NR];
+  // In a version of its own: on what is there already, a fetch per tap cost up to a seventh.
+  const auto run = [&](auto fetch) {
+    const float* w = a.w;
+    const float* const ahead = a.x + a.ahead;
+    for (const Tap* t = a.taps; t != end; ++t, w += a.w_stride) {
+      // Scalar units are idle here, so the offset is worked out per tile instead of kept per size of map.
+      const int64_t offset = t->channel * a.channel_stride + a.position_offset[t->position];
+      if constexpr (decltype(fetch)::value) __builtin_prefetch(ahead + offset, 0, 2);
+      typename V::Reg px[NR];
 #pragma GCC unroll 8
-    for (int v = 0; v < NR; ++v) {
-      if constexpr (Gather) {
-        px[v] = V::gather(base[v] + offset, index[v]);
-      } else {
-        px[v] = V::load(base[v] + offset);
+      for (int v = 0; v < NR; ++v) {
+        if constexpr (Gather) {
+          px[v] = V::gather(base[v] + offset, index[v]);
+        } else {
+          px[v] = V::load(base[v] + offset);
+        }
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+        const typename V::Reg wm = V::broadcast(w + m);
+#pragma GCC unroll 8
+        for (int v = 0; v < NR; ++v) acc[m][v] = V::fma(wm, px[v], acc[m][v]);
       }
     }
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-      const typename V::Reg wm = V::broadcast(w + m);
-#pragma GCC unroll 8
-      for (int v = 0; v < NR; ++v) acc[m][v] = V::fma(wm, px[v], acc[m][v]);
-    }
+  };
+  if (!Gather && a.ahead != 0) {
+    run(std::true_type{});
+  } else {
+    run(std::false_type{});
   }
   const Output& o = a.out;
   if (o.epilogue.activation != Activation::kClamp) {
@@ -145,21 +155,34 @@ template <class V, int W, int NV, int P>
 void filters(const FiltersArgs& a) {
   constexpr int kPer = W / V::kLanes, kVectors = kPer * NV, kAhead = 8;
   typename V::Reg acc[P][kVectors];
+  const auto begin = [&](int64_t stride) {
 #pragma GCC unroll 16
-  for (int p = 0; p < P; ++p) {
+    for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) acc[p][v] = V::load(a.bias + v * V::kLanes);
+      for (int v = 0; v < kVectors; ++v) acc[p][v] = V::load(a.start + p * stride + v * V::kLanes);
+    }
+  };
+  if (a.start_stride == 0) {
+    begin(0);  // loads that the pixels share
+  } else {
+    begin(a.start_stride);
   }
-  const int64_t panel_stride = a.n_taps * W;
+  const float* const ahead = a.x + a.ahead;
   const Tap* const end = a.taps + a.n_taps;
-  const auto run = [&](auto place) {
+  const auto run = [&](auto place, auto fetch) {
     const float* w = a.w;
+    const char* stream = static_cast<const char*>(a.stream);
     for (const Tap* t = a.taps; t != end; ++t, w += W) {
       const int64_t offset = t->channel * a.channel_stride + a.position_offset[t->position];
+      if constexpr (decltype(fetch)::value) {
+        __builtin_prefetch(ahead + offset, 0, 2);
+        __builtin_prefetch(stream, 0, 2);
+        stream += 64;
+      }
       typename V::Reg wv[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) {
-        const float* const at = w + (v / kPer) * panel_stride + (v % kPer) * V::kLanes;
+        const float* const at = w + (v / kPer) * a.panel_stride + (v % kPer) * V::kLanes;
         wv[v] = V::load(at);
         // Several panels are more streams than the hardware prefetcher of L1 follows.
         if constexpr (NV > 1) __builtin_prefetch(at + kAhead * W);
@@ -175,12 +198,17 @@ void filters(const FiltersArgs& a) {
   if (a.pixel[P - 1] - a.pixel[0] == P - 1) {
     // Pixels of one row need one pointer, not more than there are registers.
     const float* const px = a.x + a.pixel[0];
-    run([=](int p) { return px + p; });
+    const auto place = [=](int p) { return px + p; };
+    if (a.stream) {
+      run(place, std::true_type{});
+    } else {
+      run(place, std::false_type{});
+    }
   } else {
     const float* px[P];
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) px[p] = a.x + a.pixel[p];
-    run([&](int p) { return px[p]; });
+    run([&](int p) { return px[p]; }, std::false_type{});
   }
 #pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) {

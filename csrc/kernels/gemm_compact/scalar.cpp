@@ -1,4 +1,5 @@
 // The baseline of the platform: vectors of four through the compiler, multiply and add rounded separately.
+#include <type_traits>
 #include <utility>
 
 #include "kernels/gemm_compact/gemm_compact.h"

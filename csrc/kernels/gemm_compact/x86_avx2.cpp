@@ -2,6 +2,7 @@
 // filters.
 #include <immintrin.h>
 
+#include <type_traits>
 #include <utility>
 
 #include "kernels/gemm_compact/gemm_compact.h"

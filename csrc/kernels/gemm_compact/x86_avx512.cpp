@@ -5,6 +5,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 
+#include <type_traits>
 #include <utility>
 
 #include "kernels/gemm_compact/gemm_compact.h"
