@@ -254,10 +254,12 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
       .sums = nullptr, .sums_stride = a.sums_stride, .filters = 0, .vectors = 0, .stores = nullptr, .out = out};
   waits.out.stores = t.stores.data();
   int spread = filters;  // filters of it that are done
-  // Where each tap reads another channel and weights or x come from afar, all tiles of a span take so many taps at a
-  // time: fewer than the weights that L1 holds. (A 3x3 kernel reads the same x for many taps, and lost 5 %.)
-  const bool far_weights = packed.header->weights > kFarWeights;
-  const bool in_blocks = packed.header->kernel_h * packed.header->kernel_w == 1 && (far_weights || share.far());
+  // Where each tap reads another channel and weights or x come from afar, they are fetched ahead, and all tiles of a
+  // span take so many taps at a time: fewer than the weights that L1 holds. (A 3x3 kernel reads the same x for many
+  // taps, and lost 3 to 5 %.)
+  const bool pointwise = plan.position.size() == 1;
+  const bool far_weights = pointwise && packed.header->weights > kFarWeights;
+  const bool in_blocks = far_weights || (pointwise && share.far());
   const int64_t blocks = in_blocks ? std::max<int64_t>(1, div_up(panel.n_taps * a.sums_stride, kBlockFloats)) : 1;
   // Lines of the weights of the next job, where they come from beyond L2.
   const char *stream = reinterpret_cast<const char*>(a.w), *stream_end = stream;
@@ -285,7 +287,7 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
     const int64_t tiles = div_up(count, most);
     float* const to = sums + (waits.sums == sums ? kSums : 0);
     const int64_t next = std::min(kSpan, static_cast<int64_t>(t.pixel.size()) - first - kSpan);
-    const bool far = share.far() && next > 0;
+    const bool far = pointwise && share.far() && next > 0;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t from = block * panel.n_taps / blocks;
       a.taps = packed.taps + panel.first_tap + from;
@@ -336,7 +338,7 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
   a.out.stores = t.stores.data();
   // The first jobs fetch one vector of the tile each.
   const int64_t fetches = &job - plan.jobs.data();
-  const bool far = share.far() && fetches < k.nr[c];
+  const bool far = plan.position.size() == 1 && share.far() && fetches < k.nr[c];
   for (int64_t u = share.begin; u < share.end; ++u) {
     const int64_t image = u / tiles * t.period, images = std::min(t.period, data.images - image);
     const Tile& tile = t.tiles[c][u % tiles];
