@@ -162,11 +162,17 @@ def versions(rows: list[dict[str, Any]]) -> str:
     return ", ".join(f"{k} {v.split('-')[0]}" for k, v in sorted(rows[-1]["versions"].items()))
 
 
+def on(file: str) -> str:
+    """What a title says of a file of another machine, whose instruction set the file is named after."""
+    isa = file.removeprefix("inference_networks").removeprefix("inference_layers").lstrip("_")
+    return f", {isa}" if isa else ""
+
+
 def met(value: float, target: float | None) -> str:
     return "" if target is None else f"{target:g}: {'yes' if value >= target else 'no'}"
 
 
-def inference_networks(data: dict[str, Any]) -> str:
+def inference_networks(data: dict[str, Any], file: str = "inference_networks") -> str:
     ordered = sorted(data["rows"], key=lambda r: (r["threads"], r["dtype"] != "f32"))
     rows = [
         [r["case"], str(r["batch"]), r["dtype"], str(r["threads"]), *time_of(r), r["fastest"], ratio(r["speedup"]),
@@ -181,8 +187,8 @@ def inference_networks(data: dict[str, Any]) -> str:
         f"{machine(ordered[0])}, {versions(ordered)}. {peaks(ordered[0])}{left_out(ordered)}"
     )
     head = ["case", "batch", "dtype", "threads", "peer, ms", "ours, ms", "fastest peer", "faster", "ideal", "wanted"]
-    command = "python bench/inference_networks.py --json bench/results/inference_networks.json"
-    return table("Networks", command, note, head, rows) + sweep(ordered, command)
+    command = f"python bench/inference_networks.py --json bench/results/{file}.json"
+    return table(f"Networks{on(file)}", command, note, head, rows) + sweep(ordered, command, on(file))
 
 
 def time_of(row: dict[str, Any]) -> list[str]:
@@ -191,7 +197,7 @@ def time_of(row: dict[str, Any]) -> list[str]:
     return [f"{1e3 * row['seconds'][name]['median']:.3f}" for name in (row["fastest"], row["case"])]
 
 
-def sweep(ordered: list[dict[str, Any]], command: str) -> str:
+def sweep(ordered: list[dict[str, Any]], command: str, where: str) -> str:
     found = [r for r in ordered if r["case"].startswith("sweep") and "speedup" in r]
     kinds = sorted({(r["batch"], r["threads"]) for r in found})
     if not found:
@@ -205,10 +211,10 @@ def sweep(ordered: list[dict[str, Any]], command: str) -> str:
         f"of the dense network. Worst: {worst['speedup']['median']:.3f}x, wanted 0.98."
     )
     head = ["density", *(f"batch {b}, {t} thread{'s' * (t > 1)}" for b, t in kinds)]
-    return table("No network slower than torch's: density sweep", command, note, head, rows)
+    return table(f"No network slower than torch's: density sweep{where}", command, note, head, rows)
 
 
-def inference_layers(data: dict[str, Any]) -> str:
+def inference_layers(data: dict[str, Any], file: str = "inference_layers") -> str:
     found = sorted(data["rows"], key=lambda r: (r["dtype"] != "f32", r["batch"]))
     wanted = {"f32": (1.0, 0.75), "bf16": (1.2, 0.8)}
     overall = [
@@ -219,13 +225,13 @@ def inference_layers(data: dict[str, Any]) -> str:
     ]  # fmt: skip
     if not overall:
         return ""
-    command = "python bench/inference_layers.py --json bench/results/inference_layers.json"
+    command = f"python bench/inference_layers.py --json bench/results/{file}.json"
     note = (
         f"Score: (fastest dense peer's time x density left) / ours, column sparsity at densities 0.5, 0.25, 0.1 and "
         f"1/15. {PEERS_NOTE} {machine(found[0])}, {versions(found)}. {peaks(found[0])}{left_out(found)}"
     )
     head = ["dtype", "threads", "batch", "cases", "geometric mean", "wanted", "least", "wanted", "least at"]
-    text = table("Layers: score against the ideal", command, note, head, overall)
+    text = table(f"Layers: score against the ideal{on(file)}", command, note, head, overall)
     for dtype in ("f32", "bf16"):
         part = [r for r in found if r["dtype"] == dtype and r["threads"] == 1]
         names = [n for n in (part[0]["ours"] if part else {}) if n.startswith("column")]
@@ -242,8 +248,8 @@ def inference_layers(data: dict[str, Any]) -> str:
             f"so pay for no change, and *output* where merely filling the output would take more than half of our time."
         )
         head = ["layer", "batch", "dense, us", "fastest peer", "GFLOP/s", *(n.replace("column ", "") for n in names)]
-        text += table(f"Layers, {dtype}", command, note, head, rows)
-    return text + blocks(found) + scaling(found)
+        text += table(f"Layers, {dtype}{on(file)}", command, note, head, rows)
+    return text + blocks(found, on(file)) + scaling(found, on(file))
 
 
 def score(v: dict[str, Any] | None) -> str:
@@ -254,7 +260,7 @@ def score(v: dict[str, Any] | None) -> str:
     return f"{v['speedup']['median']:.1f}x **{v['score']:.2f}** {v['share_of_peak']:.0%} {against_native}"
 
 
-def blocks(found: list[dict[str, Any]]) -> str:
+def blocks(found: list[dict[str, Any]], where: str) -> str:
     """Block-column's time over column's, by dtype and block size."""
     slower: dict[tuple[str, int, str, int], list[tuple[float, str]]] = {}
     for r in found:
@@ -276,10 +282,10 @@ def blocks(found: list[dict[str, Any]]) -> str:
     note = "Time of block-column sparsity over that of column sparsity at the same density: geometric mean and worst."
     head = ["dtype", "threads", "density", "filters in a block", "cases", "mean", "worst", "worst at"]
     command = "python bench/inference_layers.py --blocks 2 4 8 16 32 --json bench/results/inference_layers.json"
-    return table("Block-columns against columns", command, note, head, rows)
+    return table(f"Block-columns against columns{where}", command, note, head, rows)
 
 
-def scaling(found: list[dict[str, Any]]) -> str:
+def scaling(found: list[dict[str, Any]], where: str) -> str:
     """One thread's time over two threads' on the same layer, ours and the fastest peer's."""
     at = {(r["layer"], r["batch"], r["dtype"], r["threads"]): r for r in found}
     rows = []
@@ -299,12 +305,12 @@ def scaling(found: list[dict[str, Any]]) -> str:
     head = ["dtype", "batch", "cases", "ours, mean", "ours, least", "fastest peer, mean"]
     note = "Time with one thread over time with two, in separate runs: geometric means over layers and densities."
     command = "python bench/inference_layers.py --threads 1 2 --json bench/results/inference_layers.json"
-    return table("Two threads", command, note, head, rows)
+    return table(f"Two threads{where}", command, note, head, rows)
 
 
 def main() -> None:
     text = HEAD
-    parts: list[Callable[[dict[str, Any]], str]] = [
+    parts: list[Callable[..., str]] = [
         main_job,
         project_update,
         admm_cost,
@@ -316,6 +322,9 @@ def main() -> None:
         path = RESULTS / f"{part.__name__}.json"
         if path.exists():
             text += part(json.loads(path.read_text()))
+        if part in (inference_networks, inference_layers):
+            for other in sorted(RESULTS.glob(f"{part.__name__}_*.json")):
+                text += part(json.loads(other.read_text()), other.stem)
         if part is main_job:
             text += fresh_splits()
     atomic_write_text(RESULTS / "README.md", text)
