@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -118,9 +118,18 @@ def prepare(c: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, tuple[Any
     return x, w.view(-1, *shape), b, (x, weight, b, *tables, c["filters"], c["kernel"], *sizes), sizes
 
 
+# Outputs 0, 2, 2, 4, 4 places into x: rows whose halo is shared, with a stride. First and last are as far apart as five
+# neighbours.
+SHARED_HALO = {
+    "groups": 1, "kernel": (1, 1), "dilation": (1, 1), "padding": (0, 1), "stride": (1, 2), "size": (5, 1), "batch": 2,
+    "channels": 1, "filters": 16, "block": 1000, "density": 1.0, "bias": False, "layout": "contiguous", "seed": 3,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=80, deadline=None)
 @given(c=convolutions())
+@example(c=SHARED_HALO)
 def test_conv2d_compact(isa: str, c: dict[str, Any]) -> None:
     use(isa)
     x, w, b, args, sizes = prepare(c)
