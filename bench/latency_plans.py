@@ -1,0 +1,100 @@
+"""Are latency plans right? The speed-up that plan_for predicts against the one that is measured.
+
+    python bench/latency_plans.py --json bench/results/latency_plans.json
+
+Each network is pruned once as planned (the groups of largest norm stay, weights as networks.py makes them), compacted,
+and compared with the dense network; both run as structadmm.optimize has them and take turns. One thread, batch 1, f32.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import networks
+import torch
+from timing import arguments, keep, kept, machine
+from torch import nn
+
+import structadmm as sa
+from structadmm import decisions
+
+
+@dataclass(frozen=True)
+class Case:
+    network: str
+    structure: str
+    targets: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}, {self.structure}"
+
+
+CASES = [
+    Case("resnet18/cifar", "block_column", (2.0, 3.0)),
+    Case("alexnet convs", "column", (2.0, 3.0)),
+    Case("mobilenet_v2", "filter", (1.5, 2.0)),
+    Case("resnet50", "column", (2.0, 3.0)),
+    Case("vgg16 convs", "filter", (2.0, 3.0)),
+]
+
+
+def pruned(net: nn.Module, plan: sa.Plan, x: torch.Tensor) -> nn.Module:
+    """A compacted copy, projected once as planned."""
+    net = copy.deepcopy(net)
+    filters = any(c.structure == "filter" for r in plan.rules for c in r.constraints)
+    sa.ADMM(net, plan, coupled=sa.coupled_layers(net, x) if filters else ()).harden_()
+    return sa.compact(net.eval(), x, verify=False)
+
+
+def measure(case: Case, threads: int, budget: float) -> list[dict[str, Any]]:
+    net, shape = networks.network(case.network)
+    x = torch.randn(1, *shape)
+    rows = []
+    for target in case.targets:
+        began = perf_counter()
+        plan = sa.plan_for(net, x, case.structure, speedup=target, budget=budget, threads=threads)
+        assert isinstance(plan, sa.LatencyPlan) and plan.prediction is not None
+        planned = perf_counter() - began
+        small = pruned(net, plan, x)
+        found = sa.measure_speedup(plan, net, small, x, budget=budget / 3, report=False)
+        said = plan.prediction
+        rows.append({
+            "case": case.name, "target": target, "batch": 1, **machine(dtype="f32"), "threads": threads,
+            "predicted": said.speedup, "measured": found.measured.to_dict(), "error": found.error,
+            "seconds": {"dense": found.dense.to_dict(), "small": found.small.to_dict()},
+            "runs_as": list(found.choices), "torch": said.table.torch, "planning": planned,
+            "total": perf_counter() - began, "rates": {r.name: r.rate for r in said.layers if r.rate},
+        })  # fmt: skip
+        print(f"{case.name:32} {target:g}x  predicted {said.speedup:.2f}, {found}".rstrip(), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", threads=[1])
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one of these")
+    parser.add_argument("--budget", type=float, default=24.0, help="seconds to measure a latency table for")
+    args = parser.parse_args()
+    rows = kept(args.json)
+    with tempfile.TemporaryDirectory() as folder:  # nothing from earlier runs
+        torch.set_num_threads(args.threads[0])
+        with decisions_in(folder):
+            for case in CASES:
+                if any(part in case.name for part in args.only):
+                    new = measure(case, args.threads[0], args.budget)
+                    rows = [r for r in rows if r["case"] != case.name] + new
+                    keep((__doc__ or "").splitlines()[0], rows, args.json)
+
+
+def decisions_in(folder: str) -> Any:
+    from unittest.mock import patch
+
+    return patch.dict("os.environ", {decisions.VARIABLE: folder})
+
+
+if __name__ == "__main__":
+    main()
