@@ -9,18 +9,19 @@ and compared with the dense network; both run as structadmm.optimize has them an
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-import networks
 import torch
-from timing import arguments, keep, kept, machine
 from torch import nn
 
+import networks
 import structadmm as sa
 from structadmm import decisions
+from timing import arguments, keep, kept, machine
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def measure(case: Case, threads: int, budget: float) -> list[dict[str, Any]]:
             "runs_as": list(found.choices), "torch": said.table.torch, "planning": planned,
             "total": perf_counter() - began, "rates": {r.name: r.rate for r in said.layers if r.rate},
         })  # fmt: skip
-        print(f"{case.name:32} {target:g}x  predicted {said.speedup:.2f}, {found}".rstrip(), flush=True)
+        m = found.measured
+        print(f"{case.name:28} {target:g}x: predicted {said.speedup:.2f}, measured {m.median:.2f} [{m.q1:.2f}, {m.q3:.2f}] "
+              f"({found.error:+.1%}), {' / '.join(found.choices)}, {rows[-1]['total']:.0f} s", flush=True)  # fmt: skip
     return rows
 
 
@@ -82,18 +85,12 @@ def main() -> None:
     rows = kept(args.json)
     with tempfile.TemporaryDirectory() as folder:  # nothing from earlier runs
         torch.set_num_threads(args.threads[0])
-        with decisions_in(folder):
-            for case in CASES:
-                if any(part in case.name for part in args.only):
-                    new = measure(case, args.threads[0], args.budget)
-                    rows = [r for r in rows if r["case"] != case.name] + new
-                    keep((__doc__ or "").splitlines()[0], rows, args.json)
-
-
-def decisions_in(folder: str) -> Any:
-    from unittest.mock import patch
-
-    return patch.dict("os.environ", {decisions.VARIABLE: folder})
+        os.environ[decisions.VARIABLE] = folder
+        for case in CASES:
+            if any(part in case.name for part in args.only):
+                new = measure(case, args.threads[0], args.budget)
+                rows = [r for r in rows if r["case"] != case.name] + new
+                keep((__doc__ or "").splitlines()[0], rows, args.json)
 
 
 if __name__ == "__main__":

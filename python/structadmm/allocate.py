@@ -61,9 +61,9 @@ def descend(costs: Sequence[Floats], expense: Callable[[Sequence[int]], float], 
     """As knapsack for an expense of any form, by steepest descent; None where the last choices of all spend too much.
 
     From the first choices of all, the change that costs least per unit saved is taken, any number of choices ahead,
-    until the limit is kept. Then single changes, and pairs (one set gives back, another saves for it), are taken as
-    long as they lower the cost within the limit; in a pair both go one or two choices. What it returns can't be improved by one such change; it need not be
-    the least of all, which is a hard problem for expenses that are products.
+    until the limit is kept. Then single changes, and pairs (one set gives back, another saves for it, by one or two
+    choices each), are taken as long as they lower the cost within the limit. What it returns can't be improved by one
+    such change; it need not be the least of all, which is a hard problem for expenses that are products.
     """
     state = [0] * len(costs)
     limit += _ROUNDING * abs(limit)

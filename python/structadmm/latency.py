@@ -5,7 +5,7 @@ alike, compacted and put into segments of the compiled runtime; the runtime's ow
 time each layer takes where it stands, among its neighbours, with the caches that they leave. Whole networks take turns
 with the baseline in one run, and their steps are scaled to that, so at each of these densities the table adds up to
 what was measured; between them it is interpolated. What is no layer (pooling, additions, the way in and out) is spread
-over the layers by their dense times.
+over the layers that pruning changes, by their dense times.
 """
 
 from __future__ import annotations
@@ -281,21 +281,23 @@ def _assemble(
     at: Mapping[str, Mapping[str, float]],
     empty: LatencyTable,
 ) -> LatencyTable:
-    """Steps scaled to the whole networks' seconds, what is no layer spread over the layers."""
-    names = list(next(iter(at.values())))
-    dense = max(at, key=lambda d: float(d))
-    weight = {n: steps[dense].get(n, 0.0) for n in names}
+    """Steps scaled to the whole networks' seconds, what is no layer spread over the layers that pruning changes."""
+    dense = max(at, key=float)
+    scaled = {d: {n: t * seconds[d] / sum(steps[d].values()) for n, t in steps[d].items()} for d in at}
+    names = list(at[dense])
+    # Layers that no density changes keep their dense time; what neighbours spare them counts as the neighbours'.
+    fixed = [n for n in names if len({share[n] for share in at.values()}) == 1]
+    weight = {n: scaled[dense].get(n, 0.0) for n in names if n not in fixed}
     total = sum(weight.values()) or 1.0
     points: dict[str, dict[float, list[float]]] = {n: {} for n in names}
     for d, share in at.items():
-        scale = seconds[d] / sum(steps[d].values())
-        rest = seconds[d] - scale * sum(steps[d].get(n, 0.0) for n in names)
+        own = {n: scaled[dense if n in fixed else d].get(n, 0.0) for n in names}
+        rest = seconds[d] - sum(own.values())
         for n in names:
-            value = scale * steps[d].get(n, 0.0) + rest * weight[n] / total
-            points[n].setdefault(share[n], []).append(value)
+            points[n].setdefault(share[n], []).append(own[n] + rest * weight.get(n, 0.0) / total)
     shares = {n: sorted(p, reverse=True) for n, p in points.items()}
-    # A layer that no density changes has one share and several times: their mean.
-    values = {n: [sum(points[n][s]) / len(points[n][s]) for s in shares[n]] for n in names}
+    # Densities that are the same to a layer of few groups: the mean.
+    values = {n: [max(sum(points[n][s]) / len(points[n][s]), 0.0) for s in shares[n]] for n in names}
     return LatencyTable(**{**empty.__dict__, "shares": shares, "seconds": values})
 
 
