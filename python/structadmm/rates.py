@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from .groups import DEFAULT_BLOCK, STRUCTURES
 from .latency import LatencyPlan, LatencyTable, LayerPrediction, Prediction, latency_table
 from .masks import weight_of
 from .plan import LayerPlan, Plan, ResolvedPlan, Rule, Spec
-from .structure import filter_sets
+from .structure import Reads, filter_sets
 from .trace import clone
 
 _WHO = "plan_for"
@@ -104,7 +105,7 @@ def plan_for(
         return _by_threshold(model, example, base, left_alone, Spec(structure, 0.5, block), key, target, max_rate)
 
     sets = _Sets(model, example, base, Spec(structure, 0.5, block), max_rate, round_to)
-    costs = [sets.energy(model, s) for s in range(len(sets.names))]
+    costs = [sets.energy(s) for s in range(len(sets.names))]
     if evaluate is not None:
         costs = sets.drops(model, evaluate, costs)
     if key != "speedup":
@@ -120,7 +121,7 @@ def plan_for(
         kind = f"{structure} {block} {round_to} {[n for names in sets.names for n in names]}"
         more: dict[str, Any] = {"dtype": dtype, "threads": threads, "budget": budget, "progress": progress}
         table = latency_table(model, example, prune, lambda d: sets.shares(sets.nearest(d)), 1 - max_rate, kind, **more)
-    missing = [n for n in sets.reads if n not in table.shares]
+    missing = [n for n in sets.layers if n not in table.shares]
     if missing:
         raise PlanError(f"{_WHO}: table got no times of layer {missing[0]!r}, wanted those of every layer")
     choice = sets.allocate_time(costs, table, target)
@@ -185,8 +186,10 @@ def _out_of_reach(key: str, target: float, least: float, max_rate: float) -> Pla
 class _Sets:
     """The sets of layers to prune, their choices (numbers of groups kept, falling), and what shrinks with them.
 
-    names: layers of each set; kept: [choices] of each. reads: every layer of the network -> {set: share of its input
-    channels}, empty where pruning does not change what a layer reads.
+    names: layers of each set; kept: [choices] of each; order: the groups of each, largest norm first.
+    layers: all of the network. A layer does the share `own` of its multiply-adds that its own groups leave, times the
+    share of its input channels that filters still fill (`fed`, where filters are pruned), times the share of its
+    filters that anything reads (`readers`, where columns or channels are: compact takes away the others).
     """
 
     def __init__(
@@ -194,20 +197,54 @@ class _Sets:
     ) -> None:
         self.spec, self.base, self.max_rate = spec, base, max_rate
         found, reads = filter_sets(model, example, _WHO)
+        self.layers = list(reads)
+        planned = {la.name for la in base}
         if spec.structure == "filter":
-            planned = {la.name for la in base}
-            kept = [i for i, names in enumerate(found) if planned.issuperset(names)]
-            self.names = [found[i] for i in kept]
-            number = {old: new for new, old in enumerate(kept)}
-            self.reads = {n: {number[s]: p for s, p in of.items() if s in number} for n, of in reads.items()}
+            self.names = [names for names in found if planned.issuperset(names)]
         else:
-            self.names = [(la.name,) for la in base if la.name in reads]
-            self.reads = {name: {} for name in reads}
+            self.names = [(name,) for name in reads if name in planned]
         if not self.names:
             raise PlanError(f"{_WHO}: model got no layer whose {spec.structure} groups can go, wanted at least one")
         self.of = {name: s for s, names in enumerate(self.names) for name in names}
         self.groups = [base[names[0]].groups(base[names[0]].constraints[0]) for names in self.names]
         self.kept = [_choices(n, max_rate, round_to) for n in self.groups]
+        self.sums = [[self._sums(model, name) for name in names] for names in self.names]
+        self.order = [np.argsort(-sum(sums), kind="stable") for sums in self.sums]
+        # layer -> {set: share of the layer's input channels}
+        self.fed: dict[str, dict[int, float]] = {name: {} for name in reads}
+        # layer -> its readers' sets, and [readers, filters] how many groups a reader keeps at most without reading it.
+        self.readers: dict[str, tuple[list[int], npt.NDArray[np.int64]]] = {}
+        if spec.structure == "filter":
+            for name, (sets, _) in reads.items():
+                for f in set(sets.tolist()) - {-1}:
+                    if (s := self.of.get(found[f][0])) is not None:
+                        self.fed[name][s] = float((sets == f).mean())
+        elif spec.structure != "element":
+            for f, names in enumerate(found):
+                self._unread(f, names, reads)
+
+    def _sums(self, model: nn.Module, name: str) -> Floats:
+        w = weight_of(model, name, _WHO).detach().float()
+        sums = ops.group_sumsq(w, self.spec.structure, self.base[name].conv_groups, self.spec.block)
+        return sums.double().cpu().numpy()
+
+    def _unread(self, f: int, names: Sequence[str], reads: dict[str, Reads]) -> None:
+        """When the filters of the layers `names`, set f of the network, are read by nothing any more."""
+        readers = [r for r, (sets, _) in reads.items() if (sets == f).any()]
+        filters = 1 + max((int(at[sets == f].max()) for sets, at in (reads[r] for r in readers)), default=-1)
+        if not readers or any(r not in self.of for r in readers):
+            return
+        unread = np.zeros((len(readers), filters), np.int64)
+        for row, r in zip(unread, readers, strict=True):
+            la, (sets, at) = self.base[r], reads[r]
+            rank = np.empty(self.groups[self.of[r]], np.int64)
+            rank[self.order[self.of[r]]] = np.arange(len(rank))
+            taps = 1 if self.spec.structure == "channel" else math.prod(la.shape[2:])
+            first = rank.reshape(la.conv_groups, -1, la.shape[1], taps).min((1, 3)).reshape(-1)
+            row[:] = len(rank)
+            np.minimum.at(row, at[sets == f], first[sets == f])
+        for name in names:
+            self.readers[name] = ([self.of[r] for r in readers], unread)
 
     def rules(self, choice: Sequence[int]) -> Iterator[Rule]:
         for s, i in enumerate(choice):
@@ -224,14 +261,28 @@ class _Sets:
         ]
 
     def share(self, name: str, choice: Sequence[int]) -> float:
-        """The share of its multiply-adds that a layer is left with: its own groups times what it reads."""
+        """The share of its multiply-adds that a layer is left with."""
         s = self.of.get(name)
-        own = 1.0 if s is None else self.kept[s][choice[s]] / self.groups[s]
-        gone = sum(p * (1 - self.kept[t][choice[t]] / self.groups[t]) for t, p in self.reads[name].items())
-        return own * (1 - gone)
+        share = 1.0 if s is None else self.kept[s][choice[s]] / self.groups[s]
+        share *= 1 - sum(p * (1 - self.kept[t][choice[t]] / self.groups[t]) for t, p in self.fed[name].items())
+        if name in self.readers:
+            sets, unread = self.readers[name]
+            keeps = np.array([self.kept[t][choice[t]] for t in sets])
+            share *= float((unread < keeps[:, None]).any(0).mean())
+        return share
+
+    def depends(self, name: str) -> tuple[int, ...]:
+        """The sets whose choices the share of a layer depends on."""
+        own = [self.of[name]] if name in self.of else []
+        readers: list[int] = []
+        if name in self.readers:
+            sets, unread = self.readers[name]
+            always = (unread < np.array([self.kept[t][-1] for t in sets])[:, None]).any(0).all()
+            readers = [] if always else sets
+        return tuple({*own, *self.fed[name], *readers})
 
     def shares(self, choice: Sequence[int]) -> dict[str, float]:
-        return {name: self.share(name, choice) for name in self.reads}
+        return {name: self.share(name, choice) for name in self.layers}
 
     # Masks and sensitivities.
 
@@ -253,18 +304,12 @@ class _Sets:
                     for w, mask in self.masks(model, s, self.kept[s][i]):
                         w.mul_(mask)
 
-    def energy(self, model: nn.Module, s: int) -> Floats:
+    def energy(self, s: int) -> Floats:
         """[choices] share of the layers' sums of squares that goes, added up over the set."""
-        sums = []
-        for name in self.names[s]:
-            la = self.base[name]
-            w = weight_of(model, name, _WHO).detach().float()
-            sums.append(ops.group_sumsq(w, self.spec.structure, la.conv_groups, self.spec.block).double().cpu().numpy())
-        order = np.argsort(-sum(sums), kind="stable")
         cost = np.zeros(len(self.kept[s]))
-        for own in sums:
+        for own in self.sums[s]:
             if (total := own.sum()) > 0:
-                gone = 1 - own[order].cumsum() / total
+                gone = 1 - own[self.order[s]].cumsum() / total
                 cost += np.maximum(gone[np.array(self.kept[s]) - 1], 0.0)
         cost[0] = 0.0  # nothing goes, up to rounding
         return cost
@@ -322,13 +367,14 @@ class _Sets:
         """Choices whose predicted time is the baseline's over `target`."""
         limit = table.baseline / target
         last = [len(k) - 1 for k in self.kept]
-        if not any(self.reads.values()):  # each layer's time depends on its own choice alone
+        if all(len(self.depends(n)) <= 1 for n in self.layers):  # each layer's time depends on its own choice alone
             zero = [0] * len(self.kept)
             expenses = []
             for s, kept in enumerate(self.kept):
                 rows = [[*zero[:s], i, *zero[s + 1 :]] for i in range(len(kept))]
-                expenses.append(np.array([sum(table.at(n, self.share(n, r)) for n in self.names[s]) for r in rows]))
-            fixed = sum(table.at(n, 1.0) for n in self.reads if n not in self.of)
+                mine = [n for n in self.layers if self.depends(n) == (s,)]
+                expenses.append(np.array([sum(table.at(n, self.share(n, r)) for n in mine) for r in rows]))
+            fixed = sum(table.at(n, 1.0) for n in self.layers if not self.depends(n))
             choice = knapsack(costs, expenses, limit - fixed)
             least = fixed + sum(e.min() for e in expenses)
         else:
@@ -346,7 +392,7 @@ class _Sets:
         self, choice: Sequence[int], costs: Sequence[Floats], table: LatencyTable, target: float, evaluated: bool
     ) -> Prediction:
         rows = []
-        for name in self.reads:
+        for name in self.layers:
             s, share = self.of.get(name), self.share(name, choice)
             rate = None if s is None else 1 - self.kept[s][choice[s]] / self.groups[s]
             drop = float(costs[s][choice[s]]) if s is not None and name == self.names[s][0] else None
@@ -361,7 +407,7 @@ class _Time:
     def __init__(self, sets: _Sets, table: LatencyTable) -> None:
         self.sets, self.table = sets, table
         self.known: dict[tuple[Any, ...], float] = {}
-        self.depends = {n: tuple({*of, *([sets.of[n]] if n in sets.of else [])}) for n, of in sets.reads.items()}
+        self.depends = {n: sets.depends(n) for n in sets.layers}
 
     def __call__(self, choice: Sequence[int]) -> float:
         total = 0.0

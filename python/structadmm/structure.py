@@ -6,9 +6,10 @@ behind it) can only be cut together. `coupled_layers` finds them, `ADMM(..., cou
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from .analysis import Analysis
@@ -24,29 +25,33 @@ def coupled_layers(model: nn.Module, example: Tensor | Sequence[Tensor]) -> list
     return [names for names in filter_sets(model, example, "coupled_layers")[0] if len(names) > 1]
 
 
+Reads = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
 def filter_sets(
     model: nn.Module, example: Tensor | Sequence[Tensor], who: str = "filter_sets"
-) -> tuple[list[tuple[str, ...]], dict[str, dict[int, float]]]:
-    """(sets of layers whose filters go together, single layers included; layer -> {number of a set: the share of the
-    layer's input channels that this set's filters fill}), for all convolutions and linear layers.
+) -> tuple[list[tuple[str, ...]], dict[str, Reads]]:
+    """(sets of layers whose filters go together, single layers included; layer -> per input channel the number of the
+    set that fills it, or -1, and which of the set's filters), for all convolutions and linear layers.
 
-    Layers whose filters can't go are in no set. What no set fills is left out of the shares; a depthwise convolution,
-    whose channels are its filters, reads none. Raises TraceError where the model can't be traced.
+    Layers whose filters can't go are in no set. A depthwise convolution's channels are its filters: it reads none.
+    Raises TraceError where the model can't be traced.
     """
     analysis = Analysis(trace(model, example, who))
     fixed = {int(n) for ids, _ in analysis.locks for n in analysis.label[ids]}
     sets: dict[bytes, list[str]] = {}
-    of: dict[int, bytes] = {}
+    of: dict[int, tuple[bytes, int]] = {}
     for node, layer in analysis.layers.items():
         labels = analysis.label[layer.outs.ids].reshape(-1)
         if not fixed & set(labels.tolist()):
             sets.setdefault(labels.tobytes(), []).append(str(node.target))
-            of.update(dict.fromkeys(labels.tolist(), labels.tobytes()))
+            of.update({label: (labels.tobytes(), i) for i, label in enumerate(labels.tolist())})
     number = {key: i for i, key in enumerate(sets)}
-    reads: dict[str, dict[int, float]] = {}
+    reads: dict[str, Reads] = {}
     for node, layer in analysis.layers.items():
-        ins = analysis.label[layer.ins.ids].reshape(-1).tolist()
         depthwise = layer.groups > 1 and layer.weight.shape[1] == 1
-        found = Counter(number[of[n]] for n in ins if n in of)
-        reads[str(node.target)] = {} if depthwise else {s: n / len(ins) for s, n in found.items()}
+        ins = [] if depthwise else analysis.label[layer.ins.ids].reshape(-1).tolist()
+        found = [(number[of[n][0]], of[n][1]) if n in of else (-1, 0) for n in ins]
+        columns = np.array(found, np.int64).reshape(-1, 2)
+        reads[str(node.target)] = (columns[:, 0], columns[:, 1])
     return [tuple(names) for names in sets.values()], reads
