@@ -72,8 +72,9 @@ def measure(case: Case, threads: int, budget: float) -> list[dict[str, Any]]:
             "total": perf_counter() - began, "rates": {r.name: r.rate for r in said.layers if r.rate},
         })  # fmt: skip
         m = found.measured
-        print(f"{case.name:28} {target:g}x: predicted {said.speedup:.2f}, measured {m.median:.2f} [{m.q1:.2f}, {m.q3:.2f}] "
-              f"({found.error:+.1%}), {' / '.join(found.choices)}, {rows[-1]['total']:.0f} s", flush=True)  # fmt: skip
+        line = f"{case.name:28} {target:g}x: predicted {said.speedup:.2f}, measured {m.median:.2f} "
+        line += f"[{m.q1:.2f}, {m.q3:.2f}] ({found.error:+.1%}), {' / '.join(found.choices)}"
+        print(f"{line}, {rows[-1]['total']:.0f} s", flush=True)
     return rows
 
 

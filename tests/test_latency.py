@@ -142,35 +142,33 @@ def predicted_seconds(model: nn.Module, plan: sa.Plan, seconds: Callable[[str, f
     return sum(seconds(n, kept.get(n, 1.0)) for n in filter_sets(model, images())[1])
 
 
-@pytest.mark.parametrize("structure", ["column", "channel", "block_column"])
-@pytest.mark.parametrize("target", [1.3, 2.0, 3.0])
+@pytest.mark.parametrize("structure", ["column", "block_column"])
+@pytest.mark.parametrize("target", [1.2, 1.5, 1.8])
 def test_plans_meet_a_speedup_at_the_least_cost(structure: str, target: float, monkeypatch) -> None:
-    """Against all choices of rates, of which there are few here."""
-    monkeypatch.setattr(rates, "_KEPT", (1.0, 0.5, 0.25, 0.125))
+    """Against all choices of rates, of which there are few here; every channel is still read, so times add up."""
+    monkeypatch.setattr(rates, "_KEPT", (1.0, 0.8, 0.7, 0.6, 0.5))
     model = chain()
-    plan = sa.plan_for(model, images(), structure, speedup=target, table=table(model, linear))
+    made = table(model, linear)
+    plan = sa.plan_for(model, images(), structure, speedup=target, table=made, max_rate=0.6)
     limit = sum(SECONDS.values()) / target
     assert predicted_seconds(model, plan, linear) <= limit * (1 + 1e-9)
     assert plan.prediction.speedup >= target * (1 - 1e-9)
     assert plan.prediction.seconds == pytest.approx(predicted_seconds(model, plan, linear))
 
     shapes = {n: model.get_submodule(n).weight for n in "abc"}
-    spec = {"channel": (1, 2), "column": (1,), "block_column": (8,)}[structure]
 
     def squares(w: Tensor) -> Tensor:
         """Falling sums of squares of the groups, by their definition."""
-        if structure == "channel":
-            sums = w.square().sum((0, 2, 3))
-        elif structure == "column":
+        if structure == "column":
             sums = w.square().sum(0).flatten()
         else:
-            sums = torch.cat([b.square().sum(0).flatten() for b in w.split(spec[0])])
+            sums = torch.cat([b.square().sum(0).flatten() for b in w.split(8)])
         return sums.double().sort(descending=True).values
 
     costs, expenses = [], []
     for name, w in shapes.items():
         s = squares(w.detach())
-        kept = rates._choices(len(s), 0.95, 1)
+        kept = rates._choices(len(s), 0.6, 1)
         costs.append(np.array([1 - float(s[:k].sum() / s.sum()) for k in kept]))
         expenses.append(np.array([linear(name, k / len(s)) for k in kept]))
     fixed = SECONDS["first"] + SECONDS["head"]
@@ -181,6 +179,24 @@ def test_plans_meet_a_speedup_at_the_least_cost(structure: str, target: float, m
     room = limit - fixed - sum(e.min() for e in expenses)
     least = cheapest(costs, spent, limit)
     assert least - 1e-6 <= plan.prediction.drop <= cheapest(costs, spent, limit - 3 * room / allocate.STEPS) + 1e-6
+
+
+@pytest.mark.parametrize("structure", ["filter", "channel", "column", "block_column"])
+@pytest.mark.parametrize("kind", ["B", "bottleneck", "mobile", "chain"])
+def test_the_shares_are_what_compact_leaves(kind: str, structure: str) -> None:
+    """Of multiply-adds, for choices at random: layers shrink by their neighbours."""
+    model = chain() if kind == "chain" else randomise(ResNet(kind, width=16), 0.0, 1).eval()
+    spec = rates.Spec(structure, 0.5, 4)
+    base = sa.Plan((rates.Rule("*", (spec,)),)).resolve(model, images())
+    sets = rates._Sets(model, images(), base, spec, 0.95, 1)
+    g = np.random.default_rng(0)
+    for _ in range(3):
+        choice = [int(g.integers(len(k))) for k in sets.kept]
+        zeros = rates.clone(model).eval()
+        sets.project_(zeros, choice)
+        shares = sets.shares(choice)
+        for row in sa.compact(zeros, images(), columns="always", verify=False).report.layers:
+            assert row.macs_after / row.macs_before == pytest.approx(shares[row.name]), row.name
 
 
 def test_coupled_layers_get_one_rate_and_neighbours_shrink() -> None:
@@ -212,7 +228,7 @@ def test_depthwise_layers_go_with_the_one_before() -> None:
     names, reads = filter_sets(model, x)
     at = next(i for i, s in enumerate(names) if "layer1.0.body.3" in s)
     assert names[at] == ("layer1.0.body.0", "layer1.0.body.3")
-    assert reads["layer1.0.body.3"] == {} and set(reads["layer1.0.project.0"]) == {at}
+    assert not reads["layer1.0.body.3"][0].size and set(reads["layer1.0.project.0"][0].tolist()) == {at}
 
 
 @pytest.mark.parametrize("structure", ["filter", "column"])
@@ -273,7 +289,7 @@ def test_targets_that_make_no_sense() -> None:
         ({"speedup": 2.0, "round_to": 0}, "round_to got 0, wanted an integer of at least 1"),
         (
             {"speedup": 50.0, "table": made},
-            f"speedup got 50.0, wanted at most {int(100 * most) / 100:g}, which is pred",
+            r"speedup got 50.0, wanted at most \d+\.\d+, which is predicted",
         ),
         ({"speedup": 2.0, "table": table(nn.Sequential(nn.Conv2d(3, 4, 3)), linear)}, "table got no times of layer"),
         ({"weights": 0.01, "max_rate": 0.5, "round_to": 2}, "weights got 0.01, wanted at least .* left at max_rate"),
@@ -366,8 +382,9 @@ def test_tables_are_measured_once(structure: str, monkeypatch) -> None:
 def test_damaged_tables_are_measured_anew() -> None:
     good = latency.LatencyTable(1, "float32", 1, 1.0, "", None, {"x": [1.0, 0.5]}, {"x": [2.0, 1.0]}).to_dict()
     assert latency._from_cache(good, 1) is not None
-    for bad in (None, {}, {**good, "baseline": -1.0}, {**good, "seconds": {"x": [1.0]}}, {**good, "shares": {"x": [0.5, 1.0]}},
-                {**good, "seconds": {"x": [1.0, "2"]}}, {**good, "threads": 2}, {**good, "more": 1}, {**good, "shares": 3}):  # fmt: skip
+    worse = [{"baseline": -1.0}, {"seconds": {"x": [1.0]}}, {"shares": {"x": [0.5, 1.0]}}, {"threads": 2}]
+    worse += [{"seconds": {"x": [1.0, "2"]}}, {"more": 1}, {"shares": 3}]
+    for bad in (None, {}, *(good | w for w in worse)):
         assert latency._from_cache(bad, 1) is None
 
 
