@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 from bisect import bisect_left
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -265,7 +265,7 @@ def latency_table(
                 networks[f"{d:g}"], at[f"{d:g}"] = in_segments(small, example, dtype), shares(d)
             say("times")
             seconds, steps = measure(networks, inputs, max(budget - (perf_counter() - began), 0.2 * budget))
-        report = dense.report
+        report: Any = dense.report
         table = _assemble(seconds, steps, at, LatencyTable(
             inputs[0].shape[0] if inputs[0].dim() else 1, report.dtype, used, seconds["dense"], report.choice,
             None if report.speed_up is None else seconds["dense"] * report.speed_up, {}, {},
@@ -336,7 +336,7 @@ def _whole(networks: Mapping[str, Callable[..., Any]], inputs: Sequence[Tensor],
 
 def _steps(network: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, float]:
     """Seconds of the layers of one run by path, and of all else under ""; within segments by the runtime's clock."""
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     taken: dict[str, tuple[Any, float]] = {}
     started: dict[str, float] = {}
     hooks = []
