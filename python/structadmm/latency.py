@@ -6,6 +6,10 @@ time each layer takes where it stands, among its neighbours, with the caches tha
 with the baseline in one run, and their steps are scaled to that, so at each of these densities the table adds up to
 what was measured; between them it is interpolated. What is no layer (pooling, additions, the way in and out) is spread
 over the layers that pruning changes, by their dense times.
+
+A plan is not a uniform network: what stands beside a layer, and steps such as the density from which on layers stay
+dense, make its time another one. So a plan is tried, what was found corrects the table, and the rates are chosen anew
+(`approach`).
 """
 
 from __future__ import annotations
@@ -17,10 +21,11 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -36,6 +41,8 @@ from .plan import Plan
 from .segments import Segment
 from .timing import Spread, Timings, interleave
 from .trace import as_inputs
+
+C = TypeVar("C")
 
 # Shares of the groups kept at which whole networks are measured, in the order in which a budget affords them.
 DENSITIES = (1.0, 0.1, 0.4, 0.2, 0.65, 0.05, 0.3, 0.8)
@@ -76,9 +83,18 @@ class LatencyTable:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A choice of rates that was tried: the speed-up predicted before, and the one found, both of the whole network."""
+
+    predicted: float
+    found: float
+
+
+@dataclass(frozen=True)
 class LayerPrediction:
     """One layer of a plan: the share of groups that goes (None: left alone), the share of its dense multiply-adds that
-    stays, seconds dense and pruned, and the drop that its set is thought to cost (at the first layer of a set)."""
+    stays (as compact left it in the trial; without one an estimate, see plan_for), seconds dense and pruned, and the
+    drop that its set is thought to cost (at the first layer of a set)."""
 
     name: str
     rate: float | None
@@ -92,7 +108,8 @@ class LayerPrediction:
 class Prediction:
     """What a plan for a speed-up is expected to do; prints as a table.
 
-    target: the speed-up asked for. seconds: of the pruned network. drop: the summed drop, in units of `evaluate` where
+    target: the speed-up asked for. seconds: of the pruned network. trials: of plans on the way, the last of which need
+    not be this one's; this plan is one of those tried, if any was. drop: the summed drop, in units of `evaluate` where
     that was asked (`evaluated`), or else the summed share of the layers' energy that goes. table: what it was made
     from, with the seconds of the dense network.
     """
@@ -103,6 +120,7 @@ class Prediction:
     evaluated: bool
     layers: tuple[LayerPrediction, ...]
     table: LatencyTable = field(repr=False)
+    trials: tuple[Trial, ...] = ()
 
     @property
     def speedup(self) -> float:
@@ -132,6 +150,9 @@ class Prediction:
         text = render(title, head, rows, total)
         text += f"predicted speed-up: {self.speedup:.2f} (asked for: {self.target:g}), from {1e3 * t.baseline:.3f} "
         text += f"ms dense ({t.choice}) to {1e3 * self.seconds:.3f} ms\n"
+        for i, trial in enumerate(self.trials):
+            text += f"trial {i + 1}: predicted {trial.predicted:.2f}, found {trial.found:.2f}\n"
+        text += f"table corrected by {len(self.trials)} trials\n" if self.trials else "not tried\n"
         if t.torch is not None:
             text += f"over the fastest form of torch ({1e3 * t.torch:.3f} ms): {t.torch / self.seconds:.2f}\n"
         return text
@@ -218,6 +239,122 @@ def measure_speedup(
     if report:
         print(str(result), end="")
     return result
+
+
+# Trials.
+
+TRIALS = 3
+# Of a speed-up: that near to the target is met, and to the prediction is right. Medians of short runs repeat so well.
+CLOSE = 0.03
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a trial found: layer -> share of its multiply-adds (as the table counts it), layer -> seconds of its steps
+    (the rest as ""), seconds of the whole network, and layer -> share as compact left it."""
+
+    shares: Mapping[str, float]
+    steps: Mapping[str, float]
+    seconds: float
+    left: Mapping[str, float]
+
+
+def corrected(base: LatencyTable, found: Sequence[Found]) -> LatencyTable:
+    """The table with what trials found: at a trial's shares it adds up to the trial's seconds, the last one's exactly.
+
+    Every layer's seconds are multiplied by what was found over what the table said: linear between the shares tried, 1
+    at share 1 unless that was tried, and below the least share tried as there. Layers that no density changes stay as
+    they are.
+    """
+    points: dict[str, dict[float, float]] = {n: {} for n in base.shares}
+    for f in found:
+        for n, t in _settled(base, f).items():
+            points[n][f.shares[n]] = t
+    shares, seconds = {}, {}
+    for n, tried in points.items():
+        said = {s: base.at(n, s) for s in tried}
+        ratio = {1.0: 1.0} | {s: t / said[s] if said[s] > 0 else 1.0 for s, t in tried.items()}
+        at = sorted(ratio)
+        x = sorted({*base.shares[n], *tried}, reverse=True)
+        scale = np.interp(x, at, [ratio[s] for s in at])
+        shares[n] = x
+        seconds[n] = [tried.get(s, base.at(n, s) * float(r)) for s, r in zip(x, scale, strict=True)]
+    return replace(base, shares=shares, seconds=seconds)
+
+
+def _settled(base: LatencyTable, f: Found) -> dict[str, float]:
+    """Seconds of the layers that pruning changes, so that with the others they add up to the trial's."""
+    own = {n: f.steps.get(n, 0.0) for n, x in base.shares.items() if len(x) > 1}
+    fixed = sum(base.at(n, 1.0) for n, x in base.shares.items() if len(x) == 1)
+    room = max(f.seconds - fixed, 0.0)
+    if not any(own.values()):  # nothing to tell layers apart by: as the table said
+        own = {n: base.at(n, f.shares[n]) for n in own}
+    else:
+        scale = f.seconds / sum(f.steps.values())
+        own = {n: t * scale for n, t in own.items()}
+        rest, total = room - sum(own.values()), sum(base.at(n, 1.0) for n in own)
+        own = {n: max(t + rest * base.at(n, 1.0) / total, 0.0) for n, t in own.items()}
+    total = sum(own.values())
+    return {n: t * room / total if total > 0 else room / len(own) for n, t in own.items()}
+
+
+def approach(
+    table: LatencyTable,
+    target: float,
+    choose: Callable[[LatencyTable], tuple[C, float, float]],
+    attempt: Callable[[C], Found],
+    trials: int = TRIALS,
+) -> tuple[C, LatencyTable, tuple[Trial, ...], Found | None]:
+    """Choose by the table, try, correct the table, and choose anew: at most `trials` times, until a trial finds what
+    was predicted and the target met, both within CLOSE.
+
+    choose: the table -> (a choice, its seconds, its cost), the fastest choice where none meets the target. attempt:
+    measures a choice. Returns of those tried the one of least cost that meets the target within CLOSE, or else the
+    fastest; the table corrected by all trials and exact for that one; the trials; what its trial found. With no trials,
+    what `choose` says.
+    """
+    now = table
+    tried: list[tuple[C, float, Found]] = []
+    log: list[Trial] = []
+    for _ in range(trials):
+        choice, seconds, cost = choose(now)
+        if any(c == choice for c, _, _ in tried):  # it would find the same
+            break
+        found = attempt(choice)
+        tried.append((choice, cost, found))
+        log.append(Trial(table.baseline / seconds, table.baseline / found.seconds))
+        now = corrected(table, [f for _, _, f in tried])
+        right = abs(log[-1].predicted / log[-1].found - 1) <= CLOSE
+        if right and abs(log[-1].found / target - 1) <= CLOSE:
+            break
+    if not tried:
+        return choose(table)[0], table, (), None
+    enough = [t for t in tried if table.baseline / t[2].seconds >= target * (1 - CLOSE)]
+    best = min(enough, key=lambda t: t[1]) if enough else min(tried, key=lambda t: t[2].seconds)
+    others = [f for _, _, f in tried if f is not best[2]]
+    return best[0], corrected(table, [*others, best[2]]), tuple(log), best[2]
+
+
+class Bench:
+    """Tries pruned networks against the dense one, in turns: the dense one as optimize has it, the small ones in
+    segments, which optimize leaves only for what is faster."""
+
+    def __init__(self, model: nn.Module, example: Tensor | tuple[Any, ...], table: LatencyTable, budget: float) -> None:
+        self.example, self.table, self.budget = example, table, budget
+        self.inputs = as_inputs(model, example, "plan_for")
+        self.dtype = getattr(torch, table.dtype)
+        with set_threads(table.threads):
+            self.dense = optimize(model, example, self.dtype, budget=budget, report=False)
+
+    def __call__(self, with_zeros: nn.Module, shares: Mapping[str, float]) -> Found:
+        """What a network with zeros, compacted, takes; shares: layer -> share as the table counts it."""
+        with set_threads(self.table.threads):
+            small = compact(with_zeros, self.example, verify=False)
+            networks = {"dense": self.dense, "small": in_segments(small, self.example, self.dtype)}
+            seconds, steps = measure(networks, self.inputs, self.budget)
+        rows: Any = small.report.layers
+        left = {r.name: r.macs_after / r.macs_before for r in rows}
+        return Found(shares, steps["small"], self.table.baseline * seconds["small"] / seconds["dense"], left)
 
 
 # The table.

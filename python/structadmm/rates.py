@@ -9,7 +9,7 @@ cost least in all (allocate.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,18 @@ from .allocate import Floats, descend, knapsack
 from .constraints import Constraint, coupled_masks, project_mask
 from .errors import PlanError
 from .groups import DEFAULT_BLOCK, STRUCTURES
-from .latency import LatencyPlan, LatencyTable, LayerPrediction, Prediction, latency_table
+from .latency import (
+    TRIALS,
+    Bench,
+    Found,
+    LatencyPlan,
+    LatencyTable,
+    LayerPrediction,
+    Prediction,
+    Trial,
+    approach,
+    latency_table,
+)
 from .masks import weight_of
 from .plan import LayerPlan, Plan, ResolvedPlan, Rule, Spec
 from .structure import Reads, filter_sets
@@ -57,6 +68,7 @@ def plan_for(
     threads: int | None = None,
     budget: float = 60.0,
     table: LatencyTable | None = None,
+    trials: int = TRIALS,
     progress: bool = True,
 ) -> Plan:
     """A plan with a rate for every layer that meets one target.
@@ -65,6 +77,13 @@ def plan_for(
     masks, not what compact makes of them (with filters it removes more). speedup: run so many times faster than the
     dense network at the batch size of `example`, both by optimize: the result is a LatencyPlan, whose `prediction`
     prints; measure_speedup measures what became of it.
+
+    A plan for a speed-up is tried in planning, on a copy pruned one-shot: what is found corrects the latency table, and
+    rates are chosen anew, at most `trials` times. The result is the plan of least cost among those tried that came to
+    the target less 3 %, or else the fastest of them, which falls short: `prediction.speedup` tells. The shares of
+    multiply-adds in the prediction are what compact left in the trial. Those that the table is read at, and without
+    trials all, are estimates from the masks: compact may leave more (a filter that stays for a constant, columns and
+    blocks that it keeps dense) or less (beside depthwise layers).
 
     evaluate: accuracy on held-out data of a model in eval mode, larger is better. With it, each layer (or set of
     coupled filters) is projected at a few rates by itself, and the rates are those for which the sum of the drops is
@@ -77,10 +96,12 @@ def plan_for(
     (coupled_layers) get one rate, and none where one of their layers is left alone, but for the threshold, which knows
     no sets.
     dtype, threads: as for optimize. budget: seconds to measure for, about. The latency table is kept on this machine,
-    so a second call is quick. table: one from elsewhere, such as an earlier plan's `prediction.table`. progress: tell
+    so a second call only tries. table: one from elsewhere, such as an earlier plan's `prediction.table`; then nothing
+    is measured nor tried. progress: tell
     on a terminal how far the measurement is. The weights are only looked at.
 
-    Raises PlanError: not one target, one out of range, one that can't be met with max_rate (with what can be).
+    Raises PlanError: not one target, one out of range, one that by the table can't be met with max_rate (with what
+    can be).
     """
     targets = {k: v for k, v in (("weights", weights), ("macs", macs), ("speedup", speedup)) if v is not None}
     if len(targets) != 1:
@@ -111,21 +132,49 @@ def plan_for(
     if key != "speedup":
         choice = sets.allocate_share(costs, base, key, target)
         return Plan((*left_alone, *sets.rules(choice)))
-    if table is None:
+    if type(trials) is not int or trials < 0:
+        raise PlanError(f"{_WHO}: trials got {trials!r}, wanted an integer of at least 0")
 
-        def prune(share: float) -> nn.Module:
-            with_zeros = clone(model).eval()
-            sets.project_(with_zeros, sets.nearest(share))
-            return with_zeros
+    def pruned(choice: Sequence[int]) -> nn.Module:
+        with_zeros = clone(model).eval()
+        sets.project_(with_zeros, choice)
+        return with_zeros
 
+    bench: list[Bench] = []
+
+    def attempt(choice: list[int]) -> Found:
+        assert table is not None
+        if not bench:
+            bench.append(Bench(model, example, table, budget / 8))
+        return bench[0](pruned(choice), sets.shares(choice))
+
+    if table is not None:
+        trials = 0
+    else:
         kind = f"{structure} {block} {round_to} {[n for names in sets.names for n in names]}"
         more: dict[str, Any] = {"dtype": dtype, "threads": threads, "budget": budget, "progress": progress}
-        table = latency_table(model, example, prune, lambda d: sets.shares(sets.nearest(d)), 1 - max_rate, kind, **more)
+        table = latency_table(
+            model, example, lambda d: pruned(sets.nearest(d)), lambda d: sets.shares(sets.nearest(d)), 1 - max_rate,
+            kind, **more,
+        )  # fmt: skip
     missing = [n for n in sets.layers if n not in table.shares]
     if missing:
         raise PlanError(f"{_WHO}: table got no times of layer {missing[0]!r}, wanted those of every layer")
-    choice = sets.allocate_time(costs, table, target)
-    prediction = sets.predict(choice, costs, table, target, evaluate is not None)
+    if (most := table.baseline / sets.seconds(sets.last, table)) < target and sets.cheapest(
+        costs, table, target
+    ) is None:
+        raise PlanError(
+            f"{_WHO}: speedup got {target}, wanted at most {math.floor(100 * most) / 100:g}, which is predicted "
+            f"at max_rate {max_rate}"
+        )
+
+    def choose(by: LatencyTable) -> tuple[list[int], float, float]:
+        choice = sets.cheapest(costs, by, target) or sets.last
+        return choice, sets.seconds(choice, by), float(sum(c[i] for c, i in zip(costs, choice, strict=True)))
+
+    choice, table, tried, found = approach(table, target, choose, attempt, trials)
+    left = {} if found is None else found.left
+    prediction = sets.predict(choice, costs, table, target, evaluate is not None, left, tried)
     return LatencyPlan((*left_alone, *sets.rules(choice)), prediction=prediction)
 
 
@@ -261,7 +310,7 @@ class _Sets:
         ]
 
     def share(self, name: str, choice: Sequence[int]) -> float:
-        """The share of its multiply-adds that a layer is left with."""
+        """The share of its multiply-adds that a layer is left with: an estimate from the masks (see plan_for)."""
         s = self.of.get(name)
         share = 1.0 if s is None else self.kept[s][choice[s]] / self.groups[s]
         share *= 1 - sum(p * (1 - self.kept[t][choice[t]] / self.groups[t]) for t, p in self.fed[name].items())
@@ -363,42 +412,49 @@ class _Sets:
             raise _out_of_reach(key, target, least, self.max_rate)
         return choice
 
-    def allocate_time(self, costs: Sequence[Floats], table: LatencyTable, target: float) -> list[int]:
-        """Choices whose predicted time is the baseline's over `target`."""
+    @property
+    def last(self) -> list[int]:
+        """As much as may go of every set."""
+        return [len(k) - 1 for k in self.kept]
+
+    def seconds(self, choice: Sequence[int], table: LatencyTable) -> float:
+        return sum(table.at(n, self.share(n, choice)) for n in self.layers)
+
+    def cheapest(self, costs: Sequence[Floats], table: LatencyTable, target: float) -> list[int] | None:
+        """Choices whose predicted time is the baseline's over `target`; None where the table has none."""
         limit = table.baseline / target
-        last = [len(k) - 1 for k in self.kept]
-        if all(len(self.depends(n)) <= 1 for n in self.layers):  # each layer's time depends on its own choice alone
-            zero = [0] * len(self.kept)
-            expenses = []
-            for s, kept in enumerate(self.kept):
-                rows = [[*zero[:s], i, *zero[s + 1 :]] for i in range(len(kept))]
-                mine = [n for n in self.layers if self.depends(n) == (s,)]
-                expenses.append(np.array([sum(table.at(n, self.share(n, r)) for n in mine) for r in rows]))
-            fixed = sum(table.at(n, 1.0) for n in self.layers if not self.depends(n))
-            choice = knapsack(costs, expenses, limit - fixed)
-            least = fixed + sum(e.min() for e in expenses)
-        else:
-            time = _Time(self, table)
-            choice, least = descend(costs, time, limit), time(last)
-        if choice is None:
-            most = table.baseline / least
-            raise PlanError(
-                f"{_WHO}: speedup got {target}, wanted at most {math.floor(100 * most) / 100:g}, which is predicted "
-                f"at max_rate {self.max_rate}"
-            )
-        return choice
+        if any(len(self.depends(n)) > 1 for n in self.layers):
+            return descend(costs, _Time(self, table), limit)
+        # Each layer's time depends on its own choice alone.
+        zero = [0] * len(self.kept)
+        expenses = []
+        for s, kept in enumerate(self.kept):
+            rows = [[*zero[:s], i, *zero[s + 1 :]] for i in range(len(kept))]
+            mine = [n for n in self.layers if self.depends(n) == (s,)]
+            expenses.append(np.array([sum(table.at(n, self.share(n, r)) for n in mine) for r in rows]))
+        fixed = sum(table.at(n, 1.0) for n in self.layers if not self.depends(n))
+        return knapsack(costs, expenses, limit - fixed)
 
     def predict(
-        self, choice: Sequence[int], costs: Sequence[Floats], table: LatencyTable, target: float, evaluated: bool
+        self,
+        choice: Sequence[int],
+        costs: Sequence[Floats],
+        table: LatencyTable,
+        target: float,
+        evaluated: bool,
+        left: Mapping[str, float],
+        tried: tuple[Trial, ...],
     ) -> Prediction:
+        """left: layer -> the share that compact left of it, where that is known."""
         rows = []
         for name in self.layers:
             s, share = self.of.get(name), self.share(name, choice)
             rate = None if s is None else 1 - self.kept[s][choice[s]] / self.groups[s]
             drop = float(costs[s][choice[s]]) if s is not None and name == self.names[s][0] else None
-            rows.append(LayerPrediction(name, rate, share, table.at(name, 1.0), table.at(name, share), drop))
+            now, stays = table.at(name, share), left.get(name, share)
+            rows.append(LayerPrediction(name, rate, stays, table.at(name, 1.0), now, drop))
         drop = float(sum(c[i] for c, i in zip(costs, choice, strict=True)))
-        return Prediction(target, sum(r.after for r in rows), drop, evaluated, tuple(rows), table)
+        return Prediction(target, sum(r.after for r in rows), drop, evaluated, tuple(rows), table, tried)
 
 
 class _Time:
