@@ -352,8 +352,8 @@ class Bench:
             small = compact(with_zeros, self.example, verify=False)
             networks = {"dense": self.dense, "small": in_segments(small, self.example, self.dtype)}
             seconds, steps = measure(networks, self.inputs, self.budget)
-        rows: Any = small.report.layers
-        left = {r.name: r.macs_after / r.macs_before for r in rows}
+        report: Any = small.report
+        left = {r.name: r.macs_after / r.macs_before for r in report.layers}
         return Found(shares, steps["small"], self.table.baseline * seconds["small"] / seconds["dense"], left)
 
 
