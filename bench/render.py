@@ -308,6 +308,25 @@ def scaling(found: list[dict[str, Any]], where: str) -> str:
     return table(f"Two threads{where}", command, note, head, rows)
 
 
+def latency_plans(data: dict[str, Any]) -> str:
+    rows = [
+        [r["case"], f"{r['target']:g}x", f"{r['predicted']:.2f}x", ratio(r["measured"]), f"{100 * r['error']:+.1f} %",
+         f"{1e3 * r['seconds']['dense']['median']:.2f}", f"{1e3 * r['seconds']['small']['median']:.2f}",
+         " / ".join(r["runs_as"])]
+        for r in data["rows"]
+    ]  # fmt: skip
+    worst = max(abs(r["error"]) for r in data["rows"])
+    note = (
+        f"Speed-up at batch 1, one thread, f32: as planned from the latency table, and as measured on the network "
+        f"pruned once as planned and compacted, against the dense network; both as `optimize` runs them, in turns. "
+        f"Largest error {worst:.1%}, wanted at most 15 %. {machine(data['rows'][0])}."
+    )
+    head = ["case", "asked for", "predicted", "measured", "error", "dense, ms", "pruned, ms", "run as"]
+    return table(
+        "Latency plans", "python bench/latency_plans.py --json bench/results/latency_plans.json", note, head, rows
+    )
+
+
 def main() -> None:
     text = HEAD
     parts: list[Callable[..., str]] = [
@@ -317,6 +336,7 @@ def main() -> None:
         conv_compact,
         inference_networks,
         inference_layers,
+        latency_plans,
     ]
     for part in parts:
         path = RESULTS / f"{part.__name__}.json"

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PYTHON_LAYERS: list[set[str]] = [
     {"errors", "files"},
-    {"decisions", "engine", "groups", "layers", "reference", "timing"},
+    {"allocate", "decisions", "engine", "groups", "layers", "reference", "timing"},
     {"_load", "ops"},
     {"constraints", "masks", "plan", "schedules", "nn", "symbolic", "plain", "unpack"},
     {"exported"},
@@ -27,6 +27,8 @@ PYTHON_LAYERS: list[set[str]] = [
     {"segments"},
     {"artefact"},
     {"optimize"},
+    {"latency"},
+    {"rates"},
     {"data", "models", "report"},
     {"pipeline"},
     {"progress"},

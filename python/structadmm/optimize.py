@@ -187,9 +187,8 @@ def optimize(
     if isinstance(model, fx.GraphModule) and is_optimized(model):
         model = segments.inline(model)[0]
     work = _Work(model, example, dtype, tolerance)
-    with _threads(threads) as used:
-        machine = f"{cpu_model()}, {ops.isa()}, {used} threads, torch {torch.__version__}, structadmm {__version__}"
-        decisions = Decisions(machine)
+    with set_threads(threads) as used:
+        decisions = Decisions(machine(used))
         choice, result = work.decide(decisions, budget, compile)
         decisions.save()
     result.threads, result.isa, result.cpu = used, ops.isa(), cpu_model()
@@ -207,8 +206,23 @@ def optimize(
     return fast
 
 
+def in_segments(
+    model: nn.Module, example: Tensor | Sequence[Tensor], dtype: torch.dtype | None = None
+) -> fx.GraphModule:
+    """`model` with all that the runtime holds in segments: nothing is measured, compared or kept. Raises as optimize
+    does."""
+    work = _Work(model, example, dtype, None)
+    work.refuse()
+    return work.fast(_Choice())
+
+
+def machine(threads: int) -> str:
+    """What figures depend on besides the network, for Decisions."""
+    return f"{cpu_model()}, {ops.isa()}, {threads} threads, torch {torch.__version__}, structadmm {__version__}"
+
+
 @contextmanager
-def _threads(n: int | None) -> Iterator[int]:
+def set_threads(n: int | None) -> Iterator[int]:
     before = torch.get_num_threads()
     if n is not None:
         torch.set_num_threads(n)
