@@ -404,13 +404,39 @@ def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
             if rest > 0 and is_beside_whole(small, path):
                 beside_whole += rest
             elif rest > 0:
-                unexplained[path] = rest
+                rest = len(without_effect(small, path, nothing.nonzero().flatten().tolist(), x)) - sum(notes.values())
+                if rest > 0:
+                    unexplained[path] = rest
     return {
         "idle_filters": idle,
         "beside_whole": beside_whole,
         "idle_because": dict(why.most_common(8)),
         "unexplained": unexplained,
     }
+
+
+@torch.no_grad()
+def without_effect(small: Any, path: str, filters: list[int], x: Tensor) -> list[int]:
+    """Those of the filters whose weights can be anything. The derivative above is of another network, with batch
+    statistics and smooth activations, in which a channel may also vanish by rounding; this asks the network itself, on
+    inputs of several sizes, since activations that clamp are dead for some."""
+    m = small.get_submodule(path)
+    weight = m.weight.transpose(0, 1) if isinstance(m, nn.modules.conv._ConvTransposeNd) else m.weight
+    inputs = [x, 0.1 * x, -8 * x]
+    base = [outputs(small, i) for i in inputs]
+    found = []
+    for f in filters:
+        old, moved = weight[f].clone(), False
+        for change in (0.3, -3.0):
+            weight[f] = old * 1.5 + change
+            moved = moved or any(
+                not torch.equal(a, b)
+                for i, outs in zip(inputs, base, strict=True)
+                for a, b in zip(outputs(small, i), outs, strict=True)
+            )
+        weight[f] = old
+        found += [] if moved else [f]
+    return found
 
 
 def is_beside_whole(small: Any, path: str) -> bool:
