@@ -81,7 +81,7 @@ def measure(case: Case, threads: int, budget: float) -> dict[str, Any]:
         "predicted": said.speedup, "measured": m.to_dict(), "error": found.error,
         "trials": [[t.predicted, t.found] for t in said.trials],
         "seconds": {"dense": found.dense.to_dict(), "small": found.small.to_dict()},
-        "runs_as": list(found.choices), "torch": said.table.torch, "planning": planned,
+        "runs_as": list(found.choices), "torch_form": said.table.torch, "planning": planned,
         "total": perf_counter() - began, "rates": {r.name: r.rate for r in said.layers if r.rate},
     }  # fmt: skip
 

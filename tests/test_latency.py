@@ -406,7 +406,7 @@ def test_after_a_trial_shares_are_what_compact_leaves(structure: str, kind: str,
 
     monkeypatch.setattr(rates, "Bench", Fake)
     plan = sa.plan_for(model, x, structure, speedup=1.6)
-    assert 1 <= len(plan.prediction.trials) <= latency.TRIALS
+    assert 1 <= len(plan.prediction.trials) <= latency.TRIALS + 1  # the chosen one once more
     coupled = sa.coupled_layers(model, x) if structure == "filter" else ()
     sa.ADMM(model, plan, coupled=coupled).harden_()
     left = {r.name: r.macs_after / r.macs_before for r in sa.compact(model, x, verify=False).report.layers}
@@ -496,7 +496,8 @@ def test_trials_are_bounded_and_fall_short_openly() -> None:
     made = uniform(line)
     for trials in (1, 2, 3):
         (choice, after, log, _), asked = approached(made, lambda n, s: WORK[n] * (0.9 + 0.1 * s), 2.0, trials=trials)
-        assert len(asked) == len(log) <= trials and len(set(asked)) == len(asked)
+        once_more = len(asked) > 1
+        assert len(asked) == len(log) <= trials + once_more and len(set(asked)) == len(asked) - once_more
         assert made.baseline / total(after, choice) == pytest.approx(max(t.found for t in log))
         assert all(t.found < 1.2 for t in log)
     (choice, after, log, found), asked = approached(made, line, 2.0, trials=0)
