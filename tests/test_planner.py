@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import structadmm as sa
-from structadmm import _core, artefact
+from structadmm import _core, container
 from structadmm.trace import trace
 
 ACTIVATIONS = [nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.Identity]
@@ -147,7 +147,7 @@ class Net(nn.Module):
 
 
 def engine(net: nn.Module, x: Tensor, dtype: str = "float32") -> sa.Engine:
-    return sa.Engine(artefact.to_bytes(trace(net, x).module), dtype=dtype)
+    return sa.Engine(container.to_bytes(trace(net, x).module), dtype=dtype)
 
 
 def close(got: np.ndarray, want: np.ndarray, share: float) -> None:
@@ -282,7 +282,7 @@ class Scattered(nn.Module):
 def test_single_weights_keep_values_in_lanes(isa: str, size: tuple[int, int]) -> None:
     net = Scattered()
     x = torch.randn(33, 3, *size)
-    e = sa.Engine(artefact.to_bytes(trace(net, x).module), isa=isa)
+    e = sa.Engine(container.to_bytes(trace(net, x).module), isa=isa)
     with torch.no_grad():
         want = net(x).numpy()
     got = e.run(x.numpy())
