@@ -317,9 +317,9 @@ def latency_plans(data: dict[str, Any]) -> str:
     ]  # fmt: skip
     worst = max(abs(r["error"]) for r in data["rows"])
     note = (
-        f"Speed-up at batch 1, one thread, f32: as predicted (what the last trial of the plan found, in segments), and as "
-        f"measured afterwards on the network pruned once as planned and compacted, against the dense network; both as "
-        f"`optimize` runs them, in turns. "
+        f"Speed-up at batch 1, one thread, f32: as predicted (what the last trial of the plan found, in segments), and "
+        f"as measured afterwards on the network pruned once as planned and compacted, against the dense network; both "
+        f"as `optimize` runs them, in turns. "
         f"Largest error {worst:.1%}, wanted at most 15 %. {machine(data['rows'][0])}."
     )
     head = ["case", "asked for", "predicted", "measured", "error", "dense, ms", "pruned, ms", "run as"]
