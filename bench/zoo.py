@@ -427,6 +427,9 @@ def without_effect(small: Any, path: str, filters: list[int], x: Tensor) -> list
     found = []
     for f in filters:
         old, moved = weight[f].clone(), False
+        if not old.any():  # counts as it is
+            found.append(f)
+            continue
         for change in (0.3, -3.0):
             weight[f] = old * 1.5 + change
             moved = moved or any(
