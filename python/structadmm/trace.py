@@ -6,7 +6,7 @@ the example.
 
 Three front ends follow forward, in this order: torch.fx's tracer, one that knows shapes (symbolic.py), torch.export
 (exported.py). torch.export follows the most and comes last: where the tracer that knows shapes gets through it says
-nothing more, and it costs time. Seconds on one busy core, by torch.fx, with shapes, by torch.export (both modes):
+hardly more, and it costs time. Seconds on one busy core, by torch.fx, with shapes, by torch.export (both modes):
 torchvision's resnet152 2.6, 4.8, 10; densenet161 4.7, 7.6, 22; swin_t 2.7, 5.4, 16; maxvit_t 8.3, 15, 29; a decoder of
 48 blocks 4.0, 9.6, 16. torch.fx's own graph takes maps of any size, the other two are for the example's.
 """
