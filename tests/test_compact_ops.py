@@ -235,8 +235,9 @@ def test_nan_and_infinity_propagate() -> None:
     assert bool(y[0, 0, 1:, 1:].isinf().all()) and bool(y[0, 1:].isfinite().all())
 
 
-# What runs where. Column sparsity holds vectors of filters, narrow blocks vectors of pixels; where rows are short these
-# are gathered; a whole vector never reads where there is nothing.
+# What runs where. Column sparsity holds vectors of filters, or where registers are few collects the pixels of its taps;
+# narrow blocks hold vectors of pixels. Where rows are short pixels are gathered; a whole vector never reads where there
+# is nothing.
 @pytest.mark.parametrize(
     "isa,x,blocks,kernels",
     [
@@ -250,7 +251,9 @@ def test_nan_and_infinity_propagate() -> None:
         ("avx512", (1, 64, 1, 1), [8] * 8, {"filters_8x8__avx512"}),
         ("avx512_bf16", (1, 64, 32, 32), [64], {"filters_6x64__avx512"}),
         ("amx_bf16", (1, 192, 13, 13), [384], {"filters_6x64__avx512"}),
-        ("avx2", (1, 192, 13, 13), [384], {"filters_6x16__avx2"}),
+        ("avx2", (1, 192, 13, 13), [384], {"panel_4x24_gather__avx2"}),
+        ("avx2", (1, 64, 32, 32), [64], {"panel_4x24__avx2"}),
+        ("avx2", (1, 64, 1, 1), [8] * 8, {"filters_6x8__avx2"}),
         ("avx2", (1, 64, 32, 32), [8] * 8, {"pixels_4x24__avx2"}),
         ("scalar", (1, 64, 32, 32), [8] * 8, {"pixels_4x8__scalar"}),
     ],

@@ -204,8 +204,12 @@ def test_every_isa(seed: int, isa: str) -> None:
         _core.set_isa("")
 
 
-def test_large_batches_go_in_chunks() -> None:
-    """More images than fit the caches at a time: several stages, chunks not full, uneven shares per thread."""
+@pytest.mark.parametrize("l2", [256 << 10, 512 << 10, 2 << 20])
+def test_large_batches_go_in_chunks(l2: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More images than fit the caches at a time: several stages, chunks not full, uneven shares per thread. On an L2 of
+    512 KB one stage took the whole batch while another had a chunk to spare, and its planes were taken for too small.
+    """
+    monkeypatch.setenv("STRUCTADMM_L2_BYTES", str(l2))
     torch.manual_seed(0)
     small = [layer for _ in range(5) for layer in (nn.Conv2d(256, 256, 3, padding=1), nn.ReLU())]
     net = nn.Sequential(

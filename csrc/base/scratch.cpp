@@ -12,12 +12,14 @@
 
 namespace structadmm {
 
-float* scratch(int64_t floats) {
+float* scratch(int64_t floats, Scratch use) {
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
-  thread_local std::unique_ptr<float, Free> buffer;
-  thread_local int64_t size = 0;
+  thread_local std::unique_ptr<float, Free> buffers[2];
+  thread_local int64_t sizes[2] = {};
+  auto& buffer = buffers[static_cast<int>(use)];
+  int64_t& size = sizes[static_cast<int>(use)];
   if (floats > size) {
     buffer.reset();
     size = 0;

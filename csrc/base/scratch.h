@@ -1,6 +1,6 @@
 // Memory that each thread keeps for its next call: at least so many floats, of any content but never uninitialised. It
-// never shrinks. The next call of scratch by the same thread may give the same memory, so one caller holds it at a
-// time. On huge pages: each tap of a convolution reads another channel, hence another small page (measured: 2 to 10 %
+// never shrinks. The next call for the same use by the same thread may give the same memory, so one caller holds it at
+// a time. On huge pages: each tap of a convolution reads another channel, hence another small page (measured: 2 to 10 %
 // of a layer). Throws std::bad_alloc.
 #pragma once
 
@@ -8,6 +8,8 @@
 
 namespace structadmm {
 
-float* scratch(int64_t floats);
+enum class Scratch { kCopy, kPanel };  // a padded copy of x, and what a kernel collects of it
+
+float* scratch(int64_t floats, Scratch use);
 
 }  // namespace structadmm

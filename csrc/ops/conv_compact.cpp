@@ -78,7 +78,7 @@ Plan make_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
 // The padded copy of `images` images, channels that no tap reads left as they are.
 void copy_padded(const Plan& plan, const Conv2dShape& s, const Packed& packed, const float* x, int64_t images,
                  float* to, Isa isa, Parallel& parallel, int64_t tasks) {
-  const Planes& planes = plan.taps.x;
+  const Planes& planes = plan.taps.planes.x;
   const auto copy = kernels::pad_copy(isa);
   const auto channels = static_cast<int64_t>(packed.channels.size());
   parallel.run(tasks, [&](int64_t task) {
@@ -164,8 +164,8 @@ Conv2dShape conv2d_shape(const char* op, const TensorView& x, Device device, int
 void conv2d_compact(const Conv2dShape& s, const float* x, const Packed& packed, float* y, Isa isa, Parallel& parallel) {
   if (s.batch == 0) return;
   const Plan& plan = kept_plan(s, packed, isa);
-  const Planes& planes = plan.taps.x;
-  float* copy = plan.direct ? nullptr : scratch(planes.readable);
+  const Planes& planes = plan.taps.planes.x;
+  float* copy = plan.direct ? nullptr : scratch(planes.readable, Scratch::kCopy);
   for (int64_t image = 0; image < s.batch; image += plan.chunk) {
     const int64_t images = std::min(plan.chunk, s.batch - image);
     const float* from = x + image * s.x_strides[0];
@@ -175,7 +175,7 @@ void conv2d_compact(const Conv2dShape& s, const float* x, const Packed& packed, 
       copy_padded(plan, s, packed, from, images, copy, isa, parallel, std::min<int64_t>(tasks, packed.channels.size()));
       from = copy;
     }
-    run_taps(plan.taps, packed, from, nullptr, y + image * plan.taps.y.image_stride, images, parallel);
+    run_taps(plan.taps, packed, from, nullptr, y + image * plan.taps.planes.y.image_stride, images, parallel);
   }
 }
 

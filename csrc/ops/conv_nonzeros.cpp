@@ -407,7 +407,7 @@ class NonzerosStep final : public Step {
     const int64_t rows = std::min(cut_.block[0], cut_.region[0] - row);
     const int64_t cols = std::min(cut_.block[1], cut_.region[1] - col);
     Lanes lanes = lanes_of(lane_group, images, row, col);
-    float* const patch = scratch(patch_floats_ + sum_floats_);
+    float* const patch = scratch(patch_floats_ + sum_floats_, Scratch::kPanel);
     float* const all_sums = patch + patch_floats_;
 
     const auto [in_rows, in_cols] = inputs_of(row, col);

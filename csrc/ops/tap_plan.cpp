@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/div_up.h"
+#include "base/scratch.h"
 
 namespace structadmm {
 namespace {
@@ -13,11 +14,11 @@ namespace {
 using kernels::FiltersArgs;
 using kernels::GemmCompact;
 using kernels::Output;
+using kernels::PanelArgs;
 using kernels::PixelsArgs;
-using kernels::PixelStore;
-using kernels::PixelVector;
+using By = TapPlan::By;
 using Job = TapPlan::Job;
-using Tile = TapPlan::Tile;
+using Tile = PixelTiles::Tile;
 
 constexpr int64_t kStripFloats = 64 * 1024;  // of x, for which all panels are done before the next strip
 constexpr int64_t kSharePixels = 192;        // of a thread, below which its tiles would be cut short
@@ -27,6 +28,8 @@ constexpr int64_t kSpan = kernels::kMaxSpan;
 constexpr int64_t kBlockFloats = 6 * 1024;   // of the weights of a job, which tiles of a span read from L1
 constexpr int64_t kFarStrips = 4;            // of x, with more of which it does not stay in L2
 constexpr int64_t kFarWeights = 256 * 1024;  // floats, likewise
+constexpr int64_t kPanelTaps = 144;          // in a panel of x: it and a panel of weights stay in L1
+constexpr int64_t kPanelTiles = 8;           // collected at a time: with their sums they stay in L2
 
 // Cycles of a job of `taps` taps. What a tile costs besides its taps (its first sums, its stores) was measured in
 // AVX-512.
@@ -40,73 +43,28 @@ double filters_cost(const GemmCompact& k, int width_class, int panels, int64_t p
          kSpread * panels * static_cast<double>(div_up(pixels, k.lanes));
 }
 
-double pixels_cost(const GemmCompact& k, int width, int64_t vectors, bool gather, double taps) {
+double pixels_cost(const GemmCompact& k, int width, int64_t vectors, int window, double taps) {
   const int c = kernels::width_class(width);
   const int64_t tiles = div_up(vectors, k.nr[c]), least = vectors / tiles, more = vectors % tiles;
   const double cycles = static_cast<double>(tiles - more) * k.pixels_cycles[c][least - 1] +
                         (more == 0 ? 0.0 : static_cast<double>(more) * k.pixels_cycles[c][least]);
   constexpr double kGather = 1.5;  // a second load and a permutation per vector
-  return (cycles * (gather ? kGather : 1.0) * taps + 35.0 * static_cast<double>(vectors)) * (width / k.mr[c]);
+  return (cycles * (window > 1 ? kGather : 1.0) * taps + 35.0 * static_cast<double>(vectors)) * (width / k.mr[c]);
 }
 
-// The outputs of some images in order, and where each reads x (at kernel position 0, channel 0) and writes y.
-class Outputs {
- public:
-  Outputs(const TapPlan& plan, const ConvGeometry& g, int64_t images)
-      : plan_(plan),
-        row_(g.stride[0] * plan.x.pitch),
-        column_(g.stride[1]),
-        base_(plan.x.origin - g.padding[0] * plan.x.pitch - g.padding[1]),
-        images_(images) {}
-  bool done() const { return n_ == images_ || plan_.outputs == 0; }
-  void next() {
-    if (++ox_ < plan_.y.width) return;
-    ox_ = 0;
-    if (++oy_ < plan_.y.height) return;
-    oy_ = 0;
-    ++n_;
-  }
-  int64_t image() const { return n_; }
-  int64_t x() const { return base_ + n_ * plan_.x.image_stride + oy_ * row_ + ox_ * column_; }
-  int64_t y() const { return plan_.y.at(n_, 0, oy_, ox_); }
-  int64_t residual() const { return plan_.residual.at(n_, 0, oy_, ox_); }
-
- private:
-  const TapPlan& plan_;
-  int64_t row_, column_, base_, images_;
-  int64_t n_ = 0, oy_ = 0, ox_ = 0;
-};
-
-// The output `o` is lane `lane` of a vector whose stores begin at `first`: to the last of them, or to another one.
-void add_to_stores(const Outputs& o, int lane, int lanes, size_t first, std::vector<PixelStore>& stores) {
-  const auto fits = [&](const PixelStore& s) {
-    const int64_t at = o.y() - s.y;
-    return s.image == o.image() && at >= 0 && at < lanes && o.residual() - s.residual == at;
+// Of a job by the panel kernel, for some filters that share their taps.
+double panel_cost(const GemmCompact& k, int64_t filters, const CutSize& size, int window, double taps) {
+  const int nr = k.nr[0];
+  const int64_t tiles = div_up(size.vectors, nr), least = size.vectors / tiles, more = size.vectors % tiles;
+  const auto tile = [&](int64_t vectors) {
+    return taps * (k.panel_cycles[vectors - 1] * static_cast<double>(div_up(filters, k.mr[0])) +
+                   k.collect_cycles[window / 2] * static_cast<double>(vectors));
   };
-  if (stores.size() == first || !fits(stores.back())) {
-    stores.push_back({o.y(), o.residual(), 0, static_cast<int32_t>(o.image()), {}, true});
-  }
-  PixelStore& s = stores.back();
-  s.lanes |= 1u << (o.y() - s.y);
-  s.from[o.y() - s.y] = static_cast<int8_t>(lane);
-  s.straight = s.straight && o.y() - s.y == lane;
-}
-
-// Calls lane(output, lane, offset) for every output, and begins(offset) before the first of each vector: without
-// gather, consecutive places of x, those between outputs included; with it, consecutive outputs within two vectors of
-// places. limit: the last offset from which a vector may be read.
-template <class Begins, class Lane>
-void for_vectors(Outputs o, bool gather, int lanes, int64_t limit, const Begins& begins, const Lane& each) {
-  const int64_t room = (gather ? 2 : 1) * lanes;
-  while (!o.done()) {
-    const int64_t offset = std::min(o.x(), limit);
-    begins(offset);
-    for (int n = 0; n < lanes && !o.done(); ++n, o.next()) {
-      const int64_t at = o.x() - offset;
-      if (at < 0 || at >= room) break;
-      each(o, gather ? n : static_cast<int>(at), at);
-    }
-  }
+  constexpr double kWhole = 2, kPiece = 8;  // cycles of a store
+  return static_cast<double>(tiles - more) * tile(least) +
+         (more == 0 ? 0.0 : static_cast<double>(more) * tile(least + 1)) +
+         static_cast<double>(filters) *
+             (kWhole * static_cast<double>(size.whole) + kPiece * static_cast<double>(size.pieces));
 }
 
 // How many images to cut together so that little of the last tile is wasted, as far as `most`; 1 where an image is many
@@ -122,7 +80,8 @@ int64_t choose_period(int64_t most, int64_t outputs, const Cost& cost) {
   return period;
 }
 
-void check_planes(const char* op, const Packed& packed, const ConvGeometry& g, const TapPlan& p) {
+void check_planes(const char* op, const Packed& packed, const ConvPlanes& p) {
+  const ConvGeometry& g = p.geometry;
   const kernels::PackedHeader& h = *packed.header;
   const int64_t kernel[] = {h.kernel_h, h.kernel_w}, in[] = {p.x.height, p.x.width}, out[] = {p.y.height, p.y.width};
   const int64_t before[] = {p.x.halo.top, p.x.halo.left}, behind[] = {p.x.halo.bottom, p.x.halo.right};
@@ -148,49 +107,17 @@ void check_planes(const char* op, const Packed& packed, const ConvGeometry& g, c
               ": x got negative strides, wanted none");
 }
 
-void cut_vectors(TapPlan& plan, const ConvGeometry& g, int64_t limit) {
-  const GemmCompact& k = *plan.kernels;
-  auto& t = plan.pixels;
-  for_vectors(
-      Outputs(plan, g, t.period), t.gather, k.lanes, limit,
-      [&](int64_t offset) { t.vectors.push_back({offset, static_cast<int32_t>(t.stores.size()), 0, {}}); },
-      [&](const Outputs& o, int lane, int64_t at) {
-        PixelVector& v = t.vectors.back();
-        v.lane[lane] = static_cast<int8_t>(at);
-        add_to_stores(o, lane, k.lanes, static_cast<size_t>(v.first_store), t.stores);
-        v.stores = static_cast<int32_t>(t.stores.size()) - v.first_store;
-      });
-  for (int c = 0; c < 3; ++c) {
-    const auto count = static_cast<int64_t>(t.vectors.size());
-    const int64_t tiles = div_up(count, k.nr[c]);
-    for (int64_t i = 0; i < tiles; ++i) {
-      t.tiles[c].push_back({i * count / tiles, static_cast<int>((i + 1) * count / tiles - i * count / tiles)});
-    }
-  }
-}
-
-void cut_pixels(TapPlan& plan, const ConvGeometry& g) {
-  const GemmCompact& k = *plan.kernels;
-  auto& t = plan.filters;
-  t.spans = div_up(t.period * plan.outputs, kSpan);
-  int lane = 0;
-  for (Outputs o(plan, g, t.period); !o.done(); o.next(), lane = (lane + 1) % k.lanes) {
-    if (lane == 0) t.vectors.push_back({static_cast<int64_t>(t.stores.size()), 0});
-    kernels::StoreRange& vector = t.vectors.back();
-    t.pixel.push_back(static_cast<int32_t>(o.x()));
-    add_to_stores(o, lane, k.lanes, static_cast<size_t>(vector.first), t.stores);
-    vector.count = static_cast<int>(static_cast<int64_t>(t.stores.size()) - vector.first);
-  }
-}
-
 // The most pixels of a tile of these panels.
 int most_pixels(const TapPlan& plan, const Packed& packed, const Job& job) {
   return plan.kernels->pixels[kernels::width_class(packed.panels[job.panel].width)][job.panels - 1];
 }
 
-// Tiles of one job over `images` images.
+// Tiles (by the panel kernel: and panels) of one job over `images` images.
 int64_t job_units(const TapPlan& plan, const Packed& packed, const Job& job, int64_t images) {
-  if (job.panels > 0) return div_up(images, plan.filters.period) * plan.filters.spans;
+  if (job.by == By::kFilters) return div_up(images, plan.filters.period) * plan.filters.spans;
+  if (job.by == By::kPanel) {
+    return div_up(images, plan.panel.period) * static_cast<int64_t>(plan.panel.tiles[0].size()) * job.panels;
+  }
   const int c = kernels::width_class(packed.panels[job.panel].width);
   return div_up(images, plan.pixels.period) * static_cast<int64_t>(plan.pixels.tiles[c].size());
 }
@@ -210,18 +137,18 @@ struct Operands {
 
 // The output of a job whose first filter is `filter`, for images from `image` on.
 Output output_of(const TapPlan& plan, const Operands& data, int64_t filter) {
-  return {.y = data.y + filter * plan.y.channel_stride,
-          .y_stride = plan.y.channel_stride,
-          .residual = data.residual ? data.residual + filter * plan.residual.channel_stride : nullptr,
-          .residual_stride = plan.residual.channel_stride,
+  return {.y = data.y + filter * plan.planes.y.channel_stride,
+          .y_stride = plan.planes.y.channel_stride,
+          .residual = data.residual ? data.residual + filter * plan.planes.residual.channel_stride : nullptr,
+          .residual_stride = plan.planes.residual.channel_stride,
           .stores = nullptr,
           .images = 0,
           .epilogue = plan.epilogue};
 }
 
 void to_image(const TapPlan& plan, const Output& first, int64_t image, int64_t images, Output& o) {
-  o.y = first.y + image * plan.y.image_stride;
-  if (first.residual) o.residual = first.residual + image * plan.residual.image_stride;
+  o.y = first.y + image * plan.planes.y.image_stride;
+  if (first.residual) o.residual = first.residual + image * plan.planes.residual.image_stride;
   o.images = static_cast<int>(images);
 }
 
@@ -234,7 +161,7 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
   const auto& kernel = k.filters_kernel[kernels::width_class(panel.width)][job.panels - 1];
   const Output out = output_of(plan, data, panel.first_filter);
   FiltersArgs a{.x = nullptr,
-                .channel_stride = plan.x.channel_stride,
+                .channel_stride = plan.planes.x.channel_stride,
                 .position_offset = plan.position.data(),
                 .taps = packed.taps + panel.first_tap,
                 .n_taps = panel.n_taps,
@@ -281,9 +208,9 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
   };
   for (int64_t u = share.begin; u < share.end; ++u) {
     const int64_t image = u / t.spans * t.period, images = std::min(t.period, data.images - image);
-    const int64_t first = u % t.spans * kSpan, count = std::min(kSpan, images * plan.outputs - first);
+    const int64_t first = u % t.spans * kSpan, count = std::min(kSpan, images * plan.planes.outputs() - first);
     if (count <= 0) continue;
-    a.x = data.x + image * plan.x.image_stride;
+    a.x = data.x + image * plan.planes.x.image_stride;
     const int64_t tiles = div_up(count, most);
     float* const to = sums + (waits.sums == sums ? kSums : 0);
     const int64_t next = std::min(kSpan, static_cast<int64_t>(t.pixel.size()) - first - kSpan);
@@ -322,10 +249,10 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
   const Panel& panel = packed.panels[job.panel];
   const int c = kernels::width_class(panel.width);
   const auto tiles = static_cast<int64_t>(t.tiles[c].size());
-  const auto& kernel = k.pixels_kernel[t.gather][c];
+  const auto& kernel = k.pixels_kernel[t.window / 2][c];
   const Output out = output_of(plan, data, panel.first_filter + job.first);
   PixelsArgs a{.x = nullptr,
-               .channel_stride = plan.x.channel_stride,
+               .channel_stride = plan.planes.x.channel_stride,
                .position_offset = plan.position.data(),
                .taps = packed.taps + panel.first_tap,
                .n_taps = panel.n_taps,
@@ -347,15 +274,93 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
       const int64_t ahead = u + share.end - share.begin;
       const Tile& later = t.tiles[c][ahead % tiles];
       a.ahead = ahead < share.units ? t.vectors[later.first + fetches % later.count].offset +
-                                          (ahead / tiles * t.period - image) * plan.x.image_stride
+                                          (ahead / tiles * t.period - image) * plan.planes.x.image_stride
                                     : 0;
     }
     int n = tile.count;
     while (n > 0 && t.stores[a.vectors[n - 1].first_store].image >= images) --n;
     if (n == 0) continue;
-    a.x = data.x + image * plan.x.image_stride;
+    a.x = data.x + image * plan.planes.x.image_stride;
     to_image(plan, out, image, images, a.out);
     kernel[n - 1](a);
+  }
+}
+
+// Unit u is panel u % job.panels of tile u / job.panels. The taps go in blocks: x at the taps of a block and the pixels
+// of some tiles is collected once for all panels, whose sums wait for the next block in memory. Several tiles at a
+// time, for all of them read the weights.
+void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
+  const GemmCompact& k = *plan.kernels;
+  const auto& t = plan.panel;
+  const auto tiles = static_cast<int64_t>(t.tiles[0].size());
+  const Panel& first = packed.panels[job.panel];
+  const int64_t blocks = std::max<int64_t>(1, div_up(first.n_taps, kPanelTaps));
+  const int64_t tile_floats = k.nr[0] * k.lanes, panel_floats = kernels::kMaxPanel * tile_floats;
+  const int64_t most = std::clamp<int64_t>((share.end - share.begin) / job.panels, 1, kPanelTiles);
+  float* const collected = scratch(most * (kPanelTaps * tile_floats + job.panels * panel_floats), Scratch::kPanel);
+  float* const sums = collected + most * kPanelTaps * tile_floats;
+  const auto weights = [&](int64_t j, int64_t tap) {
+    const Panel& p = packed.panels[job.panel + j];
+    return packed.weights + p.weight + tap * p.width;
+  };
+  struct {
+    const kernels::PixelVector* vectors;
+    int count;
+    int64_t image, images;
+  } some[kPanelTiles];
+  for (int64_t unit = share.begin; unit < share.end;) {
+    // Whole tiles, or a part of the panels of one.
+    const int64_t from = unit % job.panels, left = share.end - unit;
+    const int64_t n = from == 0 && left >= job.panels ? std::min<int64_t>(most, left / job.panels) : 1;
+    const int64_t to = n > 1 ? job.panels : std::min<int64_t>(job.panels, from + left);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t u = unit / job.panels + i, image = u / tiles * t.period;
+      const Tile& tile = t.tiles[0][u % tiles];
+      some[i] = {t.vectors.data() + tile.first, tile.count, image, std::min(t.period, data.images - image)};
+      while (some[i].count > 0 && t.stores[some[i].vectors[some[i].count - 1].first_store].image >= some[i].images) {
+        --some[i].count;
+      }
+    }
+    unit += n > 1 ? n * job.panels : to - from;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t begin = block * first.n_taps / blocks, taps = (block + 1) * first.n_taps / blocks - begin;
+      for (int64_t i = 0; i < n; ++i) {
+        if (some[i].count == 0) continue;
+        k.collect[t.window / 2][some[i].count - 1]({.x = data.x + some[i].image * plan.planes.x.image_stride,
+                                                    .channel_stride = plan.planes.x.channel_stride,
+                                                    .position_offset = plan.position.data(),
+                                                    .taps = packed.taps + first.first_tap + begin,
+                                                    .n_taps = taps,
+                                                    .vectors = some[i].vectors,
+                                                    .panel = collected + i * kPanelTaps * tile_floats});
+      }
+      for (int64_t j = from; j < to; ++j) {
+        const Panel& p = packed.panels[job.panel + j];
+        const auto& kernel = k.panel_kernel[kernels::width_class(p.width)];
+        const Output out = output_of(plan, data, p.first_filter);
+        PanelArgs a{.panel = nullptr,
+                    .n_taps = taps,
+                    .w = weights(j, begin),
+                    .w_stride = p.width,
+                    .filters = p.filters,
+                    .bias = block == 0 ? packed.bias + p.first_filter : nullptr,
+                    .sums = nullptr,
+                    .last = block == blocks - 1,
+                    .next = nullptr,
+                    .vectors = nullptr,
+                    .out = out};
+        a.out.stores = t.stores.data();
+        for (int64_t i = 0; i < n; ++i) {
+          if (some[i].count == 0) continue;
+          a.panel = collected + i * kPanelTaps * tile_floats;
+          a.sums = sums + (i * job.panels + j) * panel_floats;
+          a.vectors = some[i].vectors;
+          if (i == n - 1) a.next = weights(j + 1 < to ? j + 1 : from, j + 1 < to ? begin : begin + taps);
+          to_image(plan, out, some[i].image, some[i].images, a.out);
+          kernel[some[i].count - 1](a);
+        }
+      }
+    }
   }
 }
 
@@ -365,16 +370,14 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
                   const Planes* residual, const Epilogue& epilogue, int64_t images, Isa isa) {
   const kernels::PackedHeader& h = *packed.header;
   TapPlan plan{.kernels = &kernels::gemm_compact(isa),
-               .x = x,
-               .y = y,
-               .residual = residual ? *residual : y,
+               .planes = {x, y, residual ? *residual : y, g},
                .epilogue = epilogue,
-               .outputs = y.height * y.width,
                .position = {},
                .jobs = {},
                .pixels = {},
+               .panel = {},
                .filters = {}};
-  check_planes(op, packed, g, plan);
+  check_planes(op, packed, plan.planes);
   const GemmCompact& k = *plan.kernels;
   images = std::max<int64_t>(images, 1);
   for (int64_t i = 0; i < h.kernel_h; ++i) {
@@ -383,84 +386,127 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
     }
   }
 
-  // Where two vectors of slack lie behind the last place that is read, vectors may begin anywhere; otherwise those of
-  // the last image must not, and the tables of all images are as that of the last.
+  // Where a window of slack lies behind the last place that is read, vectors may begin anywhere; otherwise those of the
+  // last image must not, and the tables of all images are as that of the last.
+  const int64_t outputs = plan.planes.outputs();
   const int64_t farthest = plan.position.back() + (h.in_channels - 1) * x.channel_stride;
   const int64_t last = x.origin + (images - 1) * x.image_stride +
                        ((y.height - 1) * g.stride[0] - g.padding[0]) * x.pitch + (y.width - 1) * g.stride[1] -
                        g.padding[1];
   SADMM_CHECK(last + farthest < x.readable, op, ": x got ", x.readable, " readable elements, wanted ",
               last + farthest + 1);
-  const bool slack = last + farthest + 2 * k.lanes <= x.readable;
-  const auto limit = [&](bool gather) {
-    const int64_t room = (gather ? 2 : 1) * k.lanes;
-    return slack ? std::numeric_limits<int64_t>::max() : x.readable - farthest - room - (images - 1) * x.image_stride;
+  const auto cut_of = [&](int window, int64_t period) -> Cut {
+    const bool slack = last + farthest + window * k.lanes <= x.readable;
+    const int64_t limit = slack ? std::numeric_limits<int64_t>::max()
+                                : x.readable - farthest - window * k.lanes - (images - 1) * x.image_stride;
+    return {window, period, limit};
+  };
+  // The cheapest of these windows by cost(size of a cut, window), and how many images to cut together. window = 0:
+  // none.
+  struct Choice {
+    Cut cut{0, 1, 0};
+    CutSize size;
+    double cost = 0;  // of an image
+  };
+  const auto choose = [&](std::initializer_list<int> windows, const auto& cost) {
+    Choice best;
+    for (const int window : windows) {
+      if (window == 1 && g.stride[1] != 1) continue;
+      const Cut one = cut_of(window, 1);
+      if (one.limit < 0) continue;
+      const bool slack = one.limit == std::numeric_limits<int64_t>::max();
+      const auto cost_of = [&](int64_t n) { return cost(size_of(plan.planes, cut_of(window, n), k.lanes), window); };
+      const int64_t period = choose_period(slack ? images : 1, outputs, cost_of);
+      const double each = cost_of(period) / static_cast<double>(period);
+      if (best.cut.window != 0 && each >= best.cost) continue;
+      const Cut cut = cut_of(window, period);
+      best = {cut, size_of(plan.planes, cut, k.lanes), each};
+    }
+    return best;
   };
   const double mean_taps = static_cast<double>(h.weights) / static_cast<double>(std::max(h.out_channels, 1));
-  auto& px = plan.pixels;
-  bool pixels = false;
-  double pixels_best = 0;
-  int64_t vectors = 0;
-  for (const bool gather : {false, true}) {
-    if (gather ? !k.gather || (g.stride[1] == 1 && y.width >= 4 * k.lanes) : g.stride[1] != 1) continue;
-    if (limit(gather) < 0) continue;
-    const auto count = [&](int64_t n) {
-      int64_t vectors = 0;
-      for_vectors(
-          Outputs(plan, g, n), gather, k.lanes, limit(gather), [&](int64_t) { ++vectors; },
-          [](const Outputs&, int, int64_t) {});
-      return vectors;
-    };
-    const auto cost = [&](int64_t n) { return pixels_cost(k, 8, count(n), gather, mean_taps); };
-    const int64_t period = choose_period(slack ? images : 1, plan.outputs, cost);
-    const double best = cost(period) / static_cast<double>(period);
-    if (pixels && best >= pixels_best) continue;
-    pixels = true;
-    pixels_best = best;
-    px.gather = gather;
-    px.period = period;
-    vectors = count(period);
+  const auto by_pixels_cost = [&](const CutSize& size, int window) {
+    return pixels_cost(k, 8, size.vectors, window, mean_taps);
+  };
+  const bool gather = k.gather && (g.stride[1] != 1 || y.width < 4 * k.lanes);
+  const Choice pixels = gather ? choose({1, 2}, by_pixels_cost) : choose({1}, by_pixels_cost);
+  // The panel kernel needs enough filters of a block: the largest one chooses.
+  int64_t widest = 0;
+  for (size_t i = 0, filters = 0; i < packed.panels.size(); ++i) {
+    filters = i > 0 && packed.panels[i].block == packed.panels[i - 1].block ? filters : 0;
+    filters += packed.panels[i].filters;
+    widest = std::max<int64_t>(widest, filters);
   }
+  const auto by_panel_cost = [&](const CutSize& size, int window) {
+    return panel_cost(k, widest, size, window, mean_taps);
+  };
+  const bool panels = k.panel_cycles[0] > 0 && widest >= k.mr[0] * 2;
+  const Choice panel = !panels            ? Choice{}
+                       : g.stride[1] == 1 ? choose({1, 2}, by_panel_cost)
+                                          : choose({2, 4}, by_panel_cost);
   // Offsets of several images must fit the 32 bits of the table.
-  auto& fl = plan.filters;
-  fl.period = choose_period(std::abs(x.image_stride) > (1 << 26) ? 1 : images, plan.outputs,
-                            [&](int64_t n) { return filters_cost(k, 0, 1, n * plan.outputs, mean_taps); });
+  const int64_t filters_period =
+      choose_period(std::abs(x.image_stride) > (1 << 26) ? 1 : images, outputs,
+                    [&](int64_t n) { return filters_cost(k, 0, 1, n * outputs, mean_taps); });
 
-  const double pieces = plan.outputs < k.lanes ? 1.25 : 1.0;  // a vector over several images is stored in pieces
-  bool any_pixels = false, any_filters = false;
+  const double pieces = outputs < k.lanes ? 1.25 : 1.0;  // a vector over several images is stored in pieces
+  bool any[3] = {};
+  const auto add = [&](const Job& job) {
+    plan.jobs.push_back(job);
+    any[static_cast<int>(job.by)] = true;
+  };
   const auto count = static_cast<int64_t>(packed.panels.size());
   for (int64_t i = 0; i < count;) {
-    const Panel& panel = packed.panels[i];
-    const int c = kernels::width_class(panel.width);
-    const int nv = next_panels(packed, i, k);
-    const auto taps = static_cast<double>(panel.n_taps);
-    const double by_filters = filters_cost(k, c, nv, fl.period * plan.outputs, taps) / static_cast<double>(fl.period);
-    const double by_pixels =
-        pixels ? pieces * nv * pixels_cost(k, panel.width, vectors, px.gather, taps) / static_cast<double>(px.period)
-               : 0;
-    if (!pixels || by_filters <= by_pixels) {
-      plan.jobs.push_back({i, nv, 0});
-      any_filters = true;
-      i += nv;
-    } else {
-      for (int first = 0; first < panel.filters; first += k.mr[c]) plan.jobs.push_back({i, 0, first});
-      any_pixels = true;
-      ++i;
+    // All panels of a block by the panel kernel, or each by what is cheaper of the other two.
+    int64_t end = i, filters = 0;
+    for (; end < count && packed.panels[end].block == packed.panels[i].block; ++end)
+      filters += packed.panels[end].filters;
+    const auto taps = static_cast<double>(packed.panels[i].n_taps);
+    std::vector<Job> jobs;
+    double cost = 0;
+    for (int64_t p = i; p < end;) {
+      const Panel& one = packed.panels[p];
+      const int c = kernels::width_class(one.width);
+      const int nv = next_panels(packed, p, k);
+      const double by_filters =
+          filters_cost(k, c, nv, filters_period * outputs, taps) / static_cast<double>(filters_period);
+      const double by_pixels = pixels.cut.window == 0
+                                   ? 0
+                                   : pieces * nv *
+                                         pixels_cost(k, one.width, pixels.size.vectors, pixels.cut.window, taps) /
+                                         static_cast<double>(pixels.cut.period);
+      if (pixels.cut.window == 0 || by_filters <= by_pixels) {
+        jobs.push_back({By::kFilters, p, nv, 0});
+        cost += by_filters;
+        p += nv;
+      } else {
+        for (int first = 0; first < one.filters; first += k.mr[c]) jobs.push_back({By::kPixels, p, 1, first});
+        cost += by_pixels / nv;
+        ++p;
+      }
     }
+    if (panel.cut.window != 0 &&
+        panel_cost(k, filters, panel.size, panel.cut.window, taps) < cost * static_cast<double>(panel.cut.period)) {
+      jobs = {{By::kPanel, i, static_cast<int>(end - i), 0}};
+    }
+    for (const Job& job : jobs) add(job);
+    i = end;
   }
-  if (any_pixels) cut_vectors(plan, g, limit(px.gather));
-  if (any_filters) cut_pixels(plan, g);
+  if (any[static_cast<int>(By::kPixels)]) plan.pixels = cut_vectors(plan.planes, pixels.cut, k);
+  if (any[static_cast<int>(By::kPanel)]) plan.panel = cut_vectors(plan.planes, panel.cut, k);
+  if (any[static_cast<int>(By::kFilters)]) plan.filters = cut_pixels(plan.planes, filters_period, k.lanes);
   return plan;
 }
 
 void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const float* residual, float* y,
               int64_t images, Parallel& parallel) {
   const Operands data{x, residual, y, images};
-  const int64_t macs = packed.header->weights * plan.outputs * images;
+  const int64_t macs = packed.header->weights * plan.planes.outputs() * images;
   const int64_t tasks = macs < kSerialMacs || parallel.threads() == 1 ? 1 : 4 * parallel.threads();
   // All panels over one strip of pixels before the next strip, so that what they read of x stays in L2.
-  const int64_t read = images * plan.x.height * plan.x.width * static_cast<int64_t>(packed.channels.size());
-  const int64_t pixels = images * plan.outputs;
+  const int64_t read =
+      images * plan.planes.x.height * plan.planes.x.width * static_cast<int64_t>(packed.channels.size());
+  const int64_t pixels = images * plan.planes.outputs();
   // Threads that divide the pixels, not the filters, find in their own caches what they wrote in the layer before.
   const int64_t shares = tasks > 1 && pixels >= kSharePixels * parallel.threads() ? parallel.threads() : 1;
   const int64_t strips =
@@ -473,11 +519,15 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
     for (int64_t strip = 0; strip < strips && at < last; ++strip) {
       for (const Job& job : plan.jobs) {
         const int64_t n = job_units(plan, packed, job, images);
-        const int64_t low = strip * n / strips, high = (strip + 1) * n / strips;
+        // A tile of the panel kernel is collected for all its panels.
+        const int64_t whole = job.by == By::kPanel ? job.panels : 1;
+        const int64_t low = strip * (n / whole) / strips * whole, high = (strip + 1) * (n / whole) / strips * whole;
         const int64_t begin = low + std::max<int64_t>(0, first - at), end = std::min(high, low + last - at);
         at += high - low;
         if (begin >= end) continue;
-        (job.panels > 0 ? run_filters : run_pixels)(plan, packed, job, data, {begin, end, n});
+        (job.by == By::kFilters ? run_filters
+         : job.by == By::kPanel ? run_panel
+                                : run_pixels)(plan, packed, job, data, {begin, end, n});
       }
     }
   });
@@ -486,15 +536,20 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
 std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) {
   const GemmCompact& k = *plan.kernels;
   std::vector<std::string> names;
+  const auto name = [&](const char* by, int rows, int cols, int window) {
+    return std::string("gemm_compact_f32_") + by + std::to_string(rows) + "x" + std::to_string(cols) +
+           (window > 1 ? "_gather" : "") + "__" + k.isa;
+  };
   for (const Job& job : plan.jobs) {
     const int width = packed.panels[job.panel].width, c = kernels::width_class(width);
+    if (job.by == By::kFilters) {
+      names.push_back(name("filters_", most_pixels(plan, packed, job), job.panels * width, 1));
+      continue;
+    }
+    const PixelTiles& t = job.by == By::kPanel ? plan.panel : plan.pixels;
     int most = 0;
-    for (const Tile& tile : plan.pixels.tiles[c]) most = std::max(most, tile.count);
-    const std::string by = job.panels > 0 ? "filters_" + std::to_string(most_pixels(plan, packed, job)) + "x" +
-                                                std::to_string(job.panels * width)
-                                          : "pixels_" + std::to_string(k.mr[c]) + "x" + std::to_string(most * k.lanes) +
-                                                (plan.pixels.gather ? "_gather" : "");
-    names.push_back("gemm_compact_f32_" + by + "__" + k.isa);
+    for (const Tile& tile : t.tiles[c]) most = std::max(most, tile.count);
+    names.push_back(name(job.by == By::kPanel ? "panel_" : "pixels_", k.mr[c], most * k.lanes, t.window));
   }
   return names;
 }

@@ -1,8 +1,8 @@
 // How a convolution on a packed compacted weight runs on planes, f32: what ops/conv_taps_f32.cpp (a step of a segment)
 // and ops/conv_compact.cpp (one eager op) have in common.
 //
-// Outputs are cut into tiles, and each panel of filters is given to one of the two gemm_compact kernels by measured
-// cost. Reads stay in [0, x.readable), and y is written at its elements only.
+// Outputs are cut into tiles (ops/pixel_tiles.h), and panels of filters are given to the gemm_compact kernels by
+// measured cost. Reads stay in [0, x.readable), and y is written at its elements only.
 #pragma once
 
 #include <cstdint>
@@ -13,49 +13,28 @@
 #include "base/isa.h"
 #include "base/parallel.h"
 #include "kernels/gemm_compact/gemm_compact.h"
+#include "ops/pixel_tiles.h"
 #include "ops/planes.h"
 #include "ops/tap_table.h"
 
 namespace structadmm {
 
-struct ConvGeometry {
-  int64_t stride[2], padding[2], dilation[2];
-  bool operator==(const ConvGeometry&) const = default;
-};
-
 struct TapPlan {
-  // A panel under the pixels kernel (panels = 0; mr filters from its `first`), or some panels under the filters kernel.
+  // Some panels of weights that share their taps: under the filters kernel, under the panel kernel, or one of them
+  // under the pixels kernel (mr filters from its `first`).
+  enum class By { kPixels, kFilters, kPanel };
   struct Job {
+    By by;
     int64_t panel;
     int panels, first;
   };
-  struct Tile {
-    int64_t first;
-    int count;
-  };
-  // How the outputs of `period` images are cut into vectors of pixels, and those into tiles.
-  struct PixelTiles {
-    bool gather = false;
-    int64_t period = 1;
-    std::vector<kernels::PixelVector> vectors;
-    std::vector<kernels::PixelStore> stores;
-    std::vector<Tile> tiles[3];  // per width class
-  };
-  // The outputs of `period` images one by one.
-  struct FilterTiles {
-    int64_t period = 1, spans = 0;
-    std::vector<int32_t> pixel;
-    std::vector<kernels::PixelStore> stores;
-    std::vector<kernels::StoreRange> vectors;
-  };
 
   const kernels::GemmCompact* kernels;
-  Planes x, y, residual;  // residual: as y without one
+  ConvPlanes planes;
   Epilogue epilogue;
-  int64_t outputs;                // of an image
   std::vector<int64_t> position;  // offset of each kernel position
   std::vector<Job> jobs;
-  PixelTiles pixels;
+  PixelTiles pixels, panel;
   FilterTiles filters;
 };
 

@@ -5,6 +5,7 @@
 #endif
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <map>
 #include <numeric>
@@ -18,10 +19,15 @@ namespace {
 
 constexpr int64_t kPlace = 64;  // places begin at cache lines
 
+// STRUCTADMM_L2_BYTES stands in for what the system says, so that a test sees the plans of other machines.
 int64_t l2_bytes() {
+  constexpr int64_t kLeast = 256 << 10, kMost = 4 << 20;
+  if (const char* given = std::getenv("STRUCTADMM_L2_BYTES")) {
+    return std::clamp<int64_t>(std::strtoll(given, nullptr, 10), kLeast, kMost);
+  }
 #if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)
   const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  return std::clamp<int64_t>(size, 256 << 10, 4 << 20);
+  return std::clamp<int64_t>(size, kLeast, kMost);
 #else
   return 1 << 20;
 #endif
@@ -443,10 +449,11 @@ class Planner {
     return mine && r.operand.offset == offset && root(n.inputs[0]) != n.inputs[1];
   }
 
-  // Planes for a chunk that may begin at any image of the batch.
+  // Planes for a chunk that may begin at any image of the batch, or where chunks are always full and larger than the room
+  // behind the batch, at any that leaves it its images.
   Planes chunk_planes(int v, int64_t images) const {
     Planes p = values_[v].planes;
-    const int64_t last = extra_images_ > 0 ? plan_.batch - 1 : plan_.batch - images;
+    const int64_t last = std::min(plan_.batch - 1, plan_.batch + extra_images_ - images);
     if (values_[v].operand.image_bytes != 0) p.readable -= std::max<int64_t>(0, last) * p.image_stride;
     return p;
   }

@@ -11,10 +11,13 @@
 //   filters  registers hold P pixels x NV panels (vectors of filters), pixels are broadcast: needs no stride and no
 //   width
 //            of the map to fill its vectors, only enough filters that share their taps
+//   panel      as pixels, but x comes from a copy in the order of the loop, made by *collect* for some taps and one
+//   tile:
+//            for enough filters that share their taps to pay for it. The loop reads L1 in order, whatever the stride
 //
-// Pointers need no alignment. pixels reads whole vectors (two for Gather) at every PixelVector::offset, filters only
-// the pixels it is given; y is written only where outputs are, residual read only there. x and y do not overlap;
-// residual and y may be the same memory in the same order. Kernels check nothing.
+// Pointers need no alignment. pixels and collect read whole vectors (as many as their window) at every
+// PixelVector::offset, filters only the pixels it is given; y is written only where outputs are, residual read only
+// there. x and y do not overlap; residual and y may be the same memory in the same order. Kernels check nothing.
 #pragma once
 
 #include <cstdint>
@@ -38,10 +41,12 @@ struct PixelStore {
   uint32_t lanes;
   int32_t image;  // stores of images that are not there (image >= Output::images) are left out
   int8_t from[kMaxLanes];
+  int8_t count;   // y[0] to y[count - 1] are outputs, or the halo between two rows, which may take zeros
   bool straight;  // whether from[i] = i for all of `lanes`
 };
 
-// A vector of pixels: lane i reads x at offset + i, with Gather at offset + lane[i], 0 <= lane[i] < 2 * lanes.
+// A vector of pixels: lane i reads x at offset + i, or in a window of 2 or 4 vectors at offset + lane[i], 0 <= lane[i]
+// < window * lanes.
 struct PixelVector {
   int64_t offset;
   int32_t first_store, stores;
@@ -71,6 +76,31 @@ struct PixelsArgs {
   const PixelVector* vectors;  // [NR]
   int64_t ahead = 0;           // if given, what each tap reads at this offset in x is fetched into L2 meanwhile
   Output out;                  // its stores are those that the vectors count
+};
+
+// panel[t][v] = the vector v at tap t. A panel is whole vectors, one behind the other.
+struct CollectArgs {
+  const float* x;
+  int64_t channel_stride;
+  const int64_t* position_offset;
+  const Tap* taps;
+  int64_t n_taps;
+  const PixelVector* vectors;  // [NR]
+  float* panel;                // aligned to a vector
+};
+
+struct PanelArgs {
+  const float* panel;  // of collect
+  int64_t n_taps;
+  const float* w;  // [n_taps][w_stride]
+  int64_t w_stride;
+  int filters;        // 1 to the width of the panel of weights
+  const float* bias;  // null where the sums go on from `sums`
+  float* sums;        // [filters, up to a multiple of MR][NR][lanes]
+  bool last;          // whether the sums are whole and go to y; otherwise to `sums`
+  const float* next;  // if given, n_taps lines from here on are fetched meanwhile: the weights of the next call
+  const PixelVector* vectors;
+  Output out;
 };
 
 struct FiltersArgs {
@@ -117,6 +147,8 @@ struct SpreadArgs {
 };
 
 using PixelsKernel = void (*)(const PixelsArgs&);
+using CollectKernel = void (*)(const CollectArgs&);
+using PanelKernel = void (*)(const PanelArgs&);
 using FiltersKernel = void (*)(const FiltersArgs&);
 using SpreadKernel = void (*)(const SpreadArgs&);
 
@@ -134,6 +166,10 @@ struct GemmCompact {
   double filters_cycles[3][kMaxPanels];
   PixelsKernel pixels_kernel[2][3][kMaxVectors];            // [gather][width class][NR - 1]
   FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]
+  double panel_cycles[kMaxVectors] = {};                    // as pixels_cycles, for MR filters; 0: no panel kernels
+  double collect_cycles[3] = {};                            // of a tap and vector: window of 1, 2, 4
+  CollectKernel collect[3][kMaxVectors] = {};               // [window of 1, 2, 4][NR - 1]
+  PanelKernel panel_kernel[3][kMaxVectors] = {};            // [width class][NR - 1]
   SpreadKernel spread;
 };
 

@@ -29,6 +29,12 @@ struct Placed {
   }
 };
 
+// Whether all lanes go to y as they are.
+template <class V>
+inline bool is_whole(const PixelStore& s) {
+  return s.straight && s.lanes == (1u << V::kLanes) - 1;
+}
+
 // `filters` vectors of sums in memory, `apart` floats from one to the next.
 template <class V>
 __attribute__((noinline)) void put_all(const float* sums, int apart, int filters, const PixelStore* s, int stores,
@@ -36,14 +42,71 @@ __attribute__((noinline)) void put_all(const float* sums, int apart, int filters
   const bool curve = o.epilogue.activation != Activation::kClamp;
   for (const PixelStore* const end = s + stores; s != end && s->image < o.images; ++s) {
     const Placed<V> place(*s, o);
-    if (curve) {
-      for (int f = 0; f < filters; ++f) {
-        const auto r = place.sum(V::load(sums + f * apart), o, f);
-        V::store_lanes(place.y + f * o.y_stride, place.lanes, V::curve(r, o.epilogue));
+    const auto put = [&](auto store) {
+      if (curve) {
+        for (int f = 0; f < filters; ++f) {
+          store(place.y + f * o.y_stride, V::curve(place.sum(V::load(sums + f * apart), o, f), o.epilogue));
+        }
+      } else {
+        for (int f = 0; f < filters; ++f) {
+          const auto r = place.sum(V::load(sums + f * apart), o, f);
+          store(place.y + f * o.y_stride, V::min(place.high, V::max(place.low, r)));
+        }
       }
+    };
+    if constexpr (V::kMaskedStores) {
+      put([&](float* y, typename V::Reg r) { V::store_lanes(y, place.lanes, r); });
     } else {
-      for (int f = 0; f < filters; ++f) place.put(V::load(sums + f * apart), o, f);
+      V::with_store(s->count,
+                    [&](auto store) { put([&](float* y, typename V::Reg r) { store(y, V::only(r, place.lanes)); }); });
     }
+  }
+}
+
+// A tile of sums to where the stores of its vectors say.
+template <class V, int MR, int NR>
+inline void put_tile(const typename V::Reg (&acc)[MR][NR], const PixelVector* vectors, int filters, const Output& o) {
+  if constexpr (V::kMaskedStores) {
+    if (o.epilogue.activation == Activation::kClamp) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NR; ++v) {
+        const PixelStore* s = o.stores + vectors[v].first_store;
+        for (int i = 0; i < vectors[v].stores && s->image < o.images; ++i, ++s) {
+          const Placed<V> place(*s, o);
+#pragma GCC unroll 16
+          for (int m = 0; m < MR; ++m) {
+            if (m >= filters) break;
+            place.put(acc[m][v], o, m);
+          }
+        }
+      }
+      return;
+    }
+  }
+  // Whole vectors that lie in y as they are go there from registers, the others by way of memory.
+  const auto low = V::broadcast(&o.epilogue.low), high = V::broadcast(&o.epilogue.high);
+  const bool plain = !V::kMaskedStores && o.epilogue.activation == Activation::kClamp && filters >= MR;
+#pragma GCC unroll 8
+  for (int v = 0; v < NR; ++v) {
+    const PixelStore* const s = o.stores + vectors[v].first_store;
+    if (plain && vectors[v].stores == 1 && is_whole<V>(*s) && s->image < o.images) {
+      float* y = o.y + s->y;
+      if (o.residual) {
+        const float* residual = o.residual + s->residual;
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m, y += o.y_stride, residual += o.residual_stride) {
+          V::store(y, V::min(high, V::max(low, V::add(acc[m][v], V::load(residual)))));
+        }
+      } else {
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m, y += o.y_stride) V::store(y, V::min(high, V::max(low, acc[m][v])));
+      }
+      continue;
+    }
+    alignas(64) float sums[MR][V::kLanes];
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) V::store(sums[m], acc[m][v]);
+    put_all<V>(sums[0], V::kLanes, filters < MR ? filters : MR, s, vectors[v].stores, o);
   }
 }
 
@@ -93,31 +156,7 @@ void pixels(const PixelsArgs& a) {
   } else {
     run(std::false_type{});
   }
-  const Output& o = a.out;
-  if (o.epilogue.activation != Activation::kClamp) {
-    alignas(64) float sums[NR][MR][V::kLanes];
-#pragma GCC unroll 8
-    for (int v = 0; v < NR; ++v) {
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) V::store(sums[v][m], acc[m][v]);
-    }
-    for (int v = 0; v < NR; ++v) {
-      put_all<V>(sums[v][0], V::kLanes, a.filters, o.stores + a.vectors[v].first_store, a.vectors[v].stores, o);
-    }
-    return;
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < NR; ++v) {
-    const PixelStore* s = o.stores + a.vectors[v].first_store;
-    for (int i = 0; i < a.vectors[v].stores && s->image < o.images; ++i, ++s) {
-      const Placed<V> place(*s, o);
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
-        if (m >= a.filters) break;
-        place.put(acc[m][v], o, m);
-      }
-    }
-  }
+  put_tile<V, MR, NR>(acc, a.vectors, a.filters, a.out);
 }
 
 // P vectors of filters, the first of them `first`, as rows: filters are neighbours in y.
@@ -139,6 +178,7 @@ inline void put_rows(const FiltersArgs& a, int first, const typename V::Reg (&r)
   for (int f = 0; f < n; f += A::kLanes) {
     const int some = n - f < A::kLanes ? n - f : A::kLanes;
     s.lanes = (1u << some) - 1;
+    s.count = static_cast<int8_t>(some);
     s.straight = true;
     for (int p = 0; p < P; ++p) {
       s.y = first + f + a.row[p];
@@ -253,6 +293,15 @@ void spread(const SpreadArgs& a) {
       for (int v = 0; v < a.vectors; ++v) {
         const PixelStore* s = o.stores + a.stores[v].first;
         for (const PixelStore* const end = s + a.stores[v].count; s != end && s->image < o.images; ++s) {
+          if constexpr (!V::kMaskedStores) {
+            if (!is_whole<V>(*s) || curve) {
+              Output one = o;
+              one.y = y;
+              one.residual = residual;
+              put_all<V>(block[v][f], 0, 1, s, 1, one);
+              continue;
+            }
+          }
           auto r = V::load(block[v][f]);
           const auto lanes = V::lanes(s->lanes);
           if (!s->straight) r = V::permute(r, V::index(s->from));
@@ -263,7 +312,11 @@ void spread(const SpreadArgs& a) {
             r = V::max(low, r);
             if (limited) r = V::min(high, r);
           }
-          V::store_lanes(y + s->y, lanes, r);
+          if constexpr (V::kMaskedStores) {
+            V::store_lanes(y + s->y, lanes, r);
+          } else {
+            V::store(y + s->y, r);
+          }
         }
       }
     }

@@ -14,6 +14,8 @@ namespace {
 
 #include "kernels/gemm_compact/generic.h"
 
+#include "kernels/gemm_compact/panel.h"
+
 __attribute__((noinline)) __m256 activated(__m256 r, const Epilogue& e) {
   return activate(ActiveVec{r}, e).v;
 }
@@ -24,6 +26,7 @@ struct Vec8 {
   using Lanes = __m256i;
   using Across = Vec8;
   static constexpr int kLanes = 8;
+  static constexpr bool kMaskedStores = false;  // microcoded on AMD before Zen 4: a dozen cycles each
 
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
   static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
@@ -42,10 +45,59 @@ struct Vec8 {
   }
   static Reg permute(Reg r, Index i) { return _mm256_permutevar8x32_ps(r, i); }
   static Reg load_lanes(const float* p, Lanes some) { return _mm256_maskload_ps(p, some); }
-  // Microcoded on AMD before Zen 4, but no slower there than one store per lane.
-  static void store_lanes(float* p, Lanes some, Reg r) { _mm256_maskstore_ps(p, some, r); }
+  static Reg only(Reg r, Lanes some) { return _mm256_and_ps(r, _mm256_castsi256_ps(some)); }
+  // Calls run with a function that stores the first n lanes: two halves that overlap, where there is no whole vector.
+  template <class Run>
+  static void with_store(int n, const Run& run) {
+    const auto last = [n](Reg r, int lanes) {
+      const __m256i at = _mm256_add_epi32(_mm256_set1_epi32(n - lanes), _mm256_setr_epi32(0, 1, 2, 3, 0, 0, 0, 0));
+      return _mm256_castps256_ps128(_mm256_permutevar8x32_ps(r, at));
+    };
+    if (n == 8) {
+      run([](float* p, Reg r) { _mm256_storeu_ps(p, r); });
+    } else if (n >= 4) {
+      run([=](float* p, Reg r) {
+        _mm_storeu_ps(p, _mm256_castps256_ps128(r));
+        _mm_storeu_ps(p + n - 4, last(r, 4));
+      });
+    } else if (n >= 2) {
+      run([=](float* p, Reg r) {
+        _mm_storel_pi(reinterpret_cast<__m64*>(p), _mm256_castps256_ps128(r));
+        _mm_storel_pi(reinterpret_cast<__m64*>(p + n - 2), last(r, 2));
+      });
+    } else {
+      run([](float* p, Reg r) { _mm_store_ss(p, _mm256_castps256_ps128(r)); });
+    }
+  }
   static Reg curve(Reg r, const Epilogue& e) { return activated(r, e); }
-  static void transpose(const float* sums, int64_t stride, float (&out)[8][8]) { transpose_plainly(sums, stride, out); }
+
+  // Lanes below 8 from the first vector, the others from the second. `i` holds lanes of two vectors.
+  static Reg gather(const float* p, Index i) {
+    const Reg second = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(load(p), i), _mm256_permutevar8x32_ps(load(p + 8), i), second);
+  }
+  static Reg gather4(const float* p, Index i) {
+    return _mm256_blendv_ps(gather(p, i), gather(p + 16, i), _mm256_castsi256_ps(_mm256_slli_epi32(i, 27)));
+  }
+
+  // Halves of two rows make one vector by loads that insert; what is left are shuffles within 128 bits.
+  static void transpose(const float* sums, int64_t stride, float (&out)[8][8]) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      Reg r[4];  // 128-bit lane L holds filters 4 half to 4 half + 3 of pixel 4 L + i
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const float* const p = sums + i * stride + 4 * half;
+        r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+      }
+      const Reg low0 = _mm256_unpacklo_ps(r[0], r[1]), low1 = _mm256_unpacklo_ps(r[2], r[3]);
+      const Reg high0 = _mm256_unpackhi_ps(r[0], r[1]), high1 = _mm256_unpackhi_ps(r[2], r[3]);
+      _mm256_store_ps(out[4 * half], _mm256_shuffle_ps(low0, low1, 0x44));
+      _mm256_store_ps(out[4 * half + 1], _mm256_shuffle_ps(low0, low1, 0xEE));
+      _mm256_store_ps(out[4 * half + 2], _mm256_shuffle_ps(high0, high1, 0x44));
+      _mm256_store_ps(out[4 * half + 3], _mm256_shuffle_ps(high0, high1, 0xEE));
+    }
+  }
 };
 
 struct Vec4 {
@@ -70,8 +122,15 @@ constexpr GemmCompact make() {
                 .filters_cycles = {{7}, {5}, {5}},
                 .pixels_kernel = {},
                 .filters_kernel = {},
+                .panel_cycles = {4.4, 4.5, 6.2},
+                .collect_cycles = {1.5, 3, 6},
+                .collect = {},
+                .panel_kernel = {},
                 .spread = &spread<Vec8>};
   for (auto& row : g.pixels_kernel[0]) fill_pixels<Vec8, 4, false>(row, upto<3>());
+  fill_collect<Vec8>(g.collect, upto<3>());
+  for (auto& row : g.panel_kernel) fill_panel<Vec8, 4>(row, upto<3>());
+  g.panel_kernel[0][0] = g.panel_kernel[1][0] = &panel<Vec8, 8, 1>;
   fill_filters<Vec8, 16, 1>(g.filters_kernel[0][0], upto<6>());
   fill_filters<Vec8, 8, 1>(g.filters_kernel[1][0], upto<6>());
   fill_filters<Vec4, 4, 1>(g.filters_kernel[2][0], upto<6>());

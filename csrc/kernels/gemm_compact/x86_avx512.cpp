@@ -28,6 +28,7 @@ struct Vec8 {
   using Lanes = __mmask8;
   using Across = Vec8;
   static constexpr int kLanes = 8;
+  static constexpr bool kMaskedStores = true;
 
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
   static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
@@ -63,6 +64,7 @@ struct Vec16 {
   using Lanes = __mmask16;
   using Across = Vec8;
   static constexpr int kLanes = 16;
+  static constexpr bool kMaskedStores = true;
 
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
   static Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }

@@ -1,0 +1,131 @@
+#include "ops/pixel_tiles.h"
+
+#include <algorithm>
+
+#include "base/div_up.h"
+
+namespace structadmm {
+namespace {
+
+using kernels::PixelStore;
+
+// The outputs of some images in order, and where each reads x (at kernel position 0, channel 0) and writes y.
+class Outputs {
+ public:
+  Outputs(const ConvPlanes& planes, int64_t images)
+      : p_(planes),
+        row_(p_.geometry.stride[0] * p_.x.pitch),
+        base_(p_.x.origin - p_.geometry.padding[0] * p_.x.pitch - p_.geometry.padding[1]),
+        images_(images) {}
+  bool done() const { return n_ == images_ || p_.outputs() == 0; }
+  void next() {
+    if (++ox_ < p_.y.width) return;
+    ox_ = 0;
+    if (++oy_ < p_.y.height) return;
+    oy_ = 0;
+    ++n_;
+  }
+  int64_t image() const { return n_; }
+  int64_t x() const { return base_ + n_ * p_.x.image_stride + oy_ * row_ + ox_ * p_.geometry.stride[1]; }
+  int64_t y() const { return p_.y.at(n_, 0, oy_, ox_); }
+  int64_t residual() const { return p_.residual.at(n_, 0, oy_, ox_); }
+  // Whether what lies between two rows of y is halo, not somebody else's.
+  bool halo_between() const { return p_.y.pitch - p_.y.width == std::max(p_.y.halo.left, p_.y.halo.right); }
+
+ private:
+  const ConvPlanes& p_;
+  int64_t row_, base_, images_;
+  int64_t n_ = 0, oy_ = 0, ox_ = 0;
+};
+
+// The output `o` is lane `lane` of a vector whose stores begin at `first`: to the last of them, or to another one.
+void add_to_stores(const Outputs& o, int lane, int lanes, size_t first, std::vector<PixelStore>& stores) {
+  const auto fits = [&](const PixelStore& s) {
+    const int64_t at = o.y() - s.y;
+    return s.image == o.image() && at >= s.count && at < lanes && (at == s.count || o.halo_between()) &&
+           o.residual() - s.residual == at;
+  };
+  if (stores.size() == first || !fits(stores.back())) {
+    stores.push_back({o.y(), o.residual(), 0, static_cast<int32_t>(o.image()), {}, 0, true});
+  }
+  PixelStore& s = stores.back();
+  const int64_t at = o.y() - s.y;
+  s.lanes |= 1u << at;
+  s.from[at] = static_cast<int8_t>(lane);
+  s.straight = s.straight && at == lane;
+  s.count = static_cast<int8_t>(at + 1);
+}
+
+// Calls lane(output, lane, offset) for every output, and begins(offset) before the first of each vector.
+template <class Begins, class Lane>
+void for_vectors(Outputs o, const Cut& cut, int lanes, const Begins& begins, const Lane& each) {
+  while (!o.done()) {
+    const int64_t offset = std::min(o.x(), cut.limit);
+    begins(offset);
+    for (int n = 0; n < lanes && !o.done(); ++n, o.next()) {
+      const int64_t at = o.x() - offset;
+      if (at < 0 || at >= cut.window * lanes) break;
+      each(o, cut.window > 1 ? n : static_cast<int>(at), at);
+    }
+  }
+}
+
+}  // namespace
+
+CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes) {
+  CutSize size;
+  std::vector<PixelStore> stores;  // of one vector
+  const auto settle = [&] {
+    for (const PixelStore& s : stores) ++(s.straight && s.lanes == (1u << lanes) - 1 ? size.whole : size.pieces);
+    stores.clear();
+  };
+  for_vectors(
+      Outputs(planes, cut.period), cut, lanes,
+      [&](int64_t) {
+        settle();
+        ++size.vectors;
+      },
+      [&](const Outputs& o, int lane, int64_t) { add_to_stores(o, lane, lanes, 0, stores); });
+  settle();
+  return size;
+}
+
+PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::GemmCompact& k) {
+  PixelTiles t;
+  t.window = cut.window;
+  t.period = cut.period;
+  for_vectors(
+      Outputs(planes, t.period), cut, k.lanes,
+      [&](int64_t offset) { t.vectors.push_back({offset, static_cast<int32_t>(t.stores.size()), 0, {}}); },
+      [&](const Outputs& o, int lane, int64_t at) {
+        kernels::PixelVector& v = t.vectors.back();
+        v.lane[lane] = static_cast<int8_t>(at);
+        add_to_stores(o, lane, k.lanes, static_cast<size_t>(v.first_store), t.stores);
+        v.stores = static_cast<int32_t>(t.stores.size()) - v.first_store;
+      });
+  for (int c = 0; c < 3; ++c) {
+    const auto count = static_cast<int64_t>(t.vectors.size());
+    const int64_t tiles = div_up(count, k.nr[c]);
+    for (int64_t i = 0; i < tiles; ++i) {
+      t.tiles[c].push_back({i * count / tiles, static_cast<int>((i + 1) * count / tiles - i * count / tiles)});
+    }
+  }
+  return t;
+}
+
+FilterTiles cut_pixels(const ConvPlanes& planes, int64_t period, int lanes) {
+  FilterTiles t;
+  t.period = period;
+  t.spans = div_up(period * planes.outputs(), int64_t{kernels::kMaxSpan});
+  int lane = 0;
+  for (Outputs o(planes, period); !o.done(); o.next(), lane = (lane + 1) % lanes) {
+    if (lane == 0) t.vectors.push_back({static_cast<int64_t>(t.stores.size()), 0});
+    kernels::StoreRange& vector = t.vectors.back();
+    t.pixel.push_back(static_cast<int32_t>(o.x()));
+    add_to_stores(o, lane, lanes, static_cast<size_t>(vector.first), t.stores);
+    vector.count = static_cast<int>(static_cast<int64_t>(t.stores.size()) - vector.first);
+  }
+  return t;
+}
+
+}  // namespace structadmm

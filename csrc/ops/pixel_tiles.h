@@ -1,0 +1,59 @@
+// How the outputs of a convolution are cut for the gemm_compact kernels: into vectors of pixels and tiles of vectors,
+// or into single pixels. Pure functions of planes and geometry.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/gemm_compact/gemm_compact.h"
+#include "ops/planes.h"
+
+namespace structadmm {
+
+struct ConvGeometry {
+  int64_t stride[2], padding[2], dilation[2];
+  bool operator==(const ConvGeometry&) const = default;
+};
+
+struct ConvPlanes {
+  Planes x, y, residual;  // residual: as y without one
+  ConvGeometry geometry;
+  int64_t outputs() const { return y.height * y.width; }
+};
+
+// The outputs of `period` images as vectors of pixels, and those in tiles.
+struct PixelTiles {
+  struct Tile {
+    int64_t first;
+    int count;
+  };
+  int window = 1;  // vectors of x that hold the pixels of one: 1, 2 or 4
+  int64_t period = 1;
+  std::vector<kernels::PixelVector> vectors;
+  std::vector<kernels::PixelStore> stores;
+  std::vector<Tile> tiles[3];  // per width class
+};
+
+// The outputs of `period` images one by one.
+struct FilterTiles {
+  int64_t period = 1, spans = 0;
+  std::vector<int32_t> pixel;
+  std::vector<kernels::PixelStore> stores;
+  std::vector<kernels::StoreRange> vectors;
+};
+
+// In a window of one vector are consecutive places of x, those between outputs included: stride 1. In a larger one
+// consecutive outputs. limit: the last offset in x from which a window may be read.
+struct Cut {
+  int window = 1;
+  int64_t period = 1, limit = 0;
+};
+struct CutSize {
+  int64_t vectors = 0, whole = 0, pieces = 0;  // stores of a whole vector, and of less
+};
+CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes);
+PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::GemmCompact& kernels);
+
+FilterTiles cut_pixels(const ConvPlanes& planes, int64_t period, int lanes);
+
+}  // namespace structadmm
