@@ -76,7 +76,7 @@ CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes) {
   CutSize size;
   std::vector<PixelStore> stores;  // of one vector
   const auto settle = [&] {
-    for (const PixelStore& s : stores) ++(s.straight && s.lanes == (1u << lanes) - 1 ? size.whole : size.pieces);
+    for (const PixelStore& s : stores) ++(s.straight && s.count == lanes ? size.whole : size.pieces);
     stores.clear();
   };
   for_vectors(

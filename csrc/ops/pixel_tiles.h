@@ -49,7 +49,7 @@ struct Cut {
   int64_t period = 1, limit = 0;
 };
 struct CutSize {
-  int64_t vectors = 0, whole = 0, pieces = 0;  // stores of a whole vector, and of less
+  int64_t vectors = 0, whole = 0, pieces = 0;  // stores of a whole vector (the halo in it included), and of less
 };
 CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes);
 PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::GemmCompact& kernels);

@@ -29,10 +29,10 @@ struct Placed {
   }
 };
 
-// Whether all lanes go to y as they are.
+// Whether a whole vector goes to y as it is, but for zeros in the halo.
 template <class V>
 inline bool is_whole(const PixelStore& s) {
-  return s.straight && s.lanes == (1u << V::kLanes) - 1;
+  return s.straight && s.count == V::kLanes;
 }
 
 // `filters` vectors of sums in memory, `apart` floats from one to the next.
@@ -89,19 +89,18 @@ inline void put_tile(const typename V::Reg (&acc)[MR][NR], const PixelVector* ve
 #pragma GCC unroll 8
   for (int v = 0; v < NR; ++v) {
     const PixelStore* const s = o.stores + vectors[v].first_store;
-    if (plain && vectors[v].stores == 1 && is_whole<V>(*s) && s->image < o.images) {
-      float* y = o.y + s->y;
-      if (o.residual) {
-        const float* residual = o.residual + s->residual;
+    if constexpr (!V::kMaskedStores) {
+      if (plain && vectors[v].stores == 1 && is_whole<V>(*s) && s->image < o.images) {
+        float* y = o.y + s->y;
+        const float* residual = o.residual ? o.residual + s->residual : nullptr;
+        const auto lanes = V::lanes(s->lanes);
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m, y += o.y_stride, residual += o.residual_stride) {
-          V::store(y, V::min(high, V::max(low, V::add(acc[m][v], V::load(residual)))));
+        for (int m = 0; m < MR; ++m, y += o.y_stride) {
+          const auto r = residual ? V::add(acc[m][v], V::load(residual + m * o.residual_stride)) : acc[m][v];
+          V::store(y, V::only(V::min(high, V::max(low, r)), lanes));
         }
-      } else {
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m, y += o.y_stride) V::store(y, V::min(high, V::max(low, acc[m][v])));
+        continue;
       }
-      continue;
     }
     alignas(64) float sums[MR][V::kLanes];
 #pragma GCC unroll 16
@@ -315,7 +314,7 @@ void spread(const SpreadArgs& a) {
           if constexpr (V::kMaskedStores) {
             V::store_lanes(y + s->y, lanes, r);
           } else {
-            V::store(y + s->y, r);
+            V::store(y + s->y, V::only(r, lanes));
           }
         }
       }

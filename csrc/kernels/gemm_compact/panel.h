@@ -35,12 +35,14 @@ void panel(const PanelArgs& a) {
   bool whole = a.last && o.epilogue.activation == Activation::kClamp;
   float* y[NR];
   const float* residual[NR];
+  typename V::Lanes lanes[NR];
 #pragma GCC unroll 8
   for (int v = 0; v < NR; ++v) {
     const PixelStore& s = o.stores[a.vectors[v].first_store];
     whole = whole && a.vectors[v].stores == 1 && is_whole<V>(s) && s.image < o.images;
     y[v] = o.y + s.y;
     residual[v] = o.residual ? o.residual + s.residual : nullptr;
+    lanes[v] = V::lanes(s.lanes);
   }
   const float *w0 = a.w, *bias = a.bias;
   float* sums = a.sums;
@@ -99,7 +101,7 @@ void panel(const PanelArgs& a) {
       for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
         for (int v = 0; v < NR; ++v) {
-          V::store(y[v], V::min(high, V::max(low, acc[m][v])));
+          V::store(y[v], V::only(V::min(high, V::max(low, acc[m][v])), lanes[v]));
           y[v] += o.y_stride;
         }
       }

@@ -119,7 +119,7 @@ constexpr GemmCompact make() {
                 .nv = {1, 1, 1},
                 .gather = false,
                 .pixels_cycles = {{4.5, 5, 7}, {4.5, 5, 7}, {4.5, 5, 7}},
-                .filters_cycles = {{7}, {5}, {5}},
+                .filters_cycles = {{9}, {6.5}, {6.5}},
                 .pixels_kernel = {},
                 .filters_kernel = {},
                 .panel_cycles = {4.4, 4.5, 6.2},
