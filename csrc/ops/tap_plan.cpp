@@ -250,16 +250,16 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
   const int c = kernels::width_class(panel.width);
   const auto tiles = static_cast<int64_t>(t.tiles[c].size());
   const auto& kernel = k.pixels_kernel[t.window / 2][c];
-  const Output out = output_of(plan, data, panel.first_filter + job.first);
+  const Output out = output_of(plan, data, panel.first_filter);
   PixelsArgs a{.x = nullptr,
                .channel_stride = plan.planes.x.channel_stride,
                .position_offset = plan.position.data(),
                .taps = packed.taps + panel.first_tap,
                .n_taps = panel.n_taps,
-               .w = packed.weights + panel.weight + job.first,
+               .w = nullptr,
                .w_stride = panel.width,
-               .bias = packed.bias + panel.first_filter + job.first,
-               .filters = std::min(panel.filters - job.first, k.mr[c]),
+               .bias = nullptr,
+               .filters = 0,
                .vectors = nullptr,
                .out = out};
   a.out.stores = t.stores.data();
@@ -282,7 +282,16 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
     if (n == 0) continue;
     a.x = data.x + image * plan.planes.x.image_stride;
     to_image(plan, out, image, images, a.out);
-    kernel[n - 1](a);
+    // One behind the other, so that all but the first find x in L1.
+    for (int filter = 0; filter < panel.filters; filter += k.mr[c]) {
+      a.w = packed.weights + panel.weight + filter;
+      a.bias = packed.bias + panel.first_filter + filter;
+      a.filters = std::min(panel.filters - filter, k.mr[c]);
+      kernel[n - 1](a);
+      a.ahead = 0;
+      a.out.y += k.mr[c] * out.y_stride;
+      if (a.out.residual) a.out.residual += k.mr[c] * out.residual_stride;
+    }
   }
 }
 
@@ -476,18 +485,18 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
                                          pixels_cost(k, one.width, pixels.size.vectors, pixels.cut.window, taps) /
                                          static_cast<double>(pixels.cut.period);
       if (pixels.cut.window == 0 || by_filters <= by_pixels) {
-        jobs.push_back({By::kFilters, p, nv, 0});
+        jobs.push_back({By::kFilters, p, nv});
         cost += by_filters;
         p += nv;
       } else {
-        for (int first = 0; first < one.filters; first += k.mr[c]) jobs.push_back({By::kPixels, p, 1, first});
+        jobs.push_back({By::kPixels, p, 1});
         cost += by_pixels / nv;
         ++p;
       }
     }
     if (panel.cut.window != 0 &&
         panel_cost(k, filters, panel.size, panel.cut.window, taps) < cost * static_cast<double>(panel.cut.period)) {
-      jobs = {{By::kPanel, i, static_cast<int>(end - i), 0}};
+      jobs = {{By::kPanel, i, static_cast<int>(end - i)}};
     }
     for (const Job& job : jobs) add(job);
     i = end;

@@ -20,13 +20,13 @@
 namespace structadmm {
 
 struct TapPlan {
-  // Some panels of weights that share their taps: under the filters kernel, under the panel kernel, or one of them
-  // under the pixels kernel (mr filters from its `first`).
+  // Some panels of weights that share their taps, under the filters or the panel kernel, or one under the pixels
+  // kernel.
   enum class By { kPixels, kFilters, kPanel };
   struct Job {
     By by;
     int64_t panel;
-    int panels, first;
+    int panels;
   };
 
   const kernels::GemmCompact* kernels;
