@@ -57,7 +57,7 @@ double panel_cost(const GemmCompact& k, int64_t filters, const CutSize& size, in
   const int nr = k.nr[0];
   const int64_t tiles = div_up(size.vectors, nr), least = size.vectors / tiles, more = size.vectors % tiles;
   const auto tile = [&](int64_t vectors) {
-    return taps * (k.panel_cycles[vectors - 1] * static_cast<double>(div_up(filters, k.mr[0])) +
+    return taps * (k.panel_cycles[vectors - 1] * static_cast<double>(div_up(filters, 4)) +
                    k.collect_cycles[window / 2] * static_cast<double>(vectors));
   };
   constexpr double kWhole = 2, kPiece = 8;  // cycles of a store
@@ -345,7 +345,7 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
       }
       for (int64_t j = from; j < to; ++j) {
         const Panel& p = packed.panels[job.panel + j];
-        const auto& kernel = k.panel_kernel[kernels::width_class(p.width)];
+        const auto& kernel = k.panel_kernel;
         const Output out = output_of(plan, data, p.first_filter);
         PanelArgs a{.panel = nullptr,
                     .n_taps = taps,

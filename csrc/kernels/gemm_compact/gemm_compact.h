@@ -96,7 +96,7 @@ struct PanelArgs {
   int64_t w_stride;
   int filters;        // 1 to the width of the panel of weights
   const float* bias;  // null where the sums go on from `sums`
-  float* sums;        // [filters, up to a multiple of MR][NR][lanes]
+  float* sums;        // [width of the panel][NR][lanes], of which a kernel may write all
   bool last;          // whether the sums are whole and go to y; otherwise to `sums`
   const float* next;  // if given, n_taps lines from here on are fetched meanwhile: the weights of the next call
   const PixelVector* vectors;
@@ -169,7 +169,7 @@ struct GemmCompact {
   double panel_cycles[kMaxVectors] = {};                    // as pixels_cycles, for MR filters; 0: no panel kernels
   double collect_cycles[3] = {};                            // of a tap and vector: window of 1, 2, 4
   CollectKernel collect[3][kMaxVectors] = {};               // [window of 1, 2, 4][NR - 1]
-  PanelKernel panel_kernel[3][kMaxVectors] = {};            // [width class][NR - 1]
+  PanelKernel panel_kernel[kMaxVectors] = {};               // [NR - 1]
   SpreadKernel spread;
 };
 

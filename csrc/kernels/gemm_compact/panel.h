@@ -28,7 +28,9 @@ void collect(const CollectArgs& a) {
 
 constexpr int kFloatsPerLine = 16;
 
-template <class V, int MR, int NR>
+// MR filters at a time, and Tail where no more are left: enough sums to keep two units of multiply-adds busy, whatever
+// NR.
+template <class V, int MR, int Tail, int NR>
 void panel(const PanelArgs& a) {
   // Found once for all filters: whether a tile goes to y from registers, as it is.
   const Output& o = a.out;
@@ -44,19 +46,19 @@ void panel(const PanelArgs& a) {
     residual[v] = o.residual ? o.residual + s.residual : nullptr;
     lanes[v] = V::lanes(s.lanes);
   }
-  const float *w0 = a.w, *bias = a.bias;
-  float* sums = a.sums;
-  for (int first = 0; first < a.filters; first += MR, w0 += MR, sums += MR * NR * V::kLanes) {
-    typename V::Reg acc[MR][NR];
+  const auto some = [&](auto rows, int first) {
+    constexpr int kRows = decltype(rows)::value;
+    float* const sums = a.sums + first * NR * V::kLanes;
+    typename V::Reg acc[kRows][NR];
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
+    for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
       for (int v = 0; v < NR; ++v) {
-        acc[m][v] = bias ? V::broadcast(bias + first + m) : V::load(sums + (m * NR + v) * V::kLanes);
+        acc[m][v] = a.bias ? V::broadcast(a.bias + first + m) : V::load(sums + (m * NR + v) * V::kLanes);
       }
     }
     const auto run = [&](auto fetch) {
-      const float *w = w0, *x = a.panel, *next = a.next;
+      const float *w = a.w + first, *x = a.panel, *next = a.next;
       for (int64_t t = a.n_taps; t > 0; --t, w += a.w_stride, x += NR * V::kLanes) {
         if constexpr (decltype(fetch)::value) {
           __builtin_prefetch(next);
@@ -66,7 +68,7 @@ void panel(const PanelArgs& a) {
 #pragma GCC unroll 8
         for (int v = 0; v < NR; ++v) px[v] = V::load(x + v * V::kLanes);
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) {
+        for (int m = 0; m < kRows; ++m) {
           const typename V::Reg wm = V::broadcast(w + m);
 #pragma GCC unroll 8
           for (int v = 0; v < NR; ++v) acc[m][v] = V::fma(wm, px[v], acc[m][v]);
@@ -74,22 +76,22 @@ void panel(const PanelArgs& a) {
       }
     };
     // With the last filters, when nothing else needs the way to memory.
-    if (a.next && first + MR >= a.filters) {
+    if (a.next && first + kRows >= a.filters) {
       run(std::true_type{});
     } else {
       run(std::false_type{});
     }
     if (!a.last) {
 #pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
+      for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
         for (int v = 0; v < NR; ++v) V::store(sums + (m * NR + v) * V::kLanes, acc[m][v]);
       }
-    } else if (whole && a.filters - first >= MR) {
+    } else if (whole && a.filters - first >= kRows) {
       const auto low = V::broadcast(&o.epilogue.low), high = V::broadcast(&o.epilogue.high);
       if (o.residual) {
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) {
+        for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
           for (int v = 0; v < NR; ++v) {
             acc[m][v] = V::add(acc[m][v], V::load(residual[v]));
@@ -98,7 +100,7 @@ void panel(const PanelArgs& a) {
         }
       }
 #pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
+      for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
         for (int v = 0; v < NR; ++v) {
           V::store(y[v], V::only(V::min(high, V::max(low, acc[m][v])), lanes[v]));
@@ -109,8 +111,13 @@ void panel(const PanelArgs& a) {
       Output rest = o;
       rest.y += first * o.y_stride;
       if (o.residual) rest.residual += first * o.residual_stride;
-      put_tile<V, MR, NR>(acc, a.vectors, a.filters - first, rest);
+      put_tile<V, kRows, NR>(acc, a.vectors, a.filters - first, rest);
     }
+  };
+  int first = 0;
+  for (; a.filters - first > Tail; first += MR) some(std::integral_constant<int, MR>{}, first);
+  if constexpr (Tail > 0) {
+    if (first < a.filters) some(std::integral_constant<int, Tail>{}, first);
   }
 }
 
@@ -120,8 +127,4 @@ constexpr void fill_collect(CollectKernel (&table)[3][kMaxVectors], std::integer
   ((table[0][I] = &collect<V, 1, I + 1>), ...);
   ((table[1][I] = &collect<V, 2, I + 1>), ...);
   ((table[2][I] = &collect<V, 4, I + 1>), ...);
-}
-template <class V, int MR, int... I>
-constexpr void fill_panel(PanelKernel (&row)[kMaxVectors], std::integer_sequence<int, I...>) {
-  ((row[I] = &panel<V, MR, I + 1>), ...);
 }

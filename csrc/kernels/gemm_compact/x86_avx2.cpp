@@ -122,15 +122,16 @@ constexpr GemmCompact make() {
                 .filters_cycles = {{9}, {6.5}, {6.5}},
                 .pixels_kernel = {},
                 .filters_kernel = {},
-                .panel_cycles = {4.4, 4.5, 6.2},
+                .panel_cycles = {2.6, 4.3, 6.2},
                 .collect_cycles = {1.5, 3, 6},
                 .collect = {},
                 .panel_kernel = {},
                 .spread = &spread<Vec8>};
   for (auto& row : g.pixels_kernel[0]) fill_pixels<Vec8, 4, false>(row, upto<3>());
   fill_collect<Vec8>(g.collect, upto<3>());
-  for (auto& row : g.panel_kernel) fill_panel<Vec8, 4>(row, upto<3>());
-  g.panel_kernel[0][0] = g.panel_kernel[1][0] = &panel<Vec8, 8, 1>;
+  g.panel_kernel[0] = &panel<Vec8, 8, 4, 1>;
+  g.panel_kernel[1] = &panel<Vec8, 6, 4, 2>;
+  g.panel_kernel[2] = &panel<Vec8, 4, 0, 3>;
   fill_filters<Vec8, 16, 1>(g.filters_kernel[0][0], upto<6>());
   fill_filters<Vec8, 8, 1>(g.filters_kernel[1][0], upto<6>());
   fill_filters<Vec4, 4, 1>(g.filters_kernel[2][0], upto<6>());
