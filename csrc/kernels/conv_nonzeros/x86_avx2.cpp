@@ -33,6 +33,14 @@ struct Vec8 {
     const __m128i bit = _mm_setr_epi32(1, 2, 4, 8);
     return _mm_cmpeq_epi32(_mm_and_si128(_mm_set1_epi32(bits), bit), bit);
   }
+  // Lane by lane: a masked store is microcoded on AMD before Zen 4 and costs more than four of one element.
+  static void store_piece(float* p, uint8_t bits, __m128 r) {
+    if (bits == 0xF) return _mm_storeu_ps(p, r);
+    if (bits & 1) _mm_store_ss(p, r);
+    if (bits & 2) _mm_store_ss(p + 1, _mm_shuffle_ps(r, r, 1));
+    if (bits & 4) _mm_store_ss(p + 2, _mm_unpackhi_ps(r, r));
+    if (bits & 8) _mm_store_ss(p + 3, _mm_shuffle_ps(r, r, 3));
+  }
   static Reg load_pieces(const float* p, const int64_t* lane) {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + lane[0])), _mm_loadu_ps(p + lane[4]), 1);
   }
@@ -45,8 +53,8 @@ struct Vec8 {
     _mm_storeu_ps(p + lane[4], _mm256_extractf128_ps(r, 1));
   }
   static void store_pieces(float* p, const int64_t* lane, const uint8_t* bits, Reg r) {
-    _mm_maskstore_ps(p + lane[0], mask(bits[0]), _mm256_castps256_ps128(r));
-    _mm_maskstore_ps(p + lane[4], mask(bits[4]), _mm256_extractf128_ps(r, 1));
+    store_piece(p + lane[0], bits[0], _mm256_castps256_ps128(r));
+    store_piece(p + lane[4], bits[4], _mm256_extractf128_ps(r, 1));
   }
   static void transpose(Reg (&r)[4]) {
     const Reg a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);
