@@ -251,6 +251,7 @@ def test_nan_and_infinity_propagate() -> None:
         ("avx512", (1, 64, 1, 1), [8] * 8, {"filters_8x8__avx512"}),
         ("avx512_bf16", (1, 64, 32, 32), [64], {"filters_6x64__avx512"}),
         ("amx_bf16", (1, 192, 13, 13), [384], {"filters_6x64__avx512"}),
+        ("avx2", (1, 512, 4, 4), [512], {"panel_6x16_gather__avx2"}),
         ("avx2", (1, 192, 13, 13), [384], {"panel_4x24_gather__avx2"}),
         ("avx2", (1, 64, 32, 32), [64], {"panel_4x24__avx2"}),
         ("avx2", (1, 64, 1, 1), [8] * 8, {"filters_6x8__avx2"}),

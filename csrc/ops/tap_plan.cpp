@@ -558,7 +558,8 @@ std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) 
     const PixelTiles& t = job.by == By::kPanel ? plan.panel : plan.pixels;
     int most = 0;
     for (const Tile& tile : t.tiles[c]) most = std::max(most, tile.count);
-    names.push_back(name(job.by == By::kPanel ? "panel_" : "pixels_", k.mr[c], most * k.lanes, t.window));
+    names.push_back(job.by == By::kPanel ? name("panel_", k.panel_rows[most - 1], most * k.lanes, t.window)
+                                         : name("pixels_", k.mr[c], most * k.lanes, t.window));
   }
   return names;
 }

@@ -166,7 +166,8 @@ struct GemmCompact {
   double filters_cycles[3][kMaxPanels];
   PixelsKernel pixels_kernel[2][3][kMaxVectors];            // [gather][width class][NR - 1]
   FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]
-  double panel_cycles[kMaxVectors] = {};                    // as pixels_cycles, for MR filters; 0: no panel kernels
+  int panel_rows[kMaxVectors] = {};                         // filters at a time: [NR - 1]
+  double panel_cycles[kMaxVectors] = {};                    // as pixels_cycles, for 4 filters; 0: no panel kernels
   double collect_cycles[3] = {};                            // of a tap and vector: window of 1, 2, 4
   CollectKernel collect[3][kMaxVectors] = {};               // [window of 1, 2, 4][NR - 1]
   PanelKernel panel_kernel[kMaxVectors] = {};               // [NR - 1]

@@ -122,6 +122,7 @@ constexpr GemmCompact make() {
                 .filters_cycles = {{9}, {6.5}, {6.5}},
                 .pixels_kernel = {},
                 .filters_kernel = {},
+                .panel_rows = {8, 6, 4},
                 .panel_cycles = {2.6, 4.3, 6.2},
                 .collect_cycles = {1.5, 3, 6},
                 .collect = {},
