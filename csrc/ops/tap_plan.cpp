@@ -6,30 +6,16 @@
 
 #include "base/check.h"
 #include "base/div_up.h"
-#include "base/scratch.h"
 
 namespace structadmm {
 namespace {
 
-using kernels::FiltersArgs;
 using kernels::GemmCompact;
-using kernels::Output;
-using kernels::PanelArgs;
-using kernels::PixelsArgs;
 using By = TapPlan::By;
 using Job = TapPlan::Job;
 using Tile = PixelTiles::Tile;
 
-constexpr int64_t kStripFloats = 64 * 1024;  // of x, for which all panels are done before the next strip
-constexpr int64_t kSharePixels = 192;        // of a thread, below which its tiles would be cut short
-constexpr int64_t kSerialMacs = 1 << 20;     // ten microseconds of work: a parallel region costs as much
-constexpr int64_t kMaxPeriod = 16;           // images in one table of tiles
-constexpr int64_t kSpan = kernels::kMaxSpan;
-constexpr int64_t kBlockFloats = 6 * 1024;   // of the weights of a job, which tiles of a span read from L1
-constexpr int64_t kFarStrips = 4;            // of x, with more of which it does not stay in L2
-constexpr int64_t kFarWeights = 256 * 1024;  // floats, likewise
-constexpr int64_t kPanelTaps = 144;          // in a panel of x: it and a panel of weights stay in L1
-constexpr int64_t kPanelTiles = 8;           // collected at a time: with their sums they stay in L2
+constexpr int64_t kMaxPeriod = 16;  // images in one table of tiles
 
 // Cycles of a job of `taps` taps. What a tile costs besides its taps (its first sums, its stores) was measured in
 // AVX-512.
@@ -105,272 +91,6 @@ void check_planes(const char* op, const Packed& packed, const ConvPlanes& p) {
   }
   SADMM_CHECK(p.x.pitch >= 0 && p.x.image_stride >= 0 && p.x.channel_stride >= 0, op,
               ": x got negative strides, wanted none");
-}
-
-// The most pixels of a tile of these panels.
-int most_pixels(const TapPlan& plan, const Packed& packed, const Job& job) {
-  return plan.kernels->pixels[kernels::width_class(packed.panels[job.panel].width)][job.panels - 1];
-}
-
-// Tiles (by the panel kernel: and panels) of one job over `images` images.
-int64_t job_units(const TapPlan& plan, const Packed& packed, const Job& job, int64_t images) {
-  if (job.by == By::kFilters) return div_up(images, plan.filters.period) * plan.filters.spans;
-  if (job.by == By::kPanel) {
-    return div_up(images, plan.panel.period) * static_cast<int64_t>(plan.panel.tiles[0].size()) * job.panels;
-  }
-  const int c = kernels::width_class(packed.panels[job.panel].width);
-  return div_up(images, plan.pixels.period) * static_cast<int64_t>(plan.pixels.tiles[c].size());
-}
-
-// Tiles begin to end of a job's `units`: its share of a strip.
-struct Share {
-  int64_t begin, end, units;
-  // Whether x lies beyond L2, and comes in a strip ahead of its use.
-  bool far() const { return units > kFarStrips * (end - begin) && end < units; }
-};
-
-struct Operands {
-  const float *x, *residual;
-  float* y;
-  int64_t images;
-};
-
-// The output of a job whose first filter is `filter`, for images from `image` on.
-Output output_of(const TapPlan& plan, const Operands& data, int64_t filter) {
-  return {.y = data.y + filter * plan.planes.y.channel_stride,
-          .y_stride = plan.planes.y.channel_stride,
-          .residual = data.residual ? data.residual + filter * plan.planes.residual.channel_stride : nullptr,
-          .residual_stride = plan.planes.residual.channel_stride,
-          .stores = nullptr,
-          .images = 0,
-          .epilogue = plan.epilogue};
-}
-
-void to_image(const TapPlan& plan, const Output& first, int64_t image, int64_t images, Output& o) {
-  o.y = first.y + image * plan.planes.y.image_stride;
-  if (first.residual) o.residual = first.residual + image * plan.planes.residual.image_stride;
-  o.images = static_cast<int>(images);
-}
-
-void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
-  const GemmCompact& k = *plan.kernels;
-  const auto& t = plan.filters;
-  const Panel& panel = packed.panels[job.panel];
-  const Panel& last = packed.panels[job.panel + job.panels - 1];
-  const int most = most_pixels(plan, packed, job), filters = last.first_filter + last.filters - panel.first_filter;
-  const auto& kernel = k.filters_kernel[kernels::width_class(panel.width)][job.panels - 1];
-  const Output out = output_of(plan, data, panel.first_filter);
-  FiltersArgs a{.x = nullptr,
-                .channel_stride = plan.planes.x.channel_stride,
-                .position_offset = plan.position.data(),
-                .taps = packed.taps + panel.first_tap,
-                .n_taps = panel.n_taps,
-                .w = packed.weights + panel.weight,
-                .panel_stride = panel.n_taps * panel.width,
-                .start = packed.bias + panel.first_filter,
-                .filters = filters,
-                .pixel = nullptr,
-                .row = nullptr,
-                .sums_stride = panel.width * job.panels,
-                .out = out};
-  // One span is spread, a panel at a time, between the tiles of the next: written in one go, its lines would fill the
-  // store buffer and nothing be left to compute meanwhile.
-  constexpr int64_t kSums = kSpan * kernels::kMaxPanel * kernels::kMaxPanels;
-  alignas(64) float sums[2 * kSums];
-  kernels::SpreadArgs waits{
-      .sums = nullptr, .sums_stride = a.sums_stride, .filters = 0, .vectors = 0, .stores = nullptr, .out = out};
-  waits.out.stores = t.stores.data();
-  int spread = filters;  // filters of it that are done
-  // Where each tap reads another channel and weights or x come from afar, they are fetched ahead, and all tiles of a
-  // span take so many taps at a time: fewer than the weights that L1 holds. (A 3x3 kernel reads the same x for many
-  // taps, and lost 3 to 5 %.)
-  const bool pointwise = plan.position.size() == 1;
-  const bool far_weights = pointwise && packed.header->weights > kFarWeights;
-  const bool in_blocks = far_weights || (pointwise && share.far());
-  const int64_t blocks = in_blocks ? std::max<int64_t>(1, div_up(panel.n_taps * a.sums_stride, kBlockFloats)) : 1;
-  // Lines of the weights of the next job, where they come from beyond L2.
-  const char *stream = reinterpret_cast<const char*>(a.w), *stream_end = stream;
-  const int64_t next_panel = job.panel + job.panels;
-  if (far_weights && share.end == share.units && next_panel < static_cast<int64_t>(packed.panels.size())) {
-    const int64_t first = packed.panels[next_panel].weight;
-    stream = reinterpret_cast<const char*>(packed.weights + first);
-    stream_end = stream + 4 * std::min(panel.n_taps * a.sums_stride, packed.header->weights - first);
-  }
-  const auto spread_until = [&](int64_t end) {
-    for (; spread < end; spread += panel.width) {
-      kernels::SpreadArgs some = waits;
-      some.sums += spread;
-      some.filters = std::min(panel.width, filters - spread);
-      some.out.y += spread * some.out.y_stride;
-      if (some.out.residual) some.out.residual += spread * some.out.residual_stride;
-      k.spread(some);
-    }
-  };
-  for (int64_t u = share.begin; u < share.end; ++u) {
-    const int64_t image = u / t.spans * t.period, images = std::min(t.period, data.images - image);
-    const int64_t first = u % t.spans * kSpan, count = std::min(kSpan, images * plan.planes.outputs() - first);
-    if (count <= 0) continue;
-    a.x = data.x + image * plan.planes.x.image_stride;
-    const int64_t tiles = div_up(count, most);
-    float* const to = sums + (waits.sums == sums ? kSums : 0);
-    const int64_t next = std::min(kSpan, static_cast<int64_t>(t.pixel.size()) - first - kSpan);
-    const bool far = pointwise && share.far() && next > 0;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t from = block * panel.n_taps / blocks;
-      a.taps = packed.taps + panel.first_tap + from;
-      a.n_taps = (block + 1) * panel.n_taps / blocks - from;
-      a.w = packed.weights + panel.weight + from * panel.width;
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t at = i * count / tiles, n = (i + 1) * count / tiles - at;
-        a.pixel = t.pixel.data() + first + at;
-        a.ahead = far ? a.pixel[i * next / tiles + kSpan - at] : a.pixel[0];
-        a.stream = far || stream < stream_end ? stream : nullptr;
-        if (stream < stream_end) stream += a.n_taps * 64;
-        a.sums = to + at * a.sums_stride;
-        a.start = block == 0 ? packed.bias + panel.first_filter : a.sums;
-        a.start_stride = block == 0 ? 0 : a.sums_stride;
-        kernel[n - 1](a);
-        spread_until(filters * (block * tiles + i + 1) / (blocks * tiles));
-      }
-    }
-    spread_until(filters);
-    to_image(plan, out, image, images, waits.out);
-    waits.sums = to;
-    waits.vectors = static_cast<int>(div_up(count, k.lanes));
-    waits.stores = t.vectors.data() + first / k.lanes;
-    spread = 0;
-  }
-  spread_until(filters);
-}
-
-void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
-  const GemmCompact& k = *plan.kernels;
-  const auto& t = plan.pixels;
-  const Panel& panel = packed.panels[job.panel];
-  const int c = kernels::width_class(panel.width);
-  const auto tiles = static_cast<int64_t>(t.tiles[c].size());
-  const auto& kernel = k.pixels_kernel[t.window / 2][c];
-  const Output out = output_of(plan, data, panel.first_filter);
-  PixelsArgs a{.x = nullptr,
-               .channel_stride = plan.planes.x.channel_stride,
-               .position_offset = plan.position.data(),
-               .taps = packed.taps + panel.first_tap,
-               .n_taps = panel.n_taps,
-               .w = nullptr,
-               .w_stride = panel.width,
-               .bias = nullptr,
-               .filters = 0,
-               .vectors = nullptr,
-               .out = out};
-  a.out.stores = t.stores.data();
-  // The first jobs fetch one vector of the tile each.
-  const int64_t fetches = &job - plan.jobs.data();
-  const bool far = plan.position.size() == 1 && share.far() && fetches < k.nr[c];
-  for (int64_t u = share.begin; u < share.end; ++u) {
-    const int64_t image = u / tiles * t.period, images = std::min(t.period, data.images - image);
-    const Tile& tile = t.tiles[c][u % tiles];
-    a.vectors = t.vectors.data() + tile.first;
-    if (far) {
-      const int64_t ahead = u + share.end - share.begin;
-      const Tile& later = t.tiles[c][ahead % tiles];
-      a.ahead = ahead < share.units ? t.vectors[later.first + fetches % later.count].offset +
-                                          (ahead / tiles * t.period - image) * plan.planes.x.image_stride
-                                    : 0;
-    }
-    int n = tile.count;
-    while (n > 0 && t.stores[a.vectors[n - 1].first_store].image >= images) --n;
-    if (n == 0) continue;
-    a.x = data.x + image * plan.planes.x.image_stride;
-    to_image(plan, out, image, images, a.out);
-    // One behind the other, so that all but the first find x in L1.
-    for (int filter = 0; filter < panel.filters; filter += k.mr[c]) {
-      a.w = packed.weights + panel.weight + filter;
-      a.bias = packed.bias + panel.first_filter + filter;
-      a.filters = std::min(panel.filters - filter, k.mr[c]);
-      kernel[n - 1](a);
-      a.ahead = 0;
-      a.out.y += k.mr[c] * out.y_stride;
-      if (a.out.residual) a.out.residual += k.mr[c] * out.residual_stride;
-    }
-  }
-}
-
-// Unit u is panel u % job.panels of tile u / job.panels. The taps go in blocks: x at the taps of a block and the pixels
-// of some tiles is collected once for all panels, whose sums wait for the next block in memory. Several tiles at a
-// time, for all of them read the weights.
-void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
-  const GemmCompact& k = *plan.kernels;
-  const auto& t = plan.panel;
-  const auto tiles = static_cast<int64_t>(t.tiles[0].size());
-  const Panel& first = packed.panels[job.panel];
-  const int64_t blocks = std::max<int64_t>(1, div_up(first.n_taps, kPanelTaps));
-  const int64_t tile_floats = k.nr[0] * k.lanes, panel_floats = kernels::kMaxPanel * tile_floats;
-  const int64_t most = std::clamp<int64_t>((share.end - share.begin) / job.panels, 1, kPanelTiles);
-  float* const collected = scratch(most * (kPanelTaps * tile_floats + job.panels * panel_floats), Scratch::kPanel);
-  float* const sums = collected + most * kPanelTaps * tile_floats;
-  const auto weights = [&](int64_t j, int64_t tap) {
-    const Panel& p = packed.panels[job.panel + j];
-    return packed.weights + p.weight + tap * p.width;
-  };
-  struct {
-    const kernels::PixelVector* vectors;
-    int count;
-    int64_t image, images;
-  } some[kPanelTiles];
-  for (int64_t unit = share.begin; unit < share.end;) {
-    // Whole tiles, or a part of the panels of one.
-    const int64_t from = unit % job.panels, left = share.end - unit;
-    const int64_t n = from == 0 && left >= job.panels ? std::min<int64_t>(most, left / job.panels) : 1;
-    const int64_t to = n > 1 ? job.panels : std::min<int64_t>(job.panels, from + left);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t u = unit / job.panels + i, image = u / tiles * t.period;
-      const Tile& tile = t.tiles[0][u % tiles];
-      some[i] = {t.vectors.data() + tile.first, tile.count, image, std::min(t.period, data.images - image)};
-      while (some[i].count > 0 && t.stores[some[i].vectors[some[i].count - 1].first_store].image >= some[i].images) {
-        --some[i].count;
-      }
-    }
-    unit += n > 1 ? n * job.panels : to - from;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t begin = block * first.n_taps / blocks, taps = (block + 1) * first.n_taps / blocks - begin;
-      for (int64_t i = 0; i < n; ++i) {
-        if (some[i].count == 0) continue;
-        k.collect[t.window / 2][some[i].count - 1]({.x = data.x + some[i].image * plan.planes.x.image_stride,
-                                                    .channel_stride = plan.planes.x.channel_stride,
-                                                    .position_offset = plan.position.data(),
-                                                    .taps = packed.taps + first.first_tap + begin,
-                                                    .n_taps = taps,
-                                                    .vectors = some[i].vectors,
-                                                    .panel = collected + i * kPanelTaps * tile_floats});
-      }
-      for (int64_t j = from; j < to; ++j) {
-        const Panel& p = packed.panels[job.panel + j];
-        const auto& kernel = k.panel_kernel;
-        const Output out = output_of(plan, data, p.first_filter);
-        PanelArgs a{.panel = nullptr,
-                    .n_taps = taps,
-                    .w = weights(j, begin),
-                    .w_stride = p.width,
-                    .filters = p.filters,
-                    .bias = block == 0 ? packed.bias + p.first_filter : nullptr,
-                    .sums = nullptr,
-                    .last = block == blocks - 1,
-                    .next = nullptr,
-                    .vectors = nullptr,
-                    .out = out};
-        a.out.stores = t.stores.data();
-        for (int64_t i = 0; i < n; ++i) {
-          if (some[i].count == 0) continue;
-          a.panel = collected + i * kPanelTaps * tile_floats;
-          a.sums = sums + (i * job.panels + j) * panel_floats;
-          a.vectors = some[i].vectors;
-          if (i == n - 1) a.next = weights(j + 1 < to ? j + 1 : from, j + 1 < to ? begin : begin + taps);
-          to_image(plan, out, some[i].image, some[i].images, a.out);
-          kernel[some[i].count - 1](a);
-        }
-      }
-    }
-  }
 }
 
 }  // namespace
@@ -507,41 +227,6 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
   return plan;
 }
 
-void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const float* residual, float* y,
-              int64_t images, Parallel& parallel) {
-  const Operands data{x, residual, y, images};
-  const int64_t macs = packed.header->weights * plan.planes.outputs() * images;
-  const int64_t tasks = macs < kSerialMacs || parallel.threads() == 1 ? 1 : 4 * parallel.threads();
-  // All panels over one strip of pixels before the next strip, so that what they read of x stays in L2.
-  const int64_t read =
-      images * plan.planes.x.height * plan.planes.x.width * static_cast<int64_t>(packed.channels.size());
-  const int64_t pixels = images * plan.planes.outputs();
-  // Threads that divide the pixels, not the filters, find in their own caches what they wrote in the layer before.
-  const int64_t shares = tasks > 1 && pixels >= kSharePixels * parallel.threads() ? parallel.threads() : 1;
-  const int64_t strips =
-      std::clamp<int64_t>(div_up(div_up(read, kStripFloats), shares) * shares, 1, std::max<int64_t>(pixels, 1));
-  int64_t units = 0;
-  for (const Job& job : plan.jobs) units += job_units(plan, packed, job, images);
-  parallel.run(tasks, [&](int64_t task) {
-    const int64_t first = task * units / tasks, last = (task + 1) * units / tasks;
-    int64_t at = 0;  // units before this strip of this job
-    for (int64_t strip = 0; strip < strips && at < last; ++strip) {
-      for (const Job& job : plan.jobs) {
-        const int64_t n = job_units(plan, packed, job, images);
-        // A tile of the panel kernel is collected for all its panels.
-        const int64_t whole = job.by == By::kPanel ? job.panels : 1;
-        const int64_t low = strip * (n / whole) / strips * whole, high = (strip + 1) * (n / whole) / strips * whole;
-        const int64_t begin = low + std::max<int64_t>(0, first - at), end = std::min(high, low + last - at);
-        at += high - low;
-        if (begin >= end) continue;
-        (job.by == By::kFilters ? run_filters
-         : job.by == By::kPanel ? run_panel
-                                : run_pixels)(plan, packed, job, data, {begin, end, n});
-      }
-    }
-  });
-}
-
 std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) {
   const GemmCompact& k = *plan.kernels;
   std::vector<std::string> names;
@@ -552,7 +237,7 @@ std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) 
   for (const Job& job : plan.jobs) {
     const int width = packed.panels[job.panel].width, c = kernels::width_class(width);
     if (job.by == By::kFilters) {
-      names.push_back(name("filters_", most_pixels(plan, packed, job), job.panels * width, 1));
+      names.push_back(name("filters_", filters_tile(plan, packed, job), job.panels * width, 1));
       continue;
     }
     const PixelTiles& t = job.by == By::kPanel ? plan.panel : plan.pixels;

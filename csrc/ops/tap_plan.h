@@ -47,6 +47,11 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& geom
 void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const float* residual, float* y,
               int64_t images, Parallel& parallel);
 
+// Pixels in a tile of a job by the filters kernel, at most.
+inline int filters_tile(const TapPlan& plan, const Packed& packed, const TapPlan::Job& job) {
+  return plan.kernels->pixels[kernels::width_class(packed.panels[job.panel].width)][job.panels - 1];
+}
+
 // The kernel of each job.
 std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed);
 
