@@ -62,10 +62,12 @@ class Analysis(Channels):
         self.need: dict[fx.Node, Bools] = {}
         # Channels that are needed even where they are constant.
         self.hard: dict[fx.Node, Bools] = {}
-        self.label = components(self.n_ids, self.edges)
         self.reasons: dict[int, str] = {}
         self._kept = np.zeros(self.n_ids, bool)
         self._backward()
+        # An operand that becomes a bias is not tied to the other one any more.
+        sums = (e for n, pair in self.sums.items() for i, e in enumerate(pair) if self.elided.get(n, (2,))[0] != i)
+        self.label = components(self.n_ids, [*self.edges, *sums])
         self._remove()
 
     # Backward: need

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import operator
 from collections.abc import Sequence
@@ -187,10 +188,17 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 class _Shapes(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
+    """Shapes of all values; of what a ghost's module gives, or by running."""
+
+    def __init__(self, module: fx.GraphModule, ghost: Ghost | None = None) -> None:
         super().__init__(module)
         self.shapes: dict[fx.Node, Any] = {}
         self.current: fx.Node | None = None
+        if ghost is not None:
+            self.call_module, self.call_function, self.call_method, self.get_attr = (  # type: ignore[method-assign]
+                functools.partial(ghost.call, kind)
+                for kind in ("call_module", "call_function", "call_method", "get_attr")
+            )
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
@@ -483,7 +491,7 @@ def _propagate(module: fx.GraphModule, ghost: Ghost | None, inputs: Sequence[Ten
     """The shape of every value in eval mode: of the copy without values, or else by running."""
     try:
         assert ghost is not None and isinstance(ghost.module, fx.GraphModule)
-        runner = _Shapes(ghost.module)
+        runner = _Shapes(ghost.module, ghost)
         with mode(ghost.module, False), torch.no_grad(), ghost.fake:
             runner.run(*(ghost.tensor(t) for t in inputs))
         return {n: runner.shapes[g] for n, g in zip(module.graph.nodes, ghost.module.graph.nodes, strict=True)}

@@ -190,6 +190,8 @@ class Tracker:
         # Results of softmax over an untracked last dimension, which sum to 1.
         self.averages: set[fx.Node] = set()
         self.edges: list[tuple[Ints, Ints]] = []
+        # Additions with ids of their own -> the edges to those of their operands.
+        self.sums: dict[fx.Node, tuple[tuple[Ints, Ints], tuple[Ints, Ints]]] = {}
         self.locks: list[tuple[Ints, str]] = []
         # Channels spread over several dimensions: in every row that has channels left, as many must be left.
         self.grids: list[tuple[fx.Node, Ints]] = []
