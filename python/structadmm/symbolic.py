@@ -61,6 +61,9 @@ _CHANGING: tuple[str, ...] = ("unsqueeze_", "squeeze_", "t_", "transpose_", "swa
 _CHANGING += ("resize_as_", "set_", "as_strided_", "requires_grad_", "detach_")
 
 
+_EVERY_MODULES = frozenset(vars(nn.Module()))
+
+
 class _Unkeyed(Exception):
     """Arguments that no key stands for."""
 
@@ -68,8 +71,11 @@ class _Unkeyed(Exception):
 class Ghost:
     """A copy of a module without values, and inputs like it: running it gives shapes and takes no time."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+    def __init__(self, module: nn.Module, earlier: Ghost | None = None) -> None:
+        """earlier: a ghost of the same network in another form, whose knowledge is shared."""
+        self.fake: FakeTensorMode = earlier.fake if earlier else FakeTensorMode(allow_non_fake_inputs=True)
+        self._known: dict[Any, Any] = earlier._known if earlier else {}
+        self._layers: dict[str, Any] = {}
         memo: dict[int, Any] = {}
         with self.fake:
             for t in (*module.parameters(), *module.buffers()):
@@ -77,8 +83,6 @@ class Ghost:
                 is_parameter = isinstance(t, nn.Parameter)
                 memo[id(t)] = nn.Parameter(like, requires_grad=t.requires_grad) if is_parameter else like
         self.module = copy.deepcopy(module, memo)
-        self._known: dict[Any, Any] = {}
-        self._layers: dict[tuple[str, bool], Any] = {}
 
     def tensor(self, t: Tensor) -> Tensor:
         with self.fake:
@@ -103,12 +107,14 @@ class Ghost:
         return self._known[key]
 
     def _call(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
-        if kind == "call_module":
-            return self.module.get_submodule(str(target))(*args, **kwargs)
         if kind == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
+        if kind == "call_module":
+            with _untraced():
+                return self.module.get_submodule(str(target))(*args, **kwargs)
         if kind == "call_function":
-            return target(*args, **kwargs)
+            with contextlib.nullcontext() if _origin(target) in _LIBRARIES else _untraced():
+                return target(*args, **kwargs)
         if kind == "get_attr":
             value: Any = self.module
             for part in str(target).split("."):
@@ -128,19 +134,16 @@ class Ghost:
         return kind, what, self._signature(args), self._signature(kwargs)
 
     def _layer(self, path: str) -> Any:
-        """What a layer of torch's computes shapes by."""
-        m = self.module.get_submodule(path)
-        found = self._layers.get((path, m.training))
-        if found is None:
-            if not type(m).__module__.startswith("torch.nn.") or next(m.children(), None) is not None:
+        """What a layer computes shapes by, in either mode."""
+        if path not in self._layers:
+            m = self.module.get_submodule(path)
+            own = {k: v for k, v in vars(m).items() if k not in _EVERY_MODULES}
+            if type(m).__module__.startswith("torch.nn."):  # what is not plain in these only initialises
+                own = {k: v for k, v in own.items() if isinstance(v, (*_PLAIN, tuple, list))}
+            if m._modules or m._forward_hooks or m._forward_pre_hooks:
                 raise _Unkeyed
-            if any(getattr(m, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
-                raise _Unkeyed
-            plain = {k: v for k, v in vars(m).items() if isinstance(v, (*_PLAIN, tuple, list))}
-            tensors = {**m._parameters, **m._buffers}
-            found = (type(m), self._signature(plain), self._signature(tensors))
-            self._layers[path, m.training] = found
-        return found
+            self._layers[path] = (type(m), *map(self._signature, (own, m._parameters, m._buffers)))
+        return self._layers[path]
 
     def _signature(self, value: Any) -> Any:
         if isinstance(value, FakeTensor):
@@ -228,8 +231,15 @@ def _users_line() -> str | None:
 
 @contextlib.contextmanager
 def _untraced() -> Iterator[None]:
-    """Calls of modules are calls again, within a trace."""
+    """Calls of modules are calls again, within a trace.
+
+    Not for long, and not for what calls no modules: with every change of nn.Module, Python forgets what it knows of all
+    its subclasses, which takes a millisecond.
+    """
     cls: Any = nn.Module
+    if cls.__call__ is _symbolic_trace._orig_module_call:
+        yield
+        return
     call, attribute = cls.__call__, cls.__getattr__
     cls.__call__, cls.__getattr__ = _symbolic_trace._orig_module_call, _symbolic_trace._orig_module_getattr
     try:
@@ -324,10 +334,7 @@ class _ShapeTracer(_Tracer):
             return proxy
         values = []
         try:
-            # Only where modules may be called: with every change of nn.Module, Python forgets what it knows of all its
-            # subclasses, a millisecond.
-            calls = kind == "call_module" or (kind == "call_function" and _origin(target) not in _LIBRARIES)
-            with self.ghost.fake, torch.no_grad(), _untraced() if calls else contextlib.nullcontext():
+            with self.ghost.fake, torch.no_grad():
                 for i in (0, 1):
                     values.append(self._value(kind, target, args, kwargs, i))
         except Exception:
@@ -413,14 +420,17 @@ class Untraceable(TraceError):
 
 
 def symbolic(
-    model: nn.Module, probes: Sequence[Sequence[Tensor]] | None, defaults: dict[str, Any], who: str
+    model: nn.Module,
+    ghost: Ghost | None,
+    probes: Sequence[Sequence[Tensor]],
+    defaults: dict[str, Any],
+    who: str,
 ) -> tuple[fx.Graph, fx.Graph]:
     """Graphs of the network in evaluation and in training.
 
-    probes: its inputs at two batch sizes, for the tracer that knows shapes; None: torch.fx's own. Raises Untraceable
-    naming the module and the source line where the tracer can't follow.
+    ghost: the model's, for the tracer that knows shapes; None: torch.fx's own. probes: inputs at two batch sizes.
+    Raises Untraceable naming the module and the source line where the tracer can't follow.
     """
-    ghost = None if probes is None else Ghost(model)
     tracer: _Tracer | None = None
     graphs = []
     try:
@@ -431,7 +441,7 @@ def symbolic(
                 mode(ghost.module, training) if ghost else quiet,
                 _unwrapped() if ghost else quiet,
             ):
-                tracer = _ShapeTracer(ghost, probes, defaults) if ghost and probes is not None else _Tracer()
+                tracer = _ShapeTracer(ghost, probes, defaults) if ghost else _Tracer()
                 graph = tracer.trace(model, concrete_args=defaults or None)
             _drop_defaults(graph, defaults)
             graphs.append(graph)

@@ -409,12 +409,14 @@ def _attempt(
     if apart:
         unpack(root)
     fixed = False
+    ghost: Ghost | None = None
     if way == "export":
         graph, training, more, fixed = exported(root, inputs, rebatch(inputs, EXPORT_BATCH), who)
         notes += more
     else:
         probes = [rebatch(inputs, PROBE_BATCH), rebatch(inputs, PROBE_BATCH + 2)]
-        graph, training = symbolic(root, probes if way == "shapes" else None, defaults, who)
+        ghost = Ghost(root) if way == "shapes" else None
+        graph, training = symbolic(root, ghost, probes, defaults, who)
     if not closed_too and opaque(graph):
         raise _Closed
     if way != "fx":
@@ -433,9 +435,8 @@ def _attempt(
 
     batch, shapes = 0, {}
     failure: TraceError | None = None
-    ghost = None
     with contextlib.suppress(Exception):  # where it can't be made, running for real shows whether the network works
-        ghost = Ghost(module)
+        ghost = Ghost(module, ghost)
     varies: dict[fx.Node, set[int]] = {}
     for probe in (inputs,) if fixed else (rebatch(inputs, PROBE_BATCH), inputs):
         try:
@@ -490,7 +491,7 @@ def _differing(s: Shape, t: Any) -> set[int]:
 def _propagate(module: fx.GraphModule, ghost: Ghost | None, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
     """The shape of every value in eval mode: of the copy without values, or else by running."""
     try:
-        assert ghost is not None and isinstance(ghost.module, fx.GraphModule)
+        assert ghost is not None and isinstance(ghost.module, fx.GraphModule)  # else it is of the untraced network
         runner = _Shapes(ghost.module, ghost)
         with mode(ghost.module, False), torch.no_grad(), ghost.fake:
             runner.run(*(ghost.tensor(t) for t in inputs))
