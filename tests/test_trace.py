@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from networks import ResNet
+from networks import MoreInTraining, ResNet
 from structadmm.errors import TraceError
 from structadmm.trace import PROBE_BATCH, clone, hooked, rebatch, trace
 
@@ -64,15 +64,7 @@ def test_training_flags_and_statistics_are_kept() -> None:
 
 
 def test_forward_that_differs_in_training_is_noted() -> None:
-    class Head(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x)) if self.training else self.a(x)
-
-    traced = trace(Head(), torch.randn(2, 3))
+    traced = trace(MoreInTraining(), torch.randn(2, 3))
     assert "training mode" in traced.notes[0]
     assert not any(n.target == "b" for n in traced.module.graph.nodes)
 
