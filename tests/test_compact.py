@@ -536,6 +536,37 @@ def test_an_operand_that_becomes_a_bias_is_not_tied_to_the_other_one() -> None:
     assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in less.parameters())
 
 
+class Branched(nn.Module):
+    """A stream that a normalised branch is added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.branch, self.b = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y + self.branch(self.norm(y)))
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_a_branch_that_became_a_bias_holds_nothing(constant: bool) -> None:
+    torch.manual_seed(0)
+    model = Branched().double()
+    with torch.no_grad():
+        model.a.weight[2] = 0
+        model.a.bias[2] = 0.5
+        model.b.weight[:, 5] = 0
+        if constant:
+            model.branch.weight.zero_()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    small = sa.compact(model, x, columns="never")
+    same(model, small, x)
+    # The normalisation sees all channels, as long as anything sees the normalisation.
+    assert small.a.out_features == (6 if constant else 8)
+    assert hasattr(small, "norm") != constant
+
+
 def test_pruning_hooks_are_baked_and_other_hooks_are_announced() -> None:
     model = randomise(ResNet("B"), 0.0, 0)
     torch.nn.utils.prune.ln_structured(model.layer1[0].conv1, "weight", 0.5, 2, 0)

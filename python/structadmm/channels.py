@@ -103,7 +103,9 @@ class Channels(Pointwise, Movement, Mixing, Recurrents):
         # Rules of what returns several tensors or numbers.
         self._several = (self._split, self._size, self._recurrent, self._states)
         for node in self.module.graph.nodes:
+            edges, locks = len(self.edges), len(self.locks)
             self._forward(node)
+            self.spans[node] = slice(edges, len(self.edges)), slice(locks, len(self.locks))
 
     def _forward(self, node: fx.Node) -> None:
         shape = self.shapes.get(node)
