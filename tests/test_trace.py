@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import operator
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from networks import MoreInTraining, ResNet
 from structadmm.errors import TraceError
-from structadmm.trace import PROBE_BATCH, clone, hooked, rebatch, trace
+from structadmm.trace import PROBE_BATCH, Shape, clone, hooked, rebatch, trace
 
 
 class Net(nn.Module):
@@ -165,3 +168,33 @@ def test_a_wrapper_is_named_with_the_way_inside(wrap):
     inside = nn.Sequential(nn.Conv2d(1, 2, 3))
     with pytest.raises(TraceError, match="wanted the module inside it: .(_orig_mod|module)$"):
         trace(wrap(inside), torch.zeros(1, 1, 5, 5))
+
+
+def test_packages_whose_names_begin_with_torch_are_the_users() -> None:
+    source = "def forward(self, x):\n    if x.sum() > 0:\n        return x\n    return -x\n"
+    file = f"{Path(torch.__file__).parent}like/net.py"
+    scope: dict[str, Any] = {}
+    exec(compile(source, file, "exec"), scope)
+    model = type("Like", (nn.Module,), {"forward": scope["forward"]})()
+    with pytest.raises(TraceError, match=f"{re.escape(file)}:2"):
+        trace(model, torch.randn(2, 3))
+
+
+def test_shapes_that_change_in_place_are_one_tensors() -> None:
+    """Tensors of one shape may be one object where only shapes are followed."""
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.relu(), x.relu()
+            a.unsqueeze_(1)
+            assert a.dim() == 3 and b.dim() == 2
+            c = b.sigmoid()
+            c.requires_grad_(False)
+            return a.reshape(x.shape[0] if x.shape[1] == 3 else 1, 3) + c
+
+    x = torch.randn(2, 3)
+    traced = trace(Net(), x, via="shapes")
+    y = torch.randn(5, 3)
+    assert torch.equal(traced.module(y), Net()(y))
+    # The batch of the probe is 3 as well.
+    assert any(isinstance(s, Shape) and s == (PROBE_BATCH, 1, 3) for s in traced.shapes.values())
