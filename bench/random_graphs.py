@@ -1,6 +1,6 @@
 """Does compaction hold on random networks made of every operation? Thousands of those of which the tests run a few.
 
-    PYTHONPATH=python python bench/random_graphs.py [--seeds 0:3000] [--again] [--seconds N]
+    PYTHONPATH=python python bench/random_graphs.py [--seeds 0:3000] [--again] [--failed] [--seconds N]
 
 Each seed makes a network and zeros (tests/random_graphs.py); the compacted network must give the masked one's outputs
 within 1e-10 in float64, keep no filter without weights for no reason, and have nothing that a second compaction takes
@@ -8,7 +8,7 @@ without having named it. Seeds that fail are printed with their error; `STRUCTAD
 tests/test_random_graphs.py` runs one alone.
 
 Results are added to results/random_graphs.json; seeds that have one are skipped, so a run goes on where it stopped.
---again does all of them anew.
+--failed does those again that failed, --again all.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0:3000", help="FIRST:LAST, the last excluded")
     parser.add_argument("--again", action="store_true", help="forget the results there are")
+    parser.add_argument("--failed", action="store_true", help="do those again that failed")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
     options = parser.parse_args()
     first, last = map(int, options.seeds.split(":"))
@@ -54,7 +55,7 @@ def main() -> None:
     if RESULTS.exists() and not options.again:
         known = json.loads(RESULTS.read_text())
     passed = {n for a, b in known.get("passed", []) for n in range(a, b)}
-    failed: dict[str, str] = known.get("failed", {})
+    failed: dict[str, str] = {} if options.failed else known.get("failed", {})
     totals = [known.get("parameters", 0), known.get("parameters_after", 0)]
 
     def write() -> None:
