@@ -33,6 +33,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,7 +43,6 @@ from structadmm.analysis import Analysis
 from structadmm.files import atomic_write_text
 from structadmm.layout import settle
 from structadmm.trace import tensors_in, trace
-from structadmm.tracking import title
 
 RESULTS = Path(__file__).parent / "results" / "zoo.json"
 # One model of each of these families of timm, the smallest or nearly.
@@ -390,6 +390,7 @@ def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
             m.train()
     total(tensors_in(net(x))).backward()
     idle, beside_whole, unexplained, why = 0, 0, {}, Counter[str]()
+    held: dict[str, set[int]] | None = None
     for path, m in net.named_modules():
         if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and path not in small.report.whole:
             by_filter = m.weight.transpose(0, 1) if isinstance(m, nn.modules.conv._ConvTransposeNd) else m.weight
@@ -400,13 +401,14 @@ def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
             idle += int(nothing.sum())
             for reason, n in notes.items():
                 why[re.sub(r"\S*\d\S*", "*", reason)[:100]] += n
-            rest = int(nothing.sum()) - sum(notes.values())
-            if rest > 0 and is_beside_whole(small, path):
-                beside_whole += rest
-            elif rest > 0:
-                rest = len(without_effect(small, path, nothing.nonzero().flatten().tolist(), x)) - sum(notes.values())
-                if rest > 0:
-                    unexplained[path] = rest
+            if int(nothing.sum()) > sum(notes.values()):
+                if held is None:
+                    held = held_by_whole(small, x)
+                found = set(without_effect(small, path, nothing.nonzero().flatten().tolist(), x))
+                taken = len(found & held.get(path, set()))
+                beside_whole += taken
+                if len(found) - taken > sum(notes.values()):
+                    unexplained[path] = len(found) - taken - sum(notes.values())
     return {
         "idle_filters": idle,
         "beside_whole": beside_whole,
@@ -442,21 +444,16 @@ def without_effect(small: Any, path: str, filters: list[int], x: Tensor) -> list
     return found
 
 
-def is_beside_whole(small: Any, path: str) -> bool:
-    """Whether what the layer makes meets an operation that was left whole, with no other layer in between."""
-    stack = [n for n in small.graph.nodes if n.op == "call_module" and n.target == path]
-    seen = set(stack)
-    first = set(stack)
-    while stack:
-        node = stack.pop()
-        for other in node.users if node in first else (*node.users, *node.all_input_nodes):
-            module = small.get_submodule(str(other.target)) if other.op == "call_module" else None
-            if title(other) in small.report.whole:
-                return True
-            if other not in seen and not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-                seen.add(other)
-                stack.append(other)
-    return False
+def held_by_whole(small: Any, x: Tensor) -> dict[str, set[int]]:
+    """Layer -> its filters whose very channel an operation that was left whole takes, or one tied to it."""
+    analysis = Analysis(trace(small, x, unpacked=True))
+    named = tuple(f"{name}:" for name in analysis.whole)
+    ids = [ids for ids, reason in analysis.locks if named and reason.startswith(named)]
+    labels = np.unique(analysis.label[np.concatenate(ids)]) if ids else np.zeros(0, int)
+    return {
+        str(node.target): set(np.flatnonzero(np.isin(analysis.label[layer.outs.ids], labels)).tolist())
+        for node, layer in analysis.layers.items()
+    }
 
 
 def total(found: list[Tensor]) -> Tensor:

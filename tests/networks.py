@@ -120,6 +120,17 @@ class VGG(nn.Module):
         return self.fc2(F.dropout(F.relu(self.bn(self.fc1(x))), 0.5, self.training))
 
 
+class MoreInTraining(nn.Module):
+    """A forward that calls another layer in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) if self.training else self.a(x)
+
+
 def random_chain(seed: int) -> nn.Sequential:
     """Convolutions with random kernels, padding, strides, conv groups and biases, normalisations, activations,
     pools."""

@@ -1,14 +1,13 @@
 """Random networks made of every operation that the tracker knows and some that it does not, and random zeros for them.
 
-`python tests/random_graphs.py FIRST LAST` compares masked and compacted networks for these seeds and prints those that
-fail; the test suite runs a few.
+`check` compares the masked network of a seed with the compacted one. The test suite runs a few seeds,
+bench/random_graphs.py thousands.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import sys
 from typing import Any
 
 import torch
@@ -676,22 +675,3 @@ def check(seed: int) -> tuple[int, int]:
     check_nothing_left(seed, small, example)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     return before, after
-
-
-if __name__ == "__main__":
-    import traceback
-
-    torch.set_num_threads(1)
-    first, last = int(sys.argv[1]), int(sys.argv[2])
-    failed, totals = [], [0, 0]
-    for number in range(first, last):
-        if number > first and (number - first) % 100 == 0:
-            print(f"before seed {number}: {len(failed)} failed", flush=True)
-        try:
-            totals = [t + n for t, n in zip(totals, check(number), strict=True)]
-        except Exception as error:
-            failed.append(number)
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            print(f"seed {number}: {type(error).__name__} at {at.name}:{at.lineno}: {str(error)[:300]}", flush=True)
-    passed = last - first - len(failed)
-    print(f"{passed} of {last - first} passed; parameters {totals[0]} -> {totals[1]}; failed: {failed}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import structadmm as sa
 from networks import ResNet, randomise
 from structadmm.errors import CompactError
-from test_operators import filled
+from test_operators import Cosine, filled, tokens
 
 torch.set_num_threads(1)  # tiny networks
 
@@ -80,6 +80,32 @@ def test_compacted_columns_and_groups_keep_their_entries() -> None:
             assert torch.equal(carried[f"{name}.weight"][w != 0], w[w != 0] * 3), name
             seen += isinstance(m, sa.CompactConv2d)
     assert seen > 2
+
+
+def test_biases_that_are_computed_with_are_carried() -> None:
+    model = filled(nn.Sequential(nn.Linear(16, 16), Cosine(16, 4, False), nn.Linear(16, 2)))
+    qkv = model[1].qkv
+
+    @torch.no_grad()
+    def hold() -> None:
+        """One channel of each head is zero in queries, keys and values."""
+        qkv.weight[::4] = 0
+        qkv.bias[::4] = 0
+
+    hold()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    model(tokens(4)).square().sum().backward()
+    optimizer.step()
+    hold()
+    small = sa.compact(model, tokens(2), columns="never")
+    assert {n for n, _ in small.named_parameters()} == {n for n, _ in model.named_parameters()}
+    carried = sa.carry_state(optimizer, model, small)
+    assert all(p in carried.state for p in small.parameters())
+    before = optimizer.state[qkv.bias]["exp_avg"]
+    after = carried.state[small.get_parameter("1.qkv.bias")]["exp_avg"]
+    stays = [i for i in range(48) if i % 4]
+    assert torch.equal(after, before[stays]) and after.any()
+    assert torch.equal(small.get_parameter("1.qkv.bias").grad, qkv.bias.grad[stays])
 
 
 def test_parameter_groups_and_averages() -> None:

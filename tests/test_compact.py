@@ -312,7 +312,8 @@ TRACKED = {
     "parameter": (lambda m, x: x * m.scale, 4),
     "shuffled": (lambda m, x: x.view(-1, 2, 4, 10, 10).transpose(1, 2).reshape(-1, 8, 10, 10), 4),
     "channel index": (lambda m, x: x * x[:, 2].unsqueeze(1), 5),
-    "parts added": (lambda m, x: torch.cat([x[:, :4] + x[:, 4:], x[:, 4:]], 1), 8),
+    "parts added": (lambda m, x: torch.cat([x[:, :4] + x[:, 4:], x[:, 4:]], 1), 4),  # one is a bias of the other
+    "parts multiplied": (lambda m, x: torch.cat([x[:, :4] * x[:, 4:], x[:, 4:]], 1), 8),
 }
 
 
@@ -495,6 +496,75 @@ def test_compacting_twice_changes_nothing_more() -> None:
     again = sa.compact(small, images(2, torch.float32), columns="never")
     same(small, again, images(3, torch.float32), 1e-5)
     assert again.report.weights_after == small.report.weights_after
+
+
+class Halves(nn.Module):
+    """Two convolutions after each other, each of which also gets a half of what the first layer makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 4, 1)
+        self.a, self.b = (nn.Conv2d(6, 6, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, more = self.first(x).relu().chunk(2, 1)
+        y = self.a(x).relu()
+        return self.last(torch.cat([y, self.b(y + more)], 1))
+
+
+def test_an_operand_that_becomes_a_bias_is_not_tied_to_the_other_one() -> None:
+    torch.manual_seed(0)
+    model = Halves().double()
+    with torch.no_grad():
+        model.first.weight[6:] = 0
+        model.first.bias[6:] = torch.linspace(0.2, 1.0, 6, dtype=torch.float64)
+    small = sa.compact(model, images(2), columns="never")
+    same(model, small, images(3))
+    assert isinstance(small.get_submodule("add_bias"), sa.nn.ChannelBias)
+    assert small.first.out_channels == 6
+    # Channels are followed through the bias as through any other layer.
+    with torch.no_grad():
+        small.a.weight[1] = 0
+        small.a.bias[1] = -1.0
+        small.b.weight[:, 2] = 0
+        small.last.weight[:, 2] = 0
+    less = sa.compact(small, images(2), columns="never")
+    same(small, less, images(3))
+    assert less.a.out_channels == 5 and less.add_bias.bias.numel() == 5
+    assert not less.report.whole
+    again = sa.compact(less, images(2), columns="never")
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in less.parameters())
+
+
+class Branched(nn.Module):
+    """A stream that a normalised branch is added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.branch, self.b = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y + self.branch(self.norm(y)))
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_a_branch_that_became_a_bias_holds_nothing(constant: bool) -> None:
+    torch.manual_seed(0)
+    model = Branched().double()
+    with torch.no_grad():
+        model.a.weight[2] = 0
+        model.a.bias[2] = 0.5
+        model.b.weight[:, 5] = 0
+        if constant:
+            model.branch.weight.zero_()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    small = sa.compact(model, x, columns="never")
+    same(model, small, x)
+    # The normalisation sees all channels, as long as anything sees the normalisation.
+    assert small.a.out_features == (6 if constant else 8)
+    assert hasattr(small, "norm") != constant
 
 
 def test_pruning_hooks_are_baked_and_other_hooks_are_announced() -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import structadmm as sa
-from networks import VGG, ResNet, random_chain, randomise
+from networks import VGG, MoreInTraining, ResNet, random_chain, randomise
 from random_graphs import RandomNet, zero_at_random
 from structadmm import exported
 from structadmm.errors import TraceError
@@ -333,18 +333,10 @@ def test_training_is_that_of_the_model() -> None:
 
 
 def test_forward_that_differs_in_training_is_noted() -> None:
-    class Head(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x)) if self.training else self.a(x)
-
-    notes = trace(Head(), torch.randn(2, 3), via="export").notes
+    notes = trace(MoreInTraining(), torch.randn(2, 3), via="export").notes
     assert any("does other things in training mode" in n for n in notes)
 
-    class Unfollowed(Head):
+    class Unfollowed(MoreInTraining):
         def forward(self, x: Tensor) -> Tensor:
             if self.training and x.sum() > 0:
                 return x

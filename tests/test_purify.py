@@ -237,3 +237,63 @@ def test_errors() -> None:
         sa.purify(model, x, lambda m: float("nan"))
     with pytest.raises(CompactError, match="max_drop got -0.1"):
         sa.purify(model, x, lambda m: 1.0, max_drop=-0.1)
+
+
+class Reader(nn.Module):
+    """The last output of a recurrent layer, classified."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: bool | int) -> None:
+        super().__init__()
+        self.rnn = kind(6, 8, batch_first=True, **options)
+        self.head = nn.Linear(8 * (1 + self.rnn.bidirectional), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_hidden_units_go(kind: type[nn.RNNBase], options: dict[str, bool | int]) -> None:
+    torch.manual_seed(0)
+    model = Reader(kind, **options).double()
+    small = [1, 4, 5]  # what writes into these is a thousandth of the others'
+    with torch.no_grad():
+        for p in model.rnn.parameters():
+            p.unflatten(0, (-1, 8))[:, small] *= 1e-3
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    x = torch.randn(4, 5, 6, dtype=torch.float64)
+    purified = sa.purify(model, x)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    report = report_of(purified)
+    cells = model.rnn.num_layers * (1 + model.rnn.bidirectional)
+    assert report.dropped["rnn"] == {"unit": 3 * cells}
+    row = next(r for r in report.layers if r.name == "rnn")
+    assert (row.filters, row.filters_before, row.filters_after) == (8 * cells, 8 * cells, 5 * cells)
+    for name, p in purified.rnn.named_parameters():
+        rows = p.unflatten(0, (-1, 8))
+        assert not rows[:, small].any()
+        # Others are as they were, but for what they read of the units that are gone.
+        kept = [i for i in range(8) if i not in small]
+        columns = kept if name.startswith("weight_hh") else range(p.shape[-1]) if name.endswith("l0") else None
+        if p.dim() > 1 and columns is not None:
+            assert torch.equal(
+                rows[:, kept][..., columns], before[f"rnn.{name}"].unflatten(0, (-1, 8))[:, kept][..., columns]
+            )
+    compacted = sa.compact(purified, x)
+    assert compacted.rnn.hidden_size == 5
+    assert (outputs(purified, x) - outputs(compacted, x)).abs().max() <= 1e-12
+    # The units held at most a thousandth of what the others hold; a wrong one would show in the first digit.
+    assert (outputs(model, x) - outputs(purified, x)).abs().max() <= 1e-2 * outputs(model, x).abs().max()
+
+
+def test_hidden_units_with_given_states_stay() -> None:
+    class Given(Reader):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x, x.new_ones(1, x.shape[0], 8))[0][:, -1])
+
+    model = Given(nn.GRU).double()
+    with torch.no_grad():
+        for p in model.rnn.parameters():
+            p.unflatten(0, (-1, 8))[:, 2] *= 1e-3
+    report = report_of(sa.purify(model, torch.randn(4, 5, 6, dtype=torch.float64), structures=("filter",)))
+    assert not report.dropped

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import operator
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from networks import ResNet
+from networks import MoreInTraining, ResNet
 from structadmm.errors import TraceError
-from structadmm.trace import PROBE_BATCH, clone, hooked, rebatch, trace
+from structadmm.trace import PROBE_BATCH, Shape, clone, hooked, rebatch, trace
 
 
 class Net(nn.Module):
@@ -64,15 +67,7 @@ def test_training_flags_and_statistics_are_kept() -> None:
 
 
 def test_forward_that_differs_in_training_is_noted() -> None:
-    class Head(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x)) if self.training else self.a(x)
-
-    traced = trace(Head(), torch.randn(2, 3))
+    traced = trace(MoreInTraining(), torch.randn(2, 3))
     assert "training mode" in traced.notes[0]
     assert not any(n.target == "b" for n in traced.module.graph.nodes)
 
@@ -173,3 +168,33 @@ def test_a_wrapper_is_named_with_the_way_inside(wrap):
     inside = nn.Sequential(nn.Conv2d(1, 2, 3))
     with pytest.raises(TraceError, match="wanted the module inside it: .(_orig_mod|module)$"):
         trace(wrap(inside), torch.zeros(1, 1, 5, 5))
+
+
+def test_packages_whose_names_begin_with_torch_are_the_users() -> None:
+    source = "def forward(self, x):\n    if x.sum() > 0:\n        return x\n    return -x\n"
+    file = f"{Path(torch.__file__).parent}like/net.py"
+    scope: dict[str, Any] = {}
+    exec(compile(source, file, "exec"), scope)
+    model = type("Like", (nn.Module,), {"forward": scope["forward"]})()
+    with pytest.raises(TraceError, match=f"{re.escape(file)}:2"):
+        trace(model, torch.randn(2, 3))
+
+
+def test_shapes_that_change_in_place_are_one_tensors() -> None:
+    """Tensors of one shape may be one object where only shapes are followed."""
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.relu(), x.relu()
+            a.unsqueeze_(1)
+            assert a.dim() == 3 and b.dim() == 2
+            c = b.sigmoid()
+            c.requires_grad_(False)
+            return a.reshape(x.shape[0] if x.shape[1] == 3 else 1, 3) + c
+
+    x = torch.randn(2, 3)
+    traced = trace(Net(), x, via="shapes")
+    y = torch.randn(5, 3)
+    assert torch.equal(traced.module(y), Net()(y))
+    # The batch of the probe is 3 as well.
+    assert any(isinstance(s, Shape) and s == (PROBE_BATCH, 1, 3) for s in traced.shapes.values())

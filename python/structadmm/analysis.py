@@ -62,10 +62,15 @@ class Analysis(Channels):
         self.need: dict[fx.Node, Bools] = {}
         # Channels that are needed even where they are constant.
         self.hard: dict[fx.Node, Bools] = {}
-        self.label = components(self.n_ids, self.edges)
         self.reasons: dict[int, str] = {}
         self._kept = np.zeros(self.n_ids, bool)
+        self.live: set[fx.Node] = set()
         self._backward()
+        if self.elided:
+            self._forget()
+        # An operand that becomes a bias is not tied to the other one any more.
+        sums = (e for n, pair in self.sums.items() for i, e in enumerate(pair) if self.elided.get(n, (2,))[0] != i)
+        self.label = components(self.n_ids, [*self.edges, *sums])
         self._remove()
 
     # Backward: need
@@ -73,6 +78,13 @@ class Analysis(Channels):
     def _backward(self) -> None:
         for node in reversed(self.module.graph.nodes):
             facts = self.facts.get(node)
+            if not self._reaches(node):
+                if facts is not None:
+                    self.need[node] = np.zeros(facts.ids.shape, bool)
+                if node in self.layers:
+                    self.layers[node].needed = self.need[node].reshape(-1)
+                continue
+            self.live.add(node)
             if facts is None:
                 if node not in self.parts and node not in self.sizes:
                     for source in node.all_input_nodes:
@@ -105,6 +117,22 @@ class Analysis(Channels):
                 if into is not None:
                     into[positions[wanted]] = True
                 self._demand(source, into)
+
+    def _reaches(self, node: fx.Node) -> bool:
+        """Whether anything but additions that became biases leads from a node to the output; asked from there on."""
+        if node.op == "output" or not node.users:
+            return True
+        operands = ((u, u.args[self.elided[u][0]] if u in self.elided else None) for u in node.users)
+        return any(u in self.live and gone is not node for u, gone in operands)
+
+    def _forget(self) -> None:
+        """Drop what operations tied and locked that lead to nothing any more."""
+        dead = [span for node, span in self.spans.items() if node not in self.live]
+        edges = {i for e, _ in dead for i in range(e.start, e.stop)}
+        locks = {i for _, k in dead for i in range(k.start, k.stop)} - self.lasting
+        self.edges = [e for i, e in enumerate(self.edges) if i not in edges]
+        self.locks = [k for i, k in enumerate(self.locks) if i not in locks]
+        self.sums = {node: pair for node, pair in self.sums.items() if node in self.live}
 
     def _demand(self, node: fx.Node, wanted: Bools | None) -> None:
         """Mark channels of a tensor (all of them for None) as needed."""

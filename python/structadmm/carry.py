@@ -25,10 +25,12 @@ _PACKED |= {f"{x}_proj.weight": f"{x}_proj_weight" for x in "qkv"}
 
 
 def _former(name: str) -> str | None:
-    """The name that a part of an attention module had."""
+    """The name that a part of an attention module had, or a bias that was moved out of its layer."""
     head, _, last = name.rpartition(".")
     path, _, part = head.rpartition(".")
     old = _PACKED.get(f"{part}.{last}")
+    if old is None and last.endswith("_bias"):
+        path, old = head, f"{last.removesuffix('_bias')}.bias"
     return None if old is None else f"{path}.{old}" if path else old
 
 

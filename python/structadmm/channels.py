@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from .mixing import CONVS, INSTANCE_NORMS, NORMS, TRANSPOSED, Mixing
 from .movement import HARMLESS, Movement
+from .nn import ChannelBias
 from .pointwise import (
     AVG_POOL_FUNCTIONS,
     AVG_POOLS,
@@ -48,6 +49,7 @@ _MODULES: dict[type[nn.Module], str] = {
     **dict.fromkeys((nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle), "_shuffle"),
     nn.Linear: "_linear",
     nn.PReLU: "_prelu",
+    ChannelBias: "_channel_bias",
     nn.Softmax: "_softmax",
     nn.LogSoftmax: "_softmax",
     nn.Embedding: "_embedding",
@@ -101,7 +103,9 @@ class Channels(Pointwise, Movement, Mixing, Recurrents):
         # Rules of what returns several tensors or numbers.
         self._several = (self._split, self._size, self._recurrent, self._states)
         for node in self.module.graph.nodes:
+            edges, locks = len(self.edges), len(self.locks)
             self._forward(node)
+            self.spans[node] = slice(edges, len(self.edges)), slice(locks, len(self.locks))
 
     def _forward(self, node: fx.Node) -> None:
         shape = self.shapes.get(node)
@@ -132,7 +136,7 @@ class Channels(Pointwise, Movement, Mixing, Recurrents):
             reason = f"its arguments are not understood ({type(error).__name__}: {error})"
         if reason is not None:
             tables = (self.facts, self.sources, self.layers, self.norms, self.affine, self.tables, self.parts)
-            for found in (*tables, self.sizes, self.edits, self.readers, self.moves, self.recurrent):
+            for found in (*tables, self.sizes, self.edits, self.readers, self.moves, self.recurrent, self.sums):
                 found.pop(node, None)
             self.grids = [g for g in self.grids if g[0] is not node]
             self.together = [g for g in self.together if g[0] is not node]
@@ -178,7 +182,7 @@ class Channels(Pointwise, Movement, Mixing, Recurrents):
         del self.locks[before[1] :], self.edges[before[2] :]
         self.why = before[3]
         for n in found:
-            for table in (self.facts, self.sources, self.tables, self.edits, self.moves):
+            for table in (self.facts, self.sources, self.tables, self.edits, self.moves, self.sums):
                 table.pop(n, None)
         self.grids = [g for g in self.grids if g[0] not in found]
 

@@ -177,7 +177,7 @@ def compact(
     small = traced.module
     fold(analysis, small)
     kept = cut(layouts)
-    edit_graph(layouts)
+    edit_graph(layouts, kept)
     small.graph.eliminate_dead_code()
     small.graph.lint()
     small.delete_all_unused_submodules()

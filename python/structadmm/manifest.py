@@ -96,7 +96,7 @@ def _where(node: fx.Node) -> str:
     return f"node {node.name}{place}{''.join(own)}"
 
 
-_TORCH = os.path.dirname(torch.__file__)
+_TORCH = os.path.dirname(torch.__file__) + os.sep  # other packages begin with "torch" too
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .analysis import Analysis
 from .errors import CompactError
+from .recurrent import RECURRENT, matrices
 from .recurrent import fold as fold_recurrent
 from .symbolic import mode
 from .trace import as_inputs, clone, rebatch, tensors_in, trace
@@ -24,8 +25,8 @@ from .tracking import filters
 
 @dataclass
 class LayerZeros:
-    """One layer before and after: filters that are not zero, input channels that are read, weights that are not
-    zero."""
+    """One layer before and after: filters (of a recurrent layer: hidden units) that are not zero, input channels that
+    are read, weights that are not zero."""
 
     name: str
     filters: int
@@ -43,8 +44,9 @@ class LayerZeros:
 class ZerosReport:
     """What remove_unused_paths or purify took away.
 
-    layers: one row per convolution and linear layer. notes: layer -> {reason why a filter without effect stays: how
-    many}. whole: operation left whole -> reason. max_abs_diff: largest difference of the outputs on a probe batch.
+    layers: one row per convolution, linear and recurrent layer. notes: layer -> {reason why a filter without effect
+    stays: how many}. whole: operation left whole -> reason. max_abs_diff: largest difference of the outputs on a probe
+    batch.
     """
 
     layers: list[LayerZeros]
@@ -217,7 +219,8 @@ def _on(a: np.ndarray[Any, Any], like: Tensor) -> Tensor:
 
 
 def zeros_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Per convolution and linear layer: filters, nonzero filters, channels, channels read, weights, nonzero weights."""
+    """Per convolution, linear and recurrent layer: filters (hidden units of all layers and directions), those not zero,
+    channels, channels read, weights, nonzero weights."""
     out: dict[str, tuple[int, ...]] = {}
     for name, m in model.named_modules():
         w = getattr(m, "weight", None)
@@ -232,6 +235,18 @@ def zeros_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
                 int(channels.sum()),
                 w.numel(),
                 int(nonzero.sum()),
+            )
+        elif isinstance(m, RECURRENT) and not m.proj_size:
+            nonzeros = [p.detach() != 0 for p in matrices(m)]  # weight_ih and weight_hh by turns
+            units = [p.unflatten(0, (-1, m.hidden_size)).any(2).any(0) for p in nonzeros]
+            read = torch.stack([p.any(0) for p in nonzeros[::2][: 2 if m.bidirectional else 1]]).any(0)
+            out[name] = (
+                sum(u.numel() for u in units[::2]),
+                sum(int((a | b).sum()) for a, b in zip(units[::2], units[1::2], strict=True)),
+                read.numel(),
+                int(read.sum()),
+                sum(p.numel() for p in nonzeros),
+                sum(int(p.sum()) for p in nonzeros),
             )
     return out
 

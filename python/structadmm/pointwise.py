@@ -87,6 +87,21 @@ class Pointwise(Tracker):
         self._channelwise(node, source, Facts(facts.ids, facts.const, value))
         return None
 
+    def _channel_bias(self, node: fx.Node) -> str | None:
+        source, m = self._source(node), self._module(node)
+        facts = self.facts.get(source)
+        if reason := self._unshared(node):
+            return reason
+        if facts is None:
+            return f"{self._kind(node)} adds to what is not tracked"
+        bias, dim = values_of(m.bias), m.dim % facts.ids.ndim
+        if axes_of(facts.ids) not in ([dim], []) or facts.ids.size != bias.size:
+            return "its channels lie along another dimension"
+        self.affine[node] = ("bias",)
+        value = facts.value + bias.reshape(facts.ids.shape)
+        self._channelwise(node, source, Facts(facts.ids, facts.const, np.where(facts.const, value, 0.0)))
+        return None
+
     def _pool(self, node: fx.Node) -> str | None:
         source = self._source(node)
         facts = self.facts.get(source)
@@ -159,8 +174,13 @@ class Pointwise(Tracker):
         sizes = [(1,) * (rank - len(self.shapes[n])) + tuple(self.shapes[n]) for n in (a, b)]
         matters: dict[fx.Node, Bools | None] = {a: None, b: None}
         if fa.ids.shape == fb.ids.shape:
-            self._tie((fa.ids, fb.ids))
-            ids = fa.ids
+            if BINARY_NAMES[operation(node)] in ("add", "sub") and (fa.const.any() or fb.const.any()):
+                # Ids of its own: where one operand turns out to be a bias, it goes its own way (see Analysis).
+                ids = self._fresh(fa.ids.size).reshape(fa.ids.shape)
+                self.sums[node] = ((ids, fa.ids), (ids, fb.ids))
+            else:
+                self._tie((fa.ids, fb.ids))
+                ids = fa.ids
         else:  # one operand has a channel for each of the result, the other one for all of them, or for each row
             wide, one, small = (fa, fb, 1) if fa.ids.size >= fb.ids.size else (fb, fa, 0)
             spread = [d for d in range(rank) if wide.ids.shape[d] != one.ids.shape[d]]

@@ -8,6 +8,8 @@ effect. The criteria do not change when a layer with BatchNorm behind it is resc
   filter and sqrt(gamma^2 + beta^2) of the BatchNorms that feed its channel;
 - it is taken relative to the root mean square over the nonzero groups of the layer;
 - the occupancy of a channel is its number of nonzero weights relative to the mean of the layer's nonzero channels.
+
+A recurrent layer loses hidden units, by the norm of all that writes into them.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from .errors import CompactError
 from .groups import DEFAULT_BLOCK, expand_keep, group_ids, n_groups
 from .paths import ZerosReport, check_weights, remove_paths, report_of, zeros_of, zeros_report
 from .trace import clone, trace
-from .tracking import Layer
+from .tracking import Layer, given
 
 Floats = npt.NDArray[np.float64]
 
@@ -75,7 +77,10 @@ class PurifyReport(ZerosReport):
 
 @dataclass
 class _Groups:
-    """The groups of one structure of one layer: `at` [n] is the scale of the thresholds from which each goes."""
+    """The groups of one structure of one layer: `at` [n] is the scale of the thresholds from which each goes.
+
+    structure: one of STRUCTURES, or "unit": [cells * H] the hidden units of a recurrent layer.
+    """
 
     name: str
     structure: str
@@ -103,9 +108,9 @@ def purify(
         largest factor found by bisection (at most `trials` evaluations) for which evaluate stays within max_drop, in
         its own units, of its value for `model`. Without it they are used as they are.
     sigma: filters, channels, columns and block-columns go whose importance is at most sigma times the layer's root mean
-    square. eta: channels go whose number of nonzero weights is at most eta times the layer's mean. structures: which of
-    filter, channel, column, block_column (of `block` filters) may be dropped. skip: name patterns (fnmatch) of layers
-    left alone.
+    square; with the filters the hidden units of recurrent layers whose states begin at 0. eta: channels go whose number
+    of nonzero weights is at most eta times the layer's mean. structures: which of filter, channel, column, block_column
+    (of `block` filters) may be dropped. skip: name patterns (fnmatch) of layers left alone.
 
     A dropped filter with BatchNorm behind it goes on emitting its mean, the BatchNorm's beta, which remove_unused_paths
     and compact fold into what reads it. The largest group of a layer always stays. `report_of(result)` is a
@@ -126,7 +131,7 @@ def purify(
     check_weights(model, who)
     before = zeros_of(clone(model))
     analysis = Analysis(trace(model, example, who), create_bias=False, elide=False)
-    names = {str(n.target) for n in analysis.layers}
+    names = {str(n.target) for n in (*analysis.layers, *analysis.recurrent)}
     for pattern in skip:
         if not any(fnmatch(n, pattern) for n in names):
             raise CompactError(f"{who}: skip got {pattern!r}, which matches no layer, wanted a pattern of layer names")
@@ -240,7 +245,23 @@ def _candidates(
                 occupancy = filled / max(filled.sum() / max(np.count_nonzero(filled), 1), 1.0)
                 at = np.minimum(at, np.where(np.isfinite(at), _over(occupancy, eta), np.inf))
             out.append(_Groups(name, structure, at))
+    for node, recurrent in analysis.recurrent.items():
+        name = str(node.target)
+        given_states = given(node, "input", "hx").get("hx") is not None  # a unit without weights hands them on
+        if "filter" not in structures or given_states or node in final or any(fnmatch(name, p) for p in skip):
+            continue
+        m = analysis.module.get_submodule(name)
+        norms = [_unit_rows(m, cell.suffix).square().sum((0, 2)).sqrt().numpy() for cell in recurrent.cells]
+        out.append(_Groups(name, "unit", np.concatenate([_relative(norm, sigma) for norm in norms])))
     return out
+
+
+def _unit_rows(m: Any, suffix: str) -> Tensor:
+    """[gates, H, all that writes into the unit] of one layer and direction, biases included, in float64."""
+    kinds = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if m.bias else ()))
+    found = [getattr(m, f"{kind}_{suffix}").detach().double().cpu() for kind in kinds]
+    rows = torch.cat([t.reshape(len(t), -1) for t in found], 1)
+    return rows.unflatten(0, (-1, m.hidden_size))
 
 
 def _over(value: Floats, threshold: float) -> Floats:
@@ -306,22 +327,35 @@ def _feeds_output(analysis: Analysis) -> set[fx.Node]:
         if n in analysis.facts
     ]
     labels = set(np.concatenate([analysis.label[i.reshape(-1)] for i in outputs]).tolist()) if outputs else set()
-    return {n for n, layer in analysis.layers.items() if labels & set(analysis.label[layer.outs.ids].tolist())}
+    outs = {n: layer.outs.ids for n, layer in (*analysis.layers.items(), *analysis.recurrent.items())}
+    return {n for n, ids in outs.items() if labels & set(analysis.label[ids.reshape(-1)].tolist())}
 
 
 def _cut(model: nn.Module, groups: list[_Groups], analysis: Analysis, block: int, scale: float) -> nn.Module:
     """A copy of `model` without the groups that go at `scale`."""
     out = clone(model)
     nodes = {str(node.target): (node, layer) for node, layer in analysis.layers.items()}
+    recurrent = {str(node.target): layer for node, layer in analysis.recurrent.items()}
     with torch.no_grad():
         for g in groups:
             gone = torch.from_numpy(g.at <= scale)
-            if gone.any():
+            if gone.any() and g.structure == "unit":
+                suffixes = [cell.suffix for cell in recurrent[g.name].cells]
+                _drop_units(out.get_submodule(g.name), suffixes, gone.reshape(len(suffixes), -1))
+            elif gone.any():
                 node, layer = nodes[g.name]
                 behind = _norm_behind(analysis, node)
                 norm = None if behind is None else out.get_submodule(str(behind.target))
                 _drop(out.get_submodule(g.name), norm, layer, g.structure, block, gone)
     return out
+
+
+def _drop_units(m: Any, suffixes: Sequence[str], gone: Tensor) -> None:
+    """gone [cells, H]: units that stay at the 0 at which their states begin, since nothing writes into them."""
+    for suffix, units in zip(suffixes, gone, strict=True):
+        for kind in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if m.bias else ())):
+            rows = getattr(m, f"{kind}_{suffix}").detach().unflatten(0, (-1, m.hidden_size))
+            rows[:, units.to(rows.device)] = 0
 
 
 def _drop(m: Any, norm: Any, layer: Layer, structure: str, block: int, gone: Tensor) -> None:

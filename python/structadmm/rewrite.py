@@ -121,8 +121,9 @@ def _cut_recurrent(name: str, m: Any, layer: Recurrent, ins: Ints, units: Ints, 
     m.flatten_parameters()
 
 
-def edit_graph(layouts: Layouts) -> None:
-    """Arguments that count channels count those that stay; additions of constants become biases."""
+def edit_graph(layouts: Layouts, kept: dict[str, Kept]) -> None:
+    """Arguments that count channels count those that stay; additions of constants become biases. kept: from `cut`, gets
+    biases that layers are given."""
     edits = {
         "view": _edit_view,
         "expand": _edit_expand,
@@ -134,7 +135,7 @@ def edit_graph(layouts: Layouts) -> None:
     for node in list(layouts.analysis.module.graph.nodes):
         kind = layouts.analysis.edits.get(node, "")
         if node in layouts.analysis.elided:
-            _elide(layouts, node)
+            _elide(layouts, node, kept)
         elif kind in edits and (node in layouts.of or node in layouts.parts):
             edits[kind](layouts, node)
 
@@ -247,7 +248,7 @@ def _edit_attention(layouts: Layouts, node: fx.Node) -> None:
         node.args = node.args[:6]
 
 
-def _elide(layouts: Layouts, node: fx.Node) -> None:
+def _elide(layouts: Layouts, node: fx.Node, kept: dict[str, Kept]) -> None:
     """An addition of a constant: nothing, a bias of what made the other operand, or a ChannelBias."""
     analysis = layouts.analysis
     which, constant = analysis.elided[node]
@@ -256,12 +257,17 @@ def _elide(layouts: Layouts, node: fx.Node) -> None:
     assert isinstance(stays, fx.Node)
     constant = constant[layouts.of[node].reshape(-1)] if node in layouts.of else constant
     if constant.any():
-        maker = root.get_submodule(str(stays.target)) if stays.op == "call_module" else None
+        maker: Any = root.get_submodule(str(stays.target)) if stays.op == "call_module" else None
         alone = len(stays.users) == 1 and (stays in analysis.layers or stays in analysis.norms)
         place = getattr(maker, "bias", None) if alone or type(maker).__name__ == "ChannelBias" else None
         if place is not None and len(stays.users) == 1:
             with torch.no_grad():
                 place.detach().add_(torch.from_numpy(constant).to(place))
+        elif alone and stays in analysis.layers:
+            bias = torch.from_numpy(constant).to(maker.weight)
+            maker.bias = nn.Parameter(bias, requires_grad=maker.weight.requires_grad)
+            # A bias that the forward computed with and that was taken out of its layer is there again, by its name.
+            kept[f"{stays.target}.bias"] = Kept(torch.from_numpy(layouts.of[stays].reshape(-1)))
         else:
             like = next(t for t in (*root.parameters(), *analysis.traced.inputs) if t.is_floating_point())
             dim = next(iter(axes_of(analysis.facts[node].ids)), 1)

@@ -10,7 +10,8 @@ import contextlib
 import copy
 import inspect
 import linecache
-import re
+import os
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import _symbolic_trace
 from torch.fx.proxy import Proxy
 from torch.utils import _pytree as pytree
@@ -43,14 +44,38 @@ FOLLOWED = "a forward that torch.fx or torch.export follows: no branches on the 
 
 # A network that unrolls into more operations than this would take minutes: the module where it happens is named.
 MAX_NODES = 100_000
-_OURS = re.compile(rf'  File "{re.escape(__file__)}", line \d+, in .*\n(?:    .*\n?)*')
+
+_LIBRARIES = ("torch", "_operator", "operator", "builtins", "math")
+# In front of the files that are not the user's; with a separator, since other packages begin with "torch" too.
+_NOT_THE_USERS = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parent) + os.sep, "<")
+
+
+def _origin(function: Any) -> str:
+    """The library that a function is from."""
+    return str((getattr(function, "__module__", None) or "torch").split(".")[0])
+
+
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout)
+# Methods that change in place what a tensor is, and not only what it holds.
+_CHANGING: tuple[str, ...] = ("unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_")
+_CHANGING += ("resize_as_", "set_", "as_strided_", "requires_grad_", "detach_")
+
+
+_EVERY_MODULES = frozenset(vars(nn.Module()))
+
+
+class _Unkeyed(Exception):
+    """Arguments that no key stands for."""
 
 
 class Ghost:
     """A copy of a module without values, and inputs like it: running it gives shapes and takes no time."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+    def __init__(self, module: nn.Module, earlier: Ghost | None = None) -> None:
+        """earlier: a ghost of the same network in another form, whose knowledge is shared."""
+        self.fake: FakeTensorMode = earlier.fake if earlier else FakeTensorMode(allow_non_fake_inputs=True)
+        self._known: dict[Any, Any] = earlier._known if earlier else {}
+        self._layers: dict[str, Any] = {}
         memo: dict[int, Any] = {}
         with self.fake:
             for t in (*module.parameters(), *module.buffers()):
@@ -62,6 +87,77 @@ class Ghost:
     def tensor(self, t: Tensor) -> Tensor:
         with self.fake:
             return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+    def call(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """What a node gives for these arguments; within `self.fake`, without gradients.
+
+        A network repeats itself, over blocks, modes and batch sizes, and shapes alone take torch half a millisecond an
+        operation: what was asked before is known. Tensors may then be one object; they hold no values.
+        """
+        if kind == "call_method" and target in _CHANGING:  # of this tensor only
+            args = (args[0].clone(), *args[1:])
+        if kind == "get_attr":
+            return self._call(kind, target, args, kwargs)
+        try:
+            key = self._key(kind, target, args, kwargs)
+        except _Unkeyed:
+            return self._call(kind, target, args, kwargs)
+        if key not in self._known:
+            self._known[key] = self._call(kind, target, args, kwargs)
+        return self._known[key]
+
+    def _call(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        if kind == "call_module":
+            with _untraced():
+                return self.module.get_submodule(str(target))(*args, **kwargs)
+        if kind == "call_function":
+            with contextlib.nullcontext() if _origin(target) in _LIBRARIES else _untraced():
+                return target(*args, **kwargs)
+        if kind == "get_attr":
+            value: Any = self.module
+            for part in str(target).split("."):
+                value = getattr(value, part)
+            return value
+        raise LookupError
+
+    def _key(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """Equal keys, equal shapes. Raises _Unkeyed."""
+        what: Any
+        if kind == "call_module":
+            what = self._layer(str(target))
+        elif target in _CHANGING or (kind == "call_function" and _origin(target) not in _LIBRARIES):
+            raise _Unkeyed
+        else:
+            what = target
+        return kind, what, self._signature(args), self._signature(kwargs)
+
+    def _layer(self, path: str) -> Any:
+        """What a layer computes shapes by, in either mode."""
+        if path not in self._layers:
+            m = self.module.get_submodule(path)
+            own = {k: v for k, v in vars(m).items() if k not in _EVERY_MODULES}
+            if type(m).__module__.startswith("torch.nn."):  # what is not plain in these only initialises
+                own = {k: v for k, v in own.items() if isinstance(v, (*_PLAIN, tuple, list))}
+            if m._modules or m._forward_hooks or m._forward_pre_hooks:
+                raise _Unkeyed
+            self._layers[path] = (type(m), *map(self._signature, (own, m._parameters, m._buffers)))
+        return self._layers[path]
+
+    def _signature(self, value: Any) -> Any:
+        if isinstance(value, FakeTensor):
+            own = (value.shape, value.stride(), value.storage_offset(), value.dtype, value.device, value.requires_grad)
+            return (Tensor, *own, isinstance(value, nn.Parameter))
+        if type(value) in _PLAIN or value is Ellipsis:
+            return (type(value), value)
+        if isinstance(value, (tuple, list)):
+            return (type(value), *map(self._signature, value))
+        if isinstance(value, dict):
+            return (dict, *((k, self._signature(v)) for k, v in value.items()))
+        if isinstance(value, slice):
+            return (slice, self._signature((value.start, value.stop, value.step)))
+        raise _Unkeyed
 
 
 def is_identity(m: nn.Module) -> bool:
@@ -83,18 +179,31 @@ class _Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.record_stack_traces = True
         self.at: list[str] = []
         self.count = 0
+        self._names: dict[int, tuple[str, nn.Parameter]] | None = None
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self.count += 1
         if self.count > MAX_NODES:
             raise RuntimeError(f"more than {MAX_NODES} operations")
         node = super().create_node(*args, **kwargs)
-        if node.stack_trace:  # the user's line is the last one, not ours
-            node.stack_trace = _OURS.sub("", node.stack_trace)
+        if not node.stack_trace:  # torch records the whole stack, which takes longer than all else
+            node.stack_trace = _users_line()
         return node
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        """torch.fx's own goes through all parameters at each access to one."""
+        if not isinstance(attr_val, nn.Parameter):
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if self._names is None:
+            self._names = {id(p): (n, p) for n, p in self.root.named_parameters()}
+        name, found = self._names.get(id(attr_val), ("", None))
+        if found is not attr_val:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         ours = type(m).__module__ == "structadmm.nn"
@@ -108,10 +217,29 @@ class _Tracer(fx.Tracer):
         return out
 
 
+def _users_line() -> str | None:
+    """The innermost line of the user's that is being run, as a traceback shows it."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None:
+        return None
+    code = frame.f_code
+    source = linecache.getline(code.co_filename, frame.f_lineno).strip()
+    return f'File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n    {source}'
+
+
 @contextlib.contextmanager
 def _untraced() -> Iterator[None]:
-    """Calls of modules are calls again, within a trace."""
+    """Calls of modules are calls again, within a trace.
+
+    Not for long, and not for what calls no modules: with every change of nn.Module, Python forgets what it knows of all
+    its subclasses, which takes a millisecond.
+    """
     cls: Any = nn.Module
+    if cls.__call__ is _symbolic_trace._orig_module_call:
+        yield
+        return
     call, attribute = cls.__call__, cls.__getattr__
     cls.__call__, cls.__getattr__ = _symbolic_trace._orig_module_call, _symbolic_trace._orig_module_getattr
     try:
@@ -121,7 +249,6 @@ def _untraced() -> Iterator[None]:
 
 
 _NEW = ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
-_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout)
 _ASKED = ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad", "itemsize", "nbytes", "is_sparse")
 
 
@@ -207,10 +334,7 @@ class _ShapeTracer(_Tracer):
             return proxy
         values = []
         try:
-            # Only where modules may be called: with every change of nn.Module, Python forgets what it knows of all its
-            # subclasses, a millisecond.
-            calls = kind == "call_module" or (kind == "call_function" and _origin(target) not in _LIBRARIES)
-            with self.ghost.fake, torch.no_grad(), _untraced() if calls else contextlib.nullcontext():
+            with self.ghost.fake, torch.no_grad():
                 for i in (0, 1):
                     values.append(self._value(kind, target, args, kwargs, i))
         except Exception:
@@ -247,26 +371,21 @@ class _ShapeTracer(_Tracer):
             return self.seen[p.node][i]
 
         aggregate: Any = fx.node.map_aggregate
+        given = args
         args, kwargs = aggregate((args, kwargs), known)
-        if kind == "get_attr":
-            value: Any = self.ghost.module
-            for part in str(target).split("."):
-                value = getattr(value, part)
-            return value
-        if kind == "call_module":
-            return self.ghost.module.get_submodule(str(target))(*args, **kwargs)
-        if kind == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        if kind == "call_function":
-            return target(*args, **kwargs)
-        raise LookupError
+        value = self.ghost.call(kind, target, args, kwargs)
+        if kind == "call_method" and target in _CHANGING and isinstance(given[0], Proxy):
+            pair = list(self.seen[given[0].node])
+            pair[i] = value
+            self.seen[given[0].node] = (pair[0], pair[1])
+            given[0].values = self.seen[given[0].node]  # type: ignore[attr-defined]
+        return value
 
 
 def culprit(error: BaseException) -> str:
     """Where in the user's code an exception was raised: `file:line: source`, or nothing."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(ours):
+        if not frame.filename.startswith(_NOT_THE_USERS):
             line = frame.line or linecache.getline(frame.filename, frame.lineno or 0).strip()
             return f" at {frame.filename}:{frame.lineno} `{line}`"
     return ""
@@ -301,14 +420,17 @@ class Untraceable(TraceError):
 
 
 def symbolic(
-    model: nn.Module, probes: Sequence[Sequence[Tensor]] | None, defaults: dict[str, Any], who: str
+    model: nn.Module,
+    ghost: Ghost | None,
+    probes: Sequence[Sequence[Tensor]],
+    defaults: dict[str, Any],
+    who: str,
 ) -> tuple[fx.Graph, fx.Graph]:
     """Graphs of the network in evaluation and in training.
 
-    probes: its inputs at two batch sizes, for the tracer that knows shapes; None: torch.fx's own. Raises Untraceable
-    naming the module and the source line where the tracer can't follow.
+    ghost: the model's, for the tracer that knows shapes; None: torch.fx's own. probes: inputs at two batch sizes.
+    Raises Untraceable naming the module and the source line where the tracer can't follow.
     """
-    ghost = None if probes is None else Ghost(model)
     tracer: _Tracer | None = None
     graphs = []
     try:
@@ -319,7 +441,7 @@ def symbolic(
                 mode(ghost.module, training) if ghost else quiet,
                 _unwrapped() if ghost else quiet,
             ):
-                tracer = _ShapeTracer(ghost, probes, defaults) if ghost and probes is not None else _Tracer()
+                tracer = _ShapeTracer(ghost, probes, defaults) if ghost else _Tracer()
                 graph = tracer.trace(model, concrete_args=defaults or None)
             _drop_defaults(graph, defaults)
             graphs.append(graph)
@@ -330,14 +452,6 @@ def symbolic(
         got = f"{name} got {type(error).__name__}{culprit(error)}: {first_line(error)}"
         raise Untraceable(who, got, FOLLOWED, tracer is not None and tracer.count > MAX_NODES) from error
     return graphs[0], graphs[1]
-
-
-_LIBRARIES = ("torch", "_operator", "operator", "builtins", "math")
-
-
-def _origin(function: Any) -> str:
-    """The library that a function is from."""
-    return str((getattr(function, "__module__", None) or "torch").split(".")[0])
 
 
 def opaque(graph: fx.Graph) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import operator
 from collections.abc import Sequence
@@ -187,10 +188,17 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 class _Shapes(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
+    """Shapes of all values; of what a ghost's module gives, or by running."""
+
+    def __init__(self, module: fx.GraphModule, ghost: Ghost | None = None) -> None:
         super().__init__(module)
         self.shapes: dict[fx.Node, Any] = {}
         self.current: fx.Node | None = None
+        if ghost is not None:
+            self.call_module, self.call_function, self.call_method, self.get_attr = (  # type: ignore[method-assign]
+                functools.partial(ghost.call, kind)
+                for kind in ("call_module", "call_function", "call_method", "get_attr")
+            )
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
@@ -401,12 +409,14 @@ def _attempt(
     if apart:
         unpack(root)
     fixed = False
+    ghost: Ghost | None = None
     if way == "export":
         graph, training, more, fixed = exported(root, inputs, rebatch(inputs, EXPORT_BATCH), who)
         notes += more
     else:
         probes = [rebatch(inputs, PROBE_BATCH), rebatch(inputs, PROBE_BATCH + 2)]
-        graph, training = symbolic(root, probes if way == "shapes" else None, defaults, who)
+        ghost = Ghost(root) if way == "shapes" else None
+        graph, training = symbolic(root, ghost, probes, defaults, who)
     if not closed_too and opaque(graph):
         raise _Closed
     if way != "fx":
@@ -425,9 +435,8 @@ def _attempt(
 
     batch, shapes = 0, {}
     failure: TraceError | None = None
-    ghost = None
     with contextlib.suppress(Exception):  # where it can't be made, running for real shows whether the network works
-        ghost = Ghost(module)
+        ghost = Ghost(module, ghost)
     varies: dict[fx.Node, set[int]] = {}
     for probe in (inputs,) if fixed else (rebatch(inputs, PROBE_BATCH), inputs):
         try:
@@ -482,8 +491,8 @@ def _differing(s: Shape, t: Any) -> set[int]:
 def _propagate(module: fx.GraphModule, ghost: Ghost | None, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
     """The shape of every value in eval mode: of the copy without values, or else by running."""
     try:
-        assert ghost is not None and isinstance(ghost.module, fx.GraphModule)
-        runner = _Shapes(ghost.module)
+        assert ghost is not None and isinstance(ghost.module, fx.GraphModule)  # else it is of the untraced network
+        runner = _Shapes(ghost.module, ghost)
         with mode(ghost.module, False), torch.no_grad(), ghost.fake:
             runner.run(*(ghost.tensor(t) for t in inputs))
         return {n: runner.shapes[g] for n, g in zip(module.graph.nodes, ghost.module.graph.nodes, strict=True)}

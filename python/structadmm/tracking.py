@@ -190,7 +190,12 @@ class Tracker:
         # Results of softmax over an untracked last dimension, which sum to 1.
         self.averages: set[fx.Node] = set()
         self.edges: list[tuple[Ints, Ints]] = []
+        # Additions with ids of their own -> the edges to those of their operands.
+        self.sums: dict[fx.Node, tuple[tuple[Ints, Ints], tuple[Ints, Ints]]] = {}
         self.locks: list[tuple[Ints, str]] = []
+        # What the rule of a node added to these two; of the locks those that say what a tensor is, whoever reads it.
+        self.spans: dict[fx.Node, tuple[slice, slice]] = {}
+        self.lasting: set[int] = set()
         # Channels spread over several dimensions: in every row that has channels left, as many must be left.
         self.grids: list[tuple[fx.Node, Ints]] = []
         # Arrays of ids with equal numbers of rows: where one has channels left, all must.
@@ -238,7 +243,9 @@ class Tracker:
         self.n_ids += n
         return np.arange(self.n_ids - n, self.n_ids)
 
-    def _lock(self, ids: Ints, reason: str) -> None:
+    def _lock(self, ids: Ints, reason: str, lasting: bool = False) -> None:
+        if lasting:
+            self.lasting.add(len(self.locks))
         self.locks.append((ids.reshape(-1), reason))
 
     def _tie(self, ids: Iterable[Ints]) -> None:
@@ -266,7 +273,7 @@ class Tracker:
             facts = Facts(ids, np.zeros(ids.shape, bool), np.zeros(ids.shape))
             self.facts[node] = facts
             self.sources[node] = []
-            self._lock(ids, self.why.pop(node, "not tracked"))
+            self._lock(ids, self.why.pop(node, "not tracked"), lasting=True)
         if facts.ids.size == facts.ids.shape[axis] == shape[axis]:
             return flat(facts)
         self._lock(facts.ids, f"{title(node)} is read along another dimension than its channels'")
@@ -302,7 +309,7 @@ class Tracker:
         if own:
             self.tables[node] = own[0]
         else:
-            self._lock(ids, "one value for all channels")
+            self._lock(ids, "one value for all channels", lasting=True)
         return self.facts[node]
 
     def _expression(self, node: fx.Node, rank: int, tracked: Sequence[int]) -> None:
