@@ -9,15 +9,14 @@
 //
 //   pixels   registers hold MR filters x NR vectors of pixels, weights are broadcast: for narrow panels
 //   filters  registers hold P pixels x NV panels (vectors of filters), pixels are broadcast: needs no stride and no
-//   width
-//            of the map to fill its vectors, only enough filters that share their taps
-//   panel      as pixels, but x comes from a copy in the order of the loop, made by *collect* for some taps and one
-//   tile:
-//            for enough filters that share their taps to pay for it. The loop reads L1 in order, whatever the stride
+//            width of the map to fill its vectors, only enough filters that share their taps
+//   panel    as pixels, but reads x from a copy in the order of its loop, made by *collect* for one tile and some taps:
+//            for enough filters that share their taps to pay for the copy; a stride costs it nothing
 //
 // Pointers need no alignment. pixels and collect read whole vectors (as many as their window) at every
-// PixelVector::offset, filters only the pixels it is given; y is written only where outputs are, residual read only
-// there. x and y do not overlap; residual and y may be the same memory in the same order. Kernels check nothing.
+// PixelVector::offset, filters only the pixels it is given; residual is read, and y written, only where outputs are
+// and, where masks are dear, in the halo between two rows (y: zeros). x and y do not overlap; residual and y may be the
+// same memory in the same order. Kernels check nothing.
 #pragma once
 
 #include <cstdint>

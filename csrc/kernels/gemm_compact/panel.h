@@ -29,7 +29,7 @@ void collect(const CollectArgs& a) {
 constexpr int kFloatsPerLine = 16;
 
 // MR filters at a time, and Tail where no more are left: enough sums to keep two units of multiply-adds busy, whatever
-// NR.
+// NR. Weights and biases of filters that are not there are read (a packed weight has its biases, and zeros, behind it).
 template <class V, int MR, int Tail, int NR>
 void panel(const PanelArgs& a) {
   // Found once for all filters: whether a tile goes to y from registers, as it is.
