@@ -391,6 +391,7 @@ def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
     total(tensors_in(net(x))).backward()
     idle, beside_whole, unexplained, why = 0, 0, {}, Counter[str]()
     held: dict[str, set[int]] | None = None
+    whole = tuple(f"{name}:" for name in small.report.whole)
     for path, m in net.named_modules():
         if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and path not in small.report.whole:
             by_filter = m.weight.transpose(0, 1) if isinstance(m, nn.modules.conv._ConvTransposeNd) else m.weight
@@ -404,11 +405,13 @@ def leftovers(small: Any, x: Tensor) -> dict[str, Any]:
             if int(nothing.sum()) > sum(notes.values()):
                 if held is None:
                     held = held_by_whole(small, x)
-                found = set(without_effect(small, path, nothing.nonzero().flatten().tolist(), x))
-                taken = len(found & held.get(path, set()))
-                beside_whole += taken
-                if len(found) - taken > sum(notes.values()):
-                    unexplained[path] = len(found) - taken - sum(notes.values())
+                taken = set(nothing.nonzero().flatten().tolist()) & held.get(path, set())
+                beside_whole += len(taken)
+                rest = [f for f in nothing.nonzero().flatten().tolist() if f not in taken]
+                # What is noted for the sake of an operation left whole is among those taken.
+                noted = sum(n for reason, n in notes.items() if not reason.startswith(whole))
+                if len(rest) > noted and (more := len(without_effect(small, path, rest, x)) - noted) > 0:
+                    unexplained[path] = more
     return {
         "idle_filters": idle,
         "beside_whole": beside_whole,
