@@ -164,8 +164,8 @@ def versions(rows: list[dict[str, Any]]) -> str:
 
 def on(file: str) -> str:
     """What a title says of a file of another machine, whose instruction set the file is named after."""
-    isa = file.removeprefix("inference_networks").removeprefix("inference_layers").lstrip("_")
-    return f", {isa}" if isa else ""
+    isa = file.removeprefix("inference_networks").removeprefix("inference_layers").removeprefix("latency_plans")
+    return f", {isa.lstrip('_')}" if isa else ""
 
 
 def met(value: float, target: float | None) -> str:
@@ -308,7 +308,7 @@ def scaling(found: list[dict[str, Any]], where: str) -> str:
     return table(f"Two threads{where}", command, note, head, rows)
 
 
-def latency_plans(data: dict[str, Any]) -> str:
+def latency_plans(data: dict[str, Any], file: str = "latency_plans") -> str:
     rows = [
         [r["case"], f"{r['target']:g}x", f"{r['predicted']:.2f}x", ratio(r["measured"]), f"{100 * r['error']:+.1f} %",
          f"{1e3 * r['seconds']['dense']['median']:.2f}", f"{1e3 * r['seconds']['small']['median']:.2f}",
@@ -323,9 +323,33 @@ def latency_plans(data: dict[str, Any]) -> str:
         f"Largest error {worst:.1%}, wanted at most 15 %. {machine(data['rows'][0])}."
     )
     head = ["case", "asked for", "predicted", "measured", "error", "dense, ms", "pruned, ms", "run as"]
-    return table(
-        "Latency plans", "python bench/latency_plans.py --json bench/results/latency_plans.json", note, head, rows
+    command = f"python bench/latency_plans.py --json bench/results/{file}.json"
+    return table(f"Latency plans{on(file)}", command, note, head, rows)
+
+
+def zoo(data: dict[str, Any]) -> str:
+    """Per set of models: how many hold at every rate they were tried at, and the largest difference."""
+    sets: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for name, row in data.items():
+        model = name.rsplit(" ", 1)[0]
+        kind, _, _ = model.partition("/")
+        sets.setdefault(kind, {}).setdefault(model, []).append(row)
+    rows = []
+    for kind, models in sorted(sets.items()):
+        every = [r for found in models.values() for r in found]
+        both = sum(len(found) == 2 and all(r.get("ok") for r in found) for found in models.values())
+        rows.append([
+            kind, str(len(models)), str(both), str(sum(not r.get("ok") for r in every)),
+            *(f"{max((r.get(key, 0.0) for r in every), default=0.0):.1e}" for key in ("float32", "float64")),
+            f"{max(r.get('seconds_graph', 0.0) for r in every):.1f}",
+        ])  # fmt: skip
+    head = ["models", "tried", "hold at 30 and 70 %", "rows that fail", "largest difference, float32", "float64",
+            "slowest graph, s of processor"]  # fmt: skip
+    note = (
+        "Random zero filters and columns; the compacted network against the masked one, relative to the largest "
+        "output. Rows are of the versions at which each was run last."
     )
+    return table("Compaction of the model zoos", "python bench/zoo.py", note, head, rows)
 
 
 def main() -> None:
@@ -338,12 +362,13 @@ def main() -> None:
         inference_networks,
         inference_layers,
         latency_plans,
+        zoo,
     ]
     for part in parts:
         path = RESULTS / f"{part.__name__}.json"
         if path.exists():
             text += part(json.loads(path.read_text()))
-        if part in (inference_networks, inference_layers):
+        if part in (inference_networks, inference_layers, latency_plans):
             for other in sorted(RESULTS.glob(f"{part.__name__}_*.json")):
                 text += part(json.loads(other.read_text()), other.stem)
         if part is main_job:
