@@ -28,6 +28,13 @@ COMPILED = "inductor"
 _pointwise: Any = torch.ops.mkldnn._convolution_pointwise if torch.backends.mkldnn.is_available() else None
 
 
+def _reorders(dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes reordered weights of this dtype on this CPU: bfloat16 needs AVX-512 or AVX-NE-CONVERT."""
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float32
+
+
 class Form(nn.Module):
     """A whole network in a form that torch runs fast. Inputs and outputs are the network's own, any layout.
 
@@ -106,7 +113,7 @@ class VendorConv2d(nn.Conv2d):
         b = self._parameters["bias"]
         if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
             return None
-        if x.dtype not in (torch.float32, torch.bfloat16) or x.dtype is not w.dtype:
+        if x.dtype is not w.dtype or not _reorders(x.dtype):
             return None
         if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
             return None
