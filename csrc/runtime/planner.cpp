@@ -449,8 +449,8 @@ class Planner {
     return mine && r.operand.offset == offset && root(n.inputs[0]) != n.inputs[1];
   }
 
-  // Planes for a chunk that may begin at any image of the batch, or where chunks are always full and larger than the room
-  // behind the batch, at any that leaves it its images.
+  // Planes for a chunk that may begin at any image of the batch, or where chunks are always full and larger than the
+  // room behind the batch, at any that leaves it its images.
   Planes chunk_planes(int v, int64_t images) const {
     Planes p = values_[v].planes;
     const int64_t last = std::min(plan_.batch - 1, plan_.batch + extra_images_ - images);
