@@ -125,11 +125,15 @@ SHARED_HALO = {
     "channels": 1, "filters": 16, "block": 1000, "density": 1.0, "bias": False, "layout": "contiguous", "seed": 3,
 }  # fmt: skip
 
+# The same with stride 1: outputs at 0, 1, 2, 3, 3, 4, 5, 6.
+SHARED_PLACE = SHARED_HALO | {"stride": (1, 1), "size": (2, 2), "batch": 1, "filters": 24, "block": 8}
+
 
 @pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=80, deadline=None)
 @given(c=convolutions())
 @example(c=SHARED_HALO)
+@example(c=SHARED_PLACE)
 def test_conv2d_compact(isa: str, c: dict[str, Any]) -> None:
     use(isa)
     x, w, b, args, sizes = prepare(c)
@@ -214,6 +218,37 @@ def test_many_threads_split_a_large_layer() -> None:
         assert torch.equal(one, ops.conv2d_compact(*args))
 
 
+# Many narrow blocks on one copy of x (AVX2): of one part and of two, read in two runs, alternately, by permutation.
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("channels,size,stride", [(200, 4, 1), (48, 18, 2), (48, 9, 2), (48, 3, 1), (48, 13, 3)])
+def test_blocks_that_share_a_copy(isa: str, channels: int, size: int, stride: int) -> None:
+    use(isa)
+    c = {"groups": 1, "kernel": (3, 3), "dilation": (1, 1), "padding": (1, 1), "stride": (stride, stride)}
+    c |= {"size": (size, size), "batch": 5, "channels": channels, "filters": 252, "block": 8, "density": 0.1}
+    x, w, b, args, sizes = prepare({**c, "bias": True, "layout": "contiguous", "seed": 0})
+    torch.set_num_threads(1)
+    got = ops.conv2d_compact(*args)
+    check_close(got, x, w, b, F.conv2d, *sizes)
+    torch.set_num_threads(3)
+    assert torch.equal(got, ops.conv2d_compact(*args))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_other_taps_of_the_same_shape(isa: str) -> None:
+    use(isa)
+    c = {"groups": 1, "kernel": (3, 3), "dilation": (1, 1), "padding": (1, 1), "stride": (1, 1), "size": (12, 12)}
+    c |= {"batch": 1, "channels": 3, "filters": 32, "bias": False, "layout": "contiguous", "density": 1.0}
+    for block in (32, 8):
+        for first in (0, 1, 2):  # as many taps, in other channels
+            x, w, _, args, sizes = prepare({**c, "block": block, "seed": 0})
+            kept = torch.zeros(27, dtype=torch.bool)
+            kept[9 * first : 9 * first + 9] = True
+            weight, taps = w.flatten(1)[:, kept].flatten(), kept.nonzero().flatten().int().repeat(32 // block)
+            table = (taps, torch.full((32 // block,), block).int(), torch.arange(0, len(taps) + 1, 9).int())
+            got = ops.conv2d_compact(x, weight, None, *table, *args[6:])
+            check_close(got, x, (w.flatten(1) * kept).view_as(w), None, F.conv2d, *sizes)
+
+
 def test_empty_batch_and_filters_without_taps() -> None:
     w, weight, taps, sizes, offsets = make_table(24, 27, 1, 8, 0.0, 0)
     b = torch.randn(24)
@@ -236,8 +271,8 @@ def test_nan_and_infinity_propagate() -> None:
 
 
 # What runs where. Column sparsity holds vectors of filters, or where registers are few collects the pixels of its taps;
-# narrow blocks hold vectors of pixels. Where rows are short pixels are gathered; a whole vector never reads where there
-# is nothing.
+# narrow blocks hold vectors of pixels. Where rows are short pixels are gathered, or collected for many blocks together;
+# a whole vector never reads where there is nothing.
 @pytest.mark.parametrize(
     "isa,x,blocks,kernels",
     [
@@ -253,9 +288,11 @@ def test_nan_and_infinity_propagate() -> None:
         ("amx_bf16", (1, 192, 13, 13), [384], {"filters_6x64__avx512"}),
         ("avx2", (1, 512, 4, 4), [512], {"panel_6x16_gather__avx2"}),
         ("avx2", (1, 192, 13, 13), [384], {"panel_4x24_gather__avx2"}),
-        ("avx2", (1, 64, 32, 32), [64], {"panel_4x24__avx2"}),
+        ("avx2", (1, 128, 32, 32), [128], {"panel_4x24__avx2"}),
+        ("avx2", (1, 512, 4, 4), [8] * 64, {"shared_6x16_gather__avx2"}),
         ("avx2", (1, 64, 1, 1), [8] * 8, {"filters_6x8__avx2"}),
-        ("avx2", (1, 64, 32, 32), [8] * 8, {"pixels_4x24__avx2"}),
+        ("avx2", (1, 64, 32, 32), [8] * 8, {"shared_4x24__avx2"}),
+        ("avx2", (1, 64, 32, 32), [8], {"pixels_4x24__avx2"}),
         ("scalar", (1, 64, 32, 32), [8] * 8, {"pixels_4x8__scalar"}),
     ],
 )

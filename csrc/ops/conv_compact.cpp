@@ -109,7 +109,7 @@ const Plan& kept_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
     Isa isa;
     Plan plan;
   };
-  constexpr size_t kEntries = 64;
+  constexpr size_t kEntries = 128;
   thread_local std::unique_ptr<Entry> entries[kEntries];
   const uint64_t structure = packed.header->structure;
   const uint64_t mix = structure ^ (static_cast<uint64_t>(s.batch) * 0x9e3779b97f4a7c15) ^

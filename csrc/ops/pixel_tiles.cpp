@@ -72,8 +72,34 @@ void for_vectors(Outputs o, const Cut& cut, int lanes, const Begins& begins, con
 
 }  // namespace
 
+// How vectors of a window can be read, by the lanes of all of them.
+class ReadsOf {
+ public:
+  ReadsOf(int window, int lanes) : window_(window), lanes_(lanes) {}
+  void begin() { gap_ = 0; }
+  void add(int lane, int64_t at) {
+    alternate_ = alternate_ && at == 2 * lane;
+    // The second run begins where the distance grows, once. (It shrinks where two outputs read one place of a halo.)
+    const int64_t gap = at - lane;
+    two_runs_ = two_runs_ && (gap == gap_ || gap_ == 0) && gap >= 0 && gap <= lanes_ && (lane > 0 || gap == 0);
+    gap_ = gap;
+  }
+  int64_t gap() const { return gap_; }
+  kernels::Reads reads() const {
+    using enum kernels::Reads;
+    if (window_ != 2) return window_ == 1 ? kWindow1 : kWindow4;
+    return two_runs_ ? kTwoRuns : alternate_ ? kAlternate : kWindow2;
+  }
+
+ private:
+  const int64_t window_, lanes_;
+  bool two_runs_ = true, alternate_ = true;
+  int64_t gap_ = 0;
+};
+
 CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes) {
   CutSize size;
+  ReadsOf reads(cut.window, lanes);
   std::vector<PixelStore> stores;  // of one vector
   const auto settle = [&] {
     for (const PixelStore& s : stores) ++(s.straight && s.count == lanes ? size.whole : size.pieces);
@@ -84,9 +110,14 @@ CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes) {
       [&](int64_t) {
         settle();
         ++size.vectors;
+        reads.begin();
       },
-      [&](const Outputs& o, int lane, int64_t) { add_to_stores(o, lane, lanes, 0, stores); });
+      [&](const Outputs& o, int lane, int64_t at) {
+        add_to_stores(o, lane, lanes, 0, stores);
+        reads.add(lane, at);
+      });
   settle();
+  size.reads = reads.reads();
   return size;
 }
 
@@ -94,15 +125,25 @@ PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::
   PixelTiles t;
   t.window = cut.window;
   t.period = cut.period;
+  ReadsOf reads(cut.window, k.lanes);
   for_vectors(
       Outputs(planes, t.period), cut, k.lanes,
-      [&](int64_t offset) { t.vectors.push_back({offset, static_cast<int32_t>(t.stores.size()), 0, {}}); },
+      [&](int64_t offset) {
+        t.vectors.push_back({offset, static_cast<int32_t>(t.stores.size()), 0, {}});
+        reads.begin();
+      },
       [&](const Outputs& o, int lane, int64_t at) {
         kernels::PixelVector& v = t.vectors.back();
         v.lane[lane] = static_cast<int8_t>(at);
+        reads.add(lane, at);
+        // Lanes that hold no output go on as a run would.
+        for (int i = lane + 1; i < std::min(k.lanes, kernels::kMaxLanes); ++i) {
+          v.lane[i] = static_cast<int8_t>(std::min<int64_t>(i + reads.gap(), cut.window * k.lanes - 1));
+        }
         add_to_stores(o, lane, k.lanes, static_cast<size_t>(v.first_store), t.stores);
         v.stores = static_cast<int32_t>(t.stores.size()) - v.first_store;
       });
+  t.reads = reads.reads();
   for (int c = 0; c < 3; ++c) {
     const auto count = static_cast<int64_t>(t.vectors.size());
     const int64_t tiles = div_up(count, k.nr[c]);

@@ -28,6 +28,7 @@ struct PixelTiles {
     int count;
   };
   int window = 1;  // vectors of x that hold the pixels of one: 1, 2 or 4
+  kernels::Reads reads = kernels::Reads::kWindow1;
   int64_t period = 1;
   std::vector<kernels::PixelVector> vectors;
   std::vector<kernels::PixelStore> stores;
@@ -50,6 +51,7 @@ struct Cut {
 };
 struct CutSize {
   int64_t vectors = 0, whole = 0, pieces = 0;  // stores of a whole vector (the halo in it included), and of less
+  kernels::Reads reads = kernels::Reads::kWindow1;
 };
 CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes);
 PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::GemmCompact& kernels);

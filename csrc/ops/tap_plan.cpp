@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <span>
+#include <utility>
 
 #include "base/check.h"
 #include "base/div_up.h"
@@ -15,7 +17,9 @@ using By = TapPlan::By;
 using Job = TapPlan::Job;
 using Tile = PixelTiles::Tile;
 
-constexpr int64_t kMaxPeriod = 16;  // images in one table of tiles
+constexpr int64_t kMaxPeriod = 16;     // images in one table of tiles
+constexpr int64_t kPanelTaps = 144;    // in a copy of x: it and a panel of weights stay in L1
+constexpr int64_t kSharedTaps = 1536;  // in one for several blocks, of which each panel has few
 
 // Cycles of a job of `taps` taps. What a tile costs besides its taps (its first sums, its stores) was measured in
 // AVX-512.
@@ -38,19 +42,70 @@ double pixels_cost(const GemmCompact& k, int width, int64_t vectors, int window,
   return (cycles * (window > 1 ? kGather : 1.0) * taps + 35.0 * static_cast<double>(vectors)) * (width / k.mr[c]);
 }
 
+double stores_cost(int64_t filters, const CutSize& size) {
+  constexpr double kWhole = 2, kPiece = 8;  // cycles of a store
+  return static_cast<double>(filters) *
+         (kWhole * static_cast<double>(size.whole) + kPiece * static_cast<double>(size.pieces));
+}
+
 // Of a job by the panel kernel, for some filters that share their taps.
-double panel_cost(const GemmCompact& k, int64_t filters, const CutSize& size, int window, double taps) {
+double panel_cost(const GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
   const int nr = k.nr[0];
   const int64_t tiles = div_up(size.vectors, nr), least = size.vectors / tiles, more = size.vectors % tiles;
   const auto tile = [&](int64_t vectors) {
     return taps * (k.panel_cycles[vectors - 1] * static_cast<double>(div_up(filters, 4)) +
-                   k.collect_cycles[window / 2] * static_cast<double>(vectors));
+                   k.collect_cycles[static_cast<int>(size.reads)] * static_cast<double>(vectors));
   };
-  constexpr double kWhole = 2, kPiece = 8;  // cycles of a store
+  return static_cast<double>(tiles - more) * tile(least) +
+         (more == 0 ? 0.0 : static_cast<double>(more) * tile(least + 1)) + stores_cost(filters, size);
+}
+
+// Of several blocks by the panel kernel from one copy of `taps` taps, of which their panels have `all` in sum; panels
+// are `width` wide.
+double shared_cost(const GemmCompact& k, const Packed& packed, const CutSize& size, int64_t taps) {
+  constexpr double kCall = 25, kSum = 1.5;  // cycles of a call, and of a vector of sums that waits for the next part
+  const int64_t tiles = div_up(size.vectors, k.nr[0]), least = size.vectors / tiles, more = size.vectors % tiles;
+  const auto parts = static_cast<double>(div_up(taps, kSharedTaps));
+  const auto tile = [&](int64_t vectors) {
+    double cycles = static_cast<double>(taps * vectors) * k.collect_cycles[static_cast<int>(size.reads)];
+    for (const Panel& p : packed.panels) {
+      cycles += static_cast<double>(p.n_taps * (p.width / 4)) * k.panel_cycles[vectors - 1] +
+                parts * (kCall + kSum * static_cast<double>(p.width * vectors));
+    }
+    return cycles;
+  };
   return static_cast<double>(tiles - more) * tile(least) +
          (more == 0 ? 0.0 : static_cast<double>(more) * tile(least + 1)) +
-         static_cast<double>(filters) *
-             (kWhole * static_cast<double>(size.whole) + kPiece * static_cast<double>(size.pieces));
+         stores_cost(packed.header->out_channels, size);
+}
+
+// The taps of the first panel, or of all of them; `most` in a part.
+Collection collect_taps(const Packed& packed, std::span<const Panel> panels, int64_t most, const auto& offset_of) {
+  std::vector<kernels::Tap> taps;
+  const auto order = [](const kernels::Tap& t) { return std::pair{t.channel, t.position}; };
+  const auto before = [&](const kernels::Tap& a, const kernels::Tap& b) { return order(a) < order(b); };
+  const auto same = [&](const kernels::Tap& a, const kernels::Tap& b) { return order(a) == order(b); };
+  for (const Panel& p : panels) {
+    if (&p != &panels[0] && p.block == (&p)[-1].block) continue;
+    taps.insert(taps.end(), packed.taps + p.first_tap, packed.taps + p.first_tap + p.n_taps);
+  }
+  std::sort(taps.begin(), taps.end(), before);
+  taps.erase(std::unique(taps.begin(), taps.end(), same), taps.end());
+  Collection c;
+  for (const kernels::Tap& t : taps) c.offset.push_back(offset_of(t));
+  const auto count = static_cast<int64_t>(taps.size()), parts = std::max<int64_t>(1, div_up(count, most));
+  for (int64_t i = 0; i <= parts; ++i) c.parts.push_back(i * count / parts);
+  if (panels.front().block == panels.back().block) return c;
+  for (const Panel& p : panels) {
+    int64_t part = 0, at = 0;  // of the part, of the tap in all
+    for (const kernels::Tap *t = packed.taps + p.first_tap, *const end = t + p.n_taps; t != end; ++t) {
+      at = std::lower_bound(taps.begin() + at, taps.end(), *t, before) - taps.begin();
+      for (; part < parts && c.parts[part] <= at; ++part) c.begins.push_back(static_cast<int64_t>(c.slot.size()));
+      c.slot.push_back(static_cast<uint16_t>(at - c.parts[part - 1]));
+    }
+    for (; part <= parts; ++part) c.begins.push_back(static_cast<int64_t>(c.slot.size()));
+  }
+  return c;
 }
 
 // How many images to cut together so that little of the last tile is wasted, as far as `most`; 1 where an image is many
@@ -102,6 +157,8 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
                .planes = {x, y, residual ? *residual : y, g},
                .epilogue = epilogue,
                .position = {},
+               .offset = {},
+               .collections = {},
                .jobs = {},
                .pixels = {},
                .panel = {},
@@ -114,6 +171,10 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
       plan.position.push_back(i * g.dilation[0] * x.pitch + j * g.dilation[1]);
     }
   }
+
+  const auto offset_of = [&](const kernels::Tap& t) {
+    return t.channel * x.channel_stride + plan.position[t.position];
+  };
 
   // Where a window of slack lies behind the last place that is read, vectors may begin anywhere; otherwise those of the
   // last image must not, and the tables of all images are as that of the last.
@@ -166,10 +227,8 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
     filters += packed.panels[i].filters;
     widest = std::max<int64_t>(widest, filters);
   }
-  const auto by_panel_cost = [&](const CutSize& size, int window) {
-    return panel_cost(k, widest, size, window, mean_taps);
-  };
-  const bool panels = k.panel_cycles[0] > 0 && widest >= k.mr[0] * 2;
+  const auto by_panel_cost = [&](const CutSize& size, int) { return panel_cost(k, widest, size, mean_taps); };
+  const bool by_panels = k.panel_cycles[0] > 0, panels = by_panels && widest >= k.mr[0] * 2;
   const Choice panel = !panels            ? Choice{}
                        : g.stride[1] == 1 ? choose({1, 2}, by_panel_cost)
                                           : choose({2, 4}, by_panel_cost);
@@ -179,6 +238,7 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
                     [&](int64_t n) { return filters_cost(k, 0, 1, n * outputs, mean_taps); });
 
   const double pieces = outputs < k.lanes ? 1.25 : 1.0;  // a vector over several images is stored in pieces
+  double total = 0;                                      // of an image
   bool any[3] = {};
   const auto add = [&](const Job& job) {
     plan.jobs.push_back(job);
@@ -214,15 +274,42 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
         ++p;
       }
     }
-    if (panel.cut.window != 0 &&
-        panel_cost(k, filters, panel.size, panel.cut.window, taps) < cost * static_cast<double>(panel.cut.period)) {
+    const double by_panel =
+        panel.cut.window == 0 ? 0 : panel_cost(k, filters, panel.size, taps) / static_cast<double>(panel.cut.period);
+    if (panel.cut.window != 0 && by_panel < cost) {
       jobs = {{By::kPanel, i, static_cast<int>(end - i)}};
+      cost = by_panel;
     }
-    for (const Job& job : jobs) add(job);
+    for (Job job : jobs) {
+      if (job.by == By::kPanel) {
+        job.collection = static_cast<int>(plan.collections.size());
+        plan.collections.push_back(collect_taps(packed, packed.panels.subspan(i, job.panels), kPanelTaps, offset_of));
+      }
+      add(job);
+    }
+    total += cost;
     i = end;
   }
-  if (any[static_cast<int>(By::kPixels)]) plan.pixels = cut_vectors(plan.planes, pixels.cut, k);
-  if (any[static_cast<int>(By::kPanel)]) plan.panel = cut_vectors(plan.planes, panel.cut, k);
+  // All blocks from one copy, instead?
+  Cut panel_cut = panel.cut;
+  if (by_panels && count > 0 && packed.panels.front().block != packed.panels.back().block) {
+    Collection all = collect_taps(packed, packed.panels, kSharedTaps, offset_of);
+    const auto taps = static_cast<int64_t>(all.offset.size());
+    const auto cost = [&](const CutSize& size, int) { return shared_cost(k, packed, size, taps); };
+    const Choice shared = g.stride[1] == 1 ? choose({1, 2}, cost) : choose({2, 4}, cost);
+    if (shared.cut.window != 0 && shared.cost < total) {
+      plan.jobs = {{By::kPanel, 0, static_cast<int>(count)}};
+      plan.collections = {std::move(all)};
+      panel_cut = shared.cut;
+      any[static_cast<int>(By::kPixels)] = any[static_cast<int>(By::kFilters)] = false;
+      any[static_cast<int>(By::kPanel)] = true;
+    }
+  }
+  if (any[static_cast<int>(By::kPixels)]) {
+    plan.pixels = cut_vectors(plan.planes, pixels.cut, k);
+    for (int64_t t = 0; by_panels && t < h.taps; ++t) plan.offset.push_back(offset_of(packed.taps[t]));
+  }
+  if (any[static_cast<int>(By::kPanel)]) plan.panel = cut_vectors(plan.planes, panel_cut, k);
   if (any[static_cast<int>(By::kFilters)]) plan.filters = cut_pixels(plan.planes, filters_period, k.lanes);
   return plan;
 }
@@ -243,8 +330,12 @@ std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) 
     const PixelTiles& t = job.by == By::kPanel ? plan.panel : plan.pixels;
     int most = 0;
     for (const Tile& tile : t.tiles[c]) most = std::max(most, tile.count);
-    names.push_back(job.by == By::kPanel ? name("panel_", k.panel_rows[most - 1], most * k.lanes, t.window)
-                                         : name("pixels_", k.mr[c], most * k.lanes, t.window));
+    if (job.by == By::kPanel) {
+      const bool shared = !plan.collections[job.collection].slot.empty();
+      names.push_back(name(shared ? "shared_" : "panel_", k.panel_rows[most - 1], most * k.lanes, t.window));
+    } else {
+      names.push_back(name("pixels_", k.mr[c], most * k.lanes, t.window));
+    }
   }
   return names;
 }

@@ -19,20 +19,35 @@
 
 namespace structadmm {
 
+// What is copied of x for some panels, in parts: all their taps in order, each once.
+struct Collection {
+  std::vector<int64_t> offset;  // in x of each tap
+  std::vector<int64_t> parts;   // where each part begins, and the end
+  // Where the panels do not all read all taps: of each tap that one reads, its place in the part; and per panel, where
+  // in `slot` its parts begin, and the end.
+  std::vector<uint16_t> slot;
+  std::vector<int64_t> begins;
+
+  int64_t count() const { return static_cast<int64_t>(parts.size()) - 1; }
+};
+
 struct TapPlan {
-  // Some panels of weights that share their taps, under the filters or the panel kernel, or one under the pixels
-  // kernel.
+  // Some panels of weights under the panel kernel, from a copy of x (of one block, or of all), or under the filters
+  // kernel (of one block), or one panel that reads the planes under the pixels or the panel kernel.
   enum class By { kPixels, kFilters, kPanel };
   struct Job {
     By by;
     int64_t panel;
     int panels;
+    int collection = 0;
   };
 
   const kernels::GemmCompact* kernels;
   ConvPlanes planes;
   Epilogue epilogue;
   std::vector<int64_t> position;  // offset of each kernel position
+  std::vector<int64_t> offset;    // in x of all taps of the weight, where panel kernels read the planes
+  std::vector<Collection> collections;
   std::vector<Job> jobs;
   PixelTiles pixels, panel;
   FilterTiles filters;

@@ -11,6 +11,7 @@ namespace structadmm {
 namespace {
 
 using kernels::FiltersArgs;
+using kernels::From;
 using kernels::GemmCompact;
 using kernels::Output;
 using kernels::PanelArgs;
@@ -26,7 +27,6 @@ constexpr int64_t kSpan = kernels::kMaxSpan;
 constexpr int64_t kBlockFloats = 6 * 1024;   // of the weights of a job, which tiles of a span read from L1
 constexpr int64_t kFarStrips = 4;            // of x, with more of which it does not stay in L2
 constexpr int64_t kFarWeights = 256 * 1024;  // floats, likewise
-constexpr int64_t kPanelTaps = 144;          // in a panel of x: it and a panel of weights stay in L1
 constexpr int64_t kPanelTiles = 8;           // collected at a time: with their sums they stay in L2
 
 // Tiles (by the panel kernel: and panels) of one job over `images` images.
@@ -67,6 +67,23 @@ void to_image(const TapPlan& plan, const Output& first, int64_t image, int64_t i
   o.y = first.y + image * plan.planes.y.image_stride;
   if (first.residual) o.residual = first.residual + image * plan.planes.residual.image_stride;
   o.images = static_cast<int>(images);
+}
+
+// The vectors of a tile that belong to the first `images` images.
+struct Some {
+  const kernels::PixelVector* vectors;
+  int count;
+};
+Some there(const PixelTiles& t, const Tile& tile, int64_t images) {
+  Some some{t.vectors.data() + tile.first, tile.count};
+  while (some.count > 0 && t.stores[some.vectors[some.count - 1].first_store].image >= images) --some.count;
+  return some;
+}
+
+int64_t most_taps(const Collection& c) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < c.count(); ++i) most = std::max(most, c.parts[i + 1] - c.parts[i]);
+  return most;
 }
 
 void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
@@ -185,8 +202,9 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
   const bool far = plan.position.size() == 1 && share.far() && fetches < k.nr[c];
   for (int64_t u = share.begin; u < share.end; ++u) {
     const int64_t image = u / tiles * t.period, images = std::min(t.period, data.images - image);
-    const Tile& tile = t.tiles[c][u % tiles];
-    a.vectors = t.vectors.data() + tile.first;
+    const auto [vectors, n] = there(t, t.tiles[c][u % tiles], images);
+    if (n == 0) continue;
+    a.vectors = vectors;
     if (far) {
       const int64_t ahead = u + share.end - share.begin;
       const Tile& later = t.tiles[c][ahead % tiles];
@@ -194,9 +212,6 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
                                           (ahead / tiles * t.period - image) * plan.planes.x.image_stride
                                     : 0;
     }
-    int n = tile.count;
-    while (n > 0 && t.stores[a.vectors[n - 1].first_store].image >= images) --n;
-    if (n == 0) continue;
     a.x = data.x + image * plan.planes.x.image_stride;
     to_image(plan, out, image, images, a.out);
     // One behind the other, so that all but the first find x in L1.
@@ -212,28 +227,67 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
   }
 }
 
-// Unit u is panel u % job.panels of tile u / job.panels. The taps go in blocks: x at the taps of a block and the pixels
-// of some tiles is collected once for all panels, whose sums wait for the next block in memory. Several tiles at a
-// time, for all of them read the weights.
+// As run_pixels, by the panel kernel: all filters of the panel in one call.
+void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
+  const auto& t = plan.pixels;
+  const Panel& panel = packed.panels[job.panel];
+  const auto& kernel = plan.kernels->panel_kernel[static_cast<int>(From::kPlanes)];
+  const auto& all = t.tiles[kernels::width_class(panel.width)];
+  const auto tiles = static_cast<int64_t>(all.size());
+  const Output out = output_of(plan, data, panel.first_filter);
+  PanelArgs a{.offset = plan.offset.data() + panel.first_tap,
+              .n_taps = panel.n_taps,
+              .w = packed.weights + panel.weight,
+              .w_stride = panel.width,
+              .filters = panel.filters,
+              .bias = packed.bias + panel.first_filter,
+              .vectors = nullptr,
+              .out = out};
+  a.out.stores = t.stores.data();
+  for (int64_t u = share.begin; u < share.end; ++u) {
+    const int64_t image = u / tiles * t.period, images = std::min(t.period, data.images - image);
+    const auto [vectors, count] = there(t, all[u % tiles], images);
+    if (count == 0) continue;
+    a.vectors = vectors;
+    a.x = data.x + image * plan.planes.x.image_stride;
+    to_image(plan, out, image, images, a.out);
+    kernel[count - 1](a);
+  }
+}
+
+// Unit u is panel u % job.panels of tile u / job.panels. The taps go in parts: x at those of a part and the pixels of
+// some tiles is collected once for all panels, whose sums wait for the next part in memory. Several tiles at a time,
+// for all of them read the weights.
 void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
   const GemmCompact& k = *plan.kernels;
   const auto& t = plan.panel;
+  const Collection& c = plan.collections[job.collection];
+  const bool shared = !c.slot.empty();
+  const auto& kernel = k.panel_kernel[static_cast<int>(shared ? From::kSlots : From::kCopy)];
   const auto tiles = static_cast<int64_t>(t.tiles[0].size());
-  const Panel& first = packed.panels[job.panel];
-  const int64_t blocks = std::max<int64_t>(1, div_up(first.n_taps, kPanelTaps));
   const int64_t tile_floats = k.nr[0] * k.lanes, panel_floats = kernels::kMaxPanel * tile_floats;
-  const int64_t most = std::clamp<int64_t>((share.end - share.begin) / job.panels, 1, kPanelTiles);
-  float* const collected = scratch(most * (kPanelTaps * tile_floats + job.panels * panel_floats), Scratch::kPanel);
-  float* const sums = collected + most * kPanelTaps * tile_floats;
+  const int64_t copy_floats = most_taps(c) * tile_floats;
+  const int64_t most = shared ? 1 : std::clamp<int64_t>((share.end - share.begin) / job.panels, 1, kPanelTiles);
+  float* const copies = scratch(most * (copy_floats + job.panels * panel_floats), Scratch::kPanel);
+  float* const sums = copies + most * copy_floats;
+  struct {
+    Some some;
+    int64_t image, images;
+  } at[kPanelTiles];
+  // The taps of panel j in a part: from which of its own on, and behind which.
+  const auto own = [&](int64_t j, int64_t part) {
+    if (!shared) return std::pair{c.parts[part], c.parts[part + 1]};
+    const int64_t* const begins = c.begins.data() + j * c.parts.size() + part;
+    return std::pair{begins[0], begins[1]};
+  };
+  const auto first_of = [&](int64_t j) { return shared ? c.begins[j * c.parts.size()] : 0; };
   const auto weights = [&](int64_t j, int64_t tap) {
     const Panel& p = packed.panels[job.panel + j];
-    return packed.weights + p.weight + tap * p.width;
+    return packed.weights + p.weight + (tap - first_of(j)) * p.width;
   };
-  struct {
-    const kernels::PixelVector* vectors;
-    int count;
-    int64_t image, images;
-  } some[kPanelTiles];
+  const Output out = output_of(plan, data, 0);
+  PanelArgs a{.n_taps = 0, .w = nullptr, .w_stride = 0, .filters = 0, .bias = nullptr, .vectors = nullptr, .out = out};
+  a.out.stores = t.stores.data();
   for (int64_t unit = share.begin; unit < share.end;) {
     // Whole tiles, or a part of the panels of one.
     const int64_t from = unit % job.panels, left = share.end - unit;
@@ -241,49 +295,53 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
     const int64_t to = n > 1 ? job.panels : std::min<int64_t>(job.panels, from + left);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t u = unit / job.panels + i, image = u / tiles * t.period;
-      const Tile& tile = t.tiles[0][u % tiles];
-      some[i] = {t.vectors.data() + tile.first, tile.count, image, std::min(t.period, data.images - image)};
-      while (some[i].count > 0 && t.stores[some[i].vectors[some[i].count - 1].first_store].image >= some[i].images) {
-        --some[i].count;
-      }
+      const int64_t images = std::min(t.period, data.images - image);
+      at[i] = {there(t, t.tiles[0][u % tiles], images), image, images};
     }
     unit += n > 1 ? n * job.panels : to - from;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t begin = block * first.n_taps / blocks, taps = (block + 1) * first.n_taps / blocks - begin;
+    for (int64_t part = 0; part < c.count(); ++part) {
       for (int64_t i = 0; i < n; ++i) {
-        if (some[i].count == 0) continue;
-        k.collect[t.window / 2][some[i].count - 1]({.x = data.x + some[i].image * plan.planes.x.image_stride,
-                                                    .channel_stride = plan.planes.x.channel_stride,
-                                                    .position_offset = plan.position.data(),
-                                                    .taps = packed.taps + first.first_tap + begin,
-                                                    .n_taps = taps,
-                                                    .vectors = some[i].vectors,
-                                                    .panel = collected + i * kPanelTaps * tile_floats});
+        if (at[i].some.count == 0) continue;
+        k.collect[static_cast<int>(t.reads)][at[i].some.count - 1](
+            {.x = data.x + at[i].image * plan.planes.x.image_stride,
+             .offset = c.offset.data() + c.parts[part],
+             .n_taps = c.parts[part + 1] - c.parts[part],
+             .vectors = at[i].some.vectors,
+             .copy = copies + i * copy_floats});
       }
-      for (int64_t j = from; j < to; ++j) {
+      a.last = part == c.count() - 1;
+      const auto run = [&](int64_t j, int64_t i) {
+        if (at[i].some.count == 0) return;
         const Panel& p = packed.panels[job.panel + j];
-        const auto& kernel = k.panel_kernel;
-        const Output out = output_of(plan, data, p.first_filter);
-        PanelArgs a{.panel = nullptr,
-                    .n_taps = taps,
-                    .w = weights(j, begin),
-                    .w_stride = p.width,
-                    .filters = p.filters,
-                    .bias = block == 0 ? packed.bias + p.first_filter : nullptr,
-                    .sums = nullptr,
-                    .last = block == blocks - 1,
-                    .next = nullptr,
-                    .vectors = nullptr,
-                    .out = out};
-        a.out.stores = t.stores.data();
+        const auto [begin, end] = own(j, part);
+        a.copy = copies + i * copy_floats;
+        a.slot = shared ? c.slot.data() + begin : nullptr;
+        a.n_taps = end - begin;
+        a.w = weights(j, begin);
+        a.w_stride = p.width;
+        a.filters = p.filters;
+        a.bias = part == 0 ? packed.bias + p.first_filter : nullptr;
+        a.sums = sums + (i * job.panels + j) * panel_floats;
+        a.next = nullptr;
+        if (i == n - 1 || shared)
+          a.next = j + 1 < to ? weights(j + 1, own(j + 1, part).first) : weights(from, own(from, part).second);
+        a.vectors = at[i].some.vectors;
+        a.out.y = out.y + p.first_filter * out.y_stride + at[i].image * plan.planes.y.image_stride;
+        if (out.residual) {
+          a.out.residual =
+              out.residual + p.first_filter * out.residual_stride + at[i].image * plan.planes.residual.image_stride;
+        }
+        a.out.images = static_cast<int>(at[i].images);
+        kernel[at[i].some.count - 1](a);
+      };
+      // In L1 are a copy and a panel of weights. Of few taps a panel's weights are less than the copy.
+      if (shared) {
         for (int64_t i = 0; i < n; ++i) {
-          if (some[i].count == 0) continue;
-          a.panel = collected + i * kPanelTaps * tile_floats;
-          a.sums = sums + (i * job.panels + j) * panel_floats;
-          a.vectors = some[i].vectors;
-          if (i == n - 1) a.next = weights(j + 1 < to ? j + 1 : from, j + 1 < to ? begin : begin + taps);
-          to_image(plan, out, some[i].image, some[i].images, a.out);
-          kernel[some[i].count - 1](a);
+          for (int64_t j = from; j < to; ++j) run(j, i);
+        }
+      } else {
+        for (int64_t j = from; j < to; ++j) {
+          for (int64_t i = 0; i < n; ++i) run(j, i);
         }
       }
     }
@@ -319,9 +377,10 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
         const int64_t begin = low + std::max<int64_t>(0, first - at), end = std::min(high, low + last - at);
         at += high - low;
         if (begin >= end) continue;
-        (job.by == By::kFilters ? run_filters
-         : job.by == By::kPanel ? run_panel
-                                : run_pixels)(plan, packed, job, data, {begin, end, n});
+        (job.by == By::kFilters             ? run_filters
+         : job.by == By::kPanel             ? run_panel
+         : plan.kernels->panel_kernel[0][0] ? run_planes
+                                            : run_pixels)(plan, packed, job, data, {begin, end, n});
       }
     }
   });

@@ -170,6 +170,7 @@ PackedBytes pack(const char* op, const TapTable& t) {
     for (const int64_t v : {int64_t{p.filters}, int64_t{p.width}, int64_t{p.block}, p.n_taps})
       h.structure = hash(h.structure, v);
   }
+  for (const int32_t tap : t.taps) h.structure = hash(h.structure, tap);
   h.panels = static_cast<int64_t>(panels.size());
   h.taps = static_cast<int64_t>(t.taps.size());
   h.channels = std::count(read.begin(), read.end(), 1);

@@ -33,7 +33,7 @@ __all__ = ["ChannelBias", "CompactConv2d", "CompactLinear"]
 # Speed by filters in a block, relative to blocks of 32 and more (measured: bench/conv_compact.py).
 _EFFICIENCY = {
     "avx512": {32: 1.0, 16: 0.9, 8: 0.9, 4: 0.75},
-    "avx2": {32: 1.0, 16: 1.0, 8: 0.9, 4: 0.9},
+    "avx2": {32: 1.0, 16: 1.0, 8: 0.95, 4: 0.85},
     "scalar": {32: 1.0, 16: 1.0, 8: 0.95, 4: 0.95},
 }
 _EFFICIENCY["avx512_bf16"] = _EFFICIENCY["amx_bf16"] = _EFFICIENCY["avx512"]  # these layers are float32

@@ -10,10 +10,12 @@
 //   pixels   registers hold MR filters x NR vectors of pixels, weights are broadcast: for narrow panels
 //   filters  registers hold P pixels x NV panels (vectors of filters), pixels are broadcast: needs no stride and no
 //            width of the map to fill its vectors, only enough filters that share their taps
-//   panel    as pixels, but reads x from a copy in the order of its loop, made by *collect* for one tile and some taps:
-//            for enough filters that share their taps to pay for the copy; a stride costs it nothing
+//   panel    as pixels, for all filters of a panel, and from one of three places (enum From): from a copy of x in the
+//            order of its loop, made by *collect* for one tile and some taps; from a copy of the taps of several
+//            blocks, of which it has some; or from the planes. A copy pays where enough filters share it; a stride
+//            costs it nothing
 //
-// Pointers need no alignment. pixels and collect read whole vectors (as many as their window) at every
+// Pointers need no alignment. pixels, panel and collect read whole vectors (as many as their window) at every
 // PixelVector::offset, filters only the pixels it is given; residual is read, and y written, only where outputs are
 // and, where masks are dear, in the halo between two rows (y: zeros). x and y do not overlap; residual and y may be the
 // same memory in the same order. Kernels check nothing.
@@ -52,6 +54,11 @@ struct PixelVector {
   int8_t lane[kMaxLanes];
 };
 
+// How collect reads a vector. The last two are of a window of two vectors: places in two runs (lane[i] = i up to some
+// lane, i + a number of at most `lanes` from there on), or every other place (lane[i] = 2 i).
+enum class Reads { kWindow1, kWindow2, kWindow4, kTwoRuns, kAlternate };
+inline constexpr int kReads = 5;
+
 struct Output {
   float* y;
   int64_t y_stride;  // from filter to filter
@@ -77,27 +84,33 @@ struct PixelsArgs {
   Output out;                  // its stores are those that the vectors count
 };
 
-// panel[t][v] = the vector v at tap t. A panel is whole vectors, one behind the other.
+// copy[t][v] = the vector v at tap t: whole vectors, one behind the other.
 struct CollectArgs {
   const float* x;
-  int64_t channel_stride;
-  const int64_t* position_offset;
-  const Tap* taps;
+  const int64_t* offset;  // [n_taps] in x
   int64_t n_taps;
   const PixelVector* vectors;  // [NR]
-  float* panel;                // aligned to a vector
+  float* copy;                 // aligned to a vector
 };
 
+// Where the panel kernel finds tap t: the t-th of the copy, the slot[t]-th of it, or in x from offset[t] on.
+enum class From { kCopy, kSlots, kPlanes };
+inline constexpr int kFrom = 3;
+
 struct PanelArgs {
-  const float* panel;  // of collect
+  const float* copy = nullptr;      // of collect
+  const uint16_t* slot = nullptr;   // [n_taps]
+  const float* x = nullptr;         // a window of one vector
+  const int64_t* offset = nullptr;  // [n_taps]
   int64_t n_taps;
   const float* w;  // [n_taps][w_stride]
   int64_t w_stride;
-  int filters;        // 1 to the width of the panel of weights
-  const float* bias;  // null where the sums go on from `sums`
-  float* sums;        // [width of the panel][NR][lanes], of which a kernel may write all
-  bool last;          // whether the sums are whole and go to y; otherwise to `sums`
-  const float* next;  // if given, n_taps lines from here on are fetched meanwhile: the weights of the next call
+  int filters;            // 1 to the width of the panel of weights
+  const float* bias;      // null where the sums go on from `sums`
+  float* sums = nullptr;  // [width of the panel][NR][lanes], of which a kernel may write all
+  bool last = true;       // whether the sums are whole and go to y; otherwise to `sums`
+  const float* next =
+      nullptr;  // if given, n_taps lines from here on are fetched meanwhile: the weights of the next call
   const PixelVector* vectors;
   Output out;
 };
@@ -166,10 +179,12 @@ struct GemmCompact {
   PixelsKernel pixels_kernel[2][3][kMaxVectors];            // [gather][width class][NR - 1]
   FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]
   int panel_rows[kMaxVectors] = {};                         // filters at a time: [NR - 1]
-  double panel_cycles[kMaxVectors] = {};                    // as pixels_cycles, for 4 filters; 0: no panel kernels
-  double collect_cycles[3] = {};                            // of a tap and vector: window of 1, 2, 4
-  CollectKernel collect[3][kMaxVectors] = {};               // [window of 1, 2, 4][NR - 1]
-  PanelKernel panel_kernel[kMaxVectors] = {};               // [NR - 1]
+  // As pixels_cycles, for 4 filters, from a copy; 0: no panel kernels. Where there are some, they run what pixels
+  // kernels would.
+  double panel_cycles[kMaxVectors] = {};
+  double collect_cycles[kReads] = {};                 // of a tap and vector
+  CollectKernel collect[kReads][kMaxVectors] = {};    // [Reads][NR - 1]
+  PanelKernel panel_kernel[kFrom][kMaxVectors] = {};  // [From][NR - 1]
   SpreadKernel spread;
 };
 

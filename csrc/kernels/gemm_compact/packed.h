@@ -21,7 +21,7 @@ struct PackedHeader {
   char magic[8];
   int32_t layout;
   int32_t in_channels, out_channels, conv_groups, kernel_h, kernel_w;
-  uint64_t structure;  // hash of these sizes and the panels: what a schedule depends on, besides the input
+  uint64_t structure;  // hash of these sizes, the panels and the taps: what a plan depends on, besides the input
   int64_t bytes;
   int64_t panels, taps, channels, weights;                       // counts
   int64_t panels_at, taps_at, channels_at, weights_at, bias_at;  // byte offsets

@@ -1,26 +1,32 @@
 // collect and panel over a type V of vectors: see generic.h, behind which it is included.
 
-template <class V, int Window, int NR>
+template <class V, Reads R, int NR>
 void collect(const CollectArgs& a) {
   const float* base[NR];
   typename V::Index index[NR];
+  int64_t gap[NR] = {};
 #pragma GCC unroll 8
   for (int v = 0; v < NR; ++v) {
     base[v] = a.x + a.vectors[v].offset;
-    if constexpr (Window > 1) index[v] = V::index(a.vectors[v].lane);
+    if constexpr (R == Reads::kTwoRuns) gap[v] = a.vectors[v].lane[V::kLanes - 1] - (V::kLanes - 1);
+    if constexpr (R != Reads::kWindow1) index[v] = V::index(a.vectors[v].lane);
   }
-  float* to = a.panel;
-  for (const Tap *t = a.taps, *const end = t + a.n_taps; t != end; ++t, to += NR * V::kLanes) {
-    const int64_t offset = t->channel * a.channel_stride + a.position_offset[t->position];
+  float* to = a.copy;
+  for (int64_t t = 0; t < a.n_taps; ++t, to += NR * V::kLanes) {
 #pragma GCC unroll 8
     for (int v = 0; v < NR; ++v) {
-      const float* const at = base[v] + offset;
-      if constexpr (Window == 1) {
-        V::store(to + v * V::kLanes, V::load(at));
-      } else if constexpr (Window == 2) {
-        V::store(to + v * V::kLanes, V::gather(at, index[v]));
+      const float* const at = base[v] + a.offset[t];
+      const auto put = [&](typename V::Reg r) { V::store(to + v * V::kLanes, r); };
+      if constexpr (R == Reads::kWindow1) {
+        put(V::load(at));
+      } else if constexpr (R == Reads::kWindow2) {
+        put(V::gather(at, index[v]));
+      } else if constexpr (R == Reads::kWindow4) {
+        put(V::gather4(at, index[v]));
+      } else if constexpr (R == Reads::kTwoRuns) {
+        put(V::two_runs(at, at + gap[v], index[v]));
       } else {
-        V::store(to + v * V::kLanes, V::gather4(at, index[v]));
+        put(V::alternate(at));
       }
     }
   }
@@ -30,13 +36,16 @@ constexpr int kFloatsPerLine = 16;
 
 // MR filters at a time, and Tail where no more are left: enough sums to keep two units of multiply-adds busy, whatever
 // NR. Weights and biases of filters that are not there are read (a packed weight has its biases, and zeros, behind it).
-template <class V, int MR, int Tail, int NR>
+template <class V, From F, int MR, int Tail, int NR>
 void panel(const PanelArgs& a) {
+  // Twice Tail, where each has sums enough, rather than MR of which some filters are not there.
+  constexpr int kTail = Tail * NR >= 8 ? 2 * Tail : Tail;
   // Found once for all filters: whether a tile goes to y from registers, as it is.
   const Output& o = a.out;
   bool whole = a.last && o.epilogue.activation == Activation::kClamp;
   float* y[NR];
   const float* residual[NR];
+  const float* base[NR];
   typename V::Lanes lanes[NR];
 #pragma GCC unroll 8
   for (int v = 0; v < NR; ++v) {
@@ -45,6 +54,7 @@ void panel(const PanelArgs& a) {
     y[v] = o.y + s.y;
     residual[v] = o.residual ? o.residual + s.residual : nullptr;
     lanes[v] = V::lanes(s.lanes);
+    if constexpr (F == From::kPlanes) base[v] = a.x + a.vectors[v].offset;
   }
   const auto some = [&](auto rows, int first) {
     constexpr int kRows = decltype(rows)::value;
@@ -58,15 +68,21 @@ void panel(const PanelArgs& a) {
       }
     }
     const auto run = [&](auto fetch) {
-      const float *w = a.w + first, *x = a.panel, *next = a.next;
-      for (int64_t t = a.n_taps; t > 0; --t, w += a.w_stride, x += NR * V::kLanes) {
+      const float *w = a.w + first, *next = a.next;
+      for (int64_t t = 0; t < a.n_taps; ++t, w += a.w_stride) {
         if constexpr (decltype(fetch)::value) {
           __builtin_prefetch(next);
           next += kFloatsPerLine;
         }
         typename V::Reg px[NR];
 #pragma GCC unroll 8
-        for (int v = 0; v < NR; ++v) px[v] = V::load(x + v * V::kLanes);
+        for (int v = 0; v < NR; ++v) {
+          if constexpr (F == From::kPlanes) {
+            px[v] = V::load(base[v] + a.offset[t]);
+          } else {
+            px[v] = V::load(a.copy + ((F == From::kCopy ? t : a.slot[t]) * NR + v) * V::kLanes);
+          }
+        }
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
           const typename V::Reg wm = V::broadcast(w + m);
@@ -115,16 +131,14 @@ void panel(const PanelArgs& a) {
     }
   };
   int first = 0;
-  for (; a.filters - first > Tail; first += MR) some(std::integral_constant<int, MR>{}, first);
+  for (; a.filters - first > kTail; first += MR) some(std::integral_constant<int, MR>{}, first);
   if constexpr (Tail > 0) {
-    if (first < a.filters) some(std::integral_constant<int, Tail>{}, first);
+    for (; first < a.filters; first += Tail) some(std::integral_constant<int, Tail>{}, first);
   }
 }
 
-// Rows of the tables of struct GemmCompact.
-template <class V, int... I>
-constexpr void fill_collect(CollectKernel (&table)[3][kMaxVectors], std::integer_sequence<int, I...>) {
-  ((table[0][I] = &collect<V, 1, I + 1>), ...);
-  ((table[1][I] = &collect<V, 2, I + 1>), ...);
-  ((table[2][I] = &collect<V, 4, I + 1>), ...);
+// A row of the table of struct GemmCompact.
+template <class V, Reads R, int... I>
+constexpr void fill_collect(GemmCompact& g, std::integer_sequence<int, I...>) {
+  ((g.collect[static_cast<int>(R)][I] = &collect<V, R, I + 1>), ...);
 }

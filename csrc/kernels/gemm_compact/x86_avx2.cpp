@@ -80,6 +80,19 @@ struct Vec8 {
     return _mm256_blendv_ps(gather(p, i), gather(p + 16, i), _mm256_castsi256_ps(_mm256_slli_epi32(i, 27)));
   }
 
+  // Lane n from the n-th place of the second run, where `i` says that it lies behind the first.
+  static Reg two_runs(const float* first, const float* second, Index i) {
+    const __m256i behind = _mm256_cmpgt_epi32(i, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm256_blendv_ps(load(first), load(second), _mm256_castsi256_ps(behind));
+  }
+  // Loaded in such halves that one shuffle within 128 bits puts them in order.
+  static Reg alternate(const float* p) {
+    const auto halves = [](const float* at) {
+      return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at)), _mm_loadu_ps(at + 8), 1);
+    };
+    return _mm256_shuffle_ps(halves(p), halves(p + 4), 0x88);
+  }
+
   // Halves of two rows make one vector by loads that insert; what is left are shuffles within 128 bits.
   static void transpose(const float* sums, int64_t stride, float (&out)[8][8]) {
 #pragma GCC unroll 2
@@ -110,6 +123,14 @@ struct Vec4 {
   static void store(float* p, Reg r) { _mm_storeu_ps(p, r); }
 };
 
+template <From F>
+constexpr void fill_panel(GemmCompact& g) {
+  auto& row = g.panel_kernel[static_cast<int>(F)];
+  row[0] = &panel<Vec8, F, 8, 4, 1>;
+  row[1] = &panel<Vec8, F, 6, 4, 2>;
+  row[2] = &panel<Vec8, F, 4, 0, 3>;
+}
+
 constexpr GemmCompact make() {
   GemmCompact g{.isa = "avx2",
                 .lanes = 8,
@@ -118,21 +139,24 @@ constexpr GemmCompact make() {
                 .nr = {3, 3, 3},
                 .nv = {1, 1, 1},
                 .gather = false,
-                .pixels_cycles = {{4.5, 5, 7}, {4.5, 5, 7}, {4.5, 5, 7}},
+                .pixels_cycles = {{2.8, 4.5, 6.5}, {2.8, 4.5, 6.5}, {2.8, 4.5, 6.5}},
                 .filters_cycles = {{9}, {6.5}, {6.5}},
                 .pixels_kernel = {},
                 .filters_kernel = {},
                 .panel_rows = {8, 6, 4},
                 .panel_cycles = {2.6, 4.3, 6.2},
-                .collect_cycles = {1.5, 3, 6},
+                .collect_cycles = {1.5, 4.2, 8, 2, 2.5},
                 .collect = {},
                 .panel_kernel = {},
                 .spread = &spread<Vec8>};
-  for (auto& row : g.pixels_kernel[0]) fill_pixels<Vec8, 4, false>(row, upto<3>());
-  fill_collect<Vec8>(g.collect, upto<3>());
-  g.panel_kernel[0] = &panel<Vec8, 8, 4, 1>;
-  g.panel_kernel[1] = &panel<Vec8, 6, 4, 2>;
-  g.panel_kernel[2] = &panel<Vec8, 4, 0, 3>;
+  fill_collect<Vec8, Reads::kWindow1>(g, upto<3>());
+  fill_collect<Vec8, Reads::kWindow2>(g, upto<3>());
+  fill_collect<Vec8, Reads::kWindow4>(g, upto<3>());
+  fill_collect<Vec8, Reads::kTwoRuns>(g, upto<3>());
+  fill_collect<Vec8, Reads::kAlternate>(g, upto<3>());
+  fill_panel<From::kCopy>(g);
+  fill_panel<From::kSlots>(g);
+  fill_panel<From::kPlanes>(g);
   fill_filters<Vec8, 16, 1>(g.filters_kernel[0][0], upto<6>());
   fill_filters<Vec8, 8, 1>(g.filters_kernel[1][0], upto<6>());
   fill_filters<Vec4, 4, 1>(g.filters_kernel[2][0], upto<6>());
