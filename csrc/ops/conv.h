@@ -42,12 +42,16 @@ class PackedConv {
   virtual ~PackedConv() = default;
   virtual const char* family() const = 0;
 
-  // x has at least the halo that `padding` (and the right and bottom edge that the kernel reaches) asks for. residual:
+  // x has at least the halo that `padding` (and the right and bottom edge that the kernel reaches) asks for, or is one
+  // that takes_edges() takes. residual:
   // planes of y's sizes, null without epilogue.residual; the step's inputs are then {x, residual}. residual and y may
   // be the same memory if their planes are equal. images: the most that a run has. Any of them may be in lanes where
   // the family has lanes(), all of one grid that fits().
   virtual std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual,
                                      int64_t images) const = 0;
+
+  // Whether plan() also takes an x without any halo, and runs faster on it than on a padded copy.
+  virtual bool takes_edges() const { return false; }
 
   // Of a vector, where the family takes planes in lanes; else 0.
   virtual int64_t lanes() const { return 0; }

@@ -54,6 +54,7 @@ class TapsConv final : public PackedConv {
   }
 
   const char* family() const override { return "taps_f32"; }
+  bool takes_edges() const override { return structadmm::takes_edges(unpack(kOp, *bytes_), isa_); }
 
   std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual, int64_t images) const override {
     SADMM_CHECK((residual != nullptr) == epilogue_.residual, kOp, ": residual got ", residual ? "planes" : "none",

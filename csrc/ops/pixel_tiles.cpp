@@ -26,6 +26,13 @@ class Outputs {
     ++n_;
   }
   int64_t image() const { return n_; }
+  // Whether kernel position (i, j) is inside x.
+  bool inside(int64_t i, int64_t j) const {
+    const ConvGeometry& g = p_.geometry;
+    const int64_t iy = oy_ * g.stride[0] + i * g.dilation[0] - g.padding[0],
+                  ix = ox_ * g.stride[1] + j * g.dilation[1] - g.padding[1];
+    return 0 <= iy && iy < p_.x.height && 0 <= ix && ix < p_.x.width;
+  }
   int64_t x() const { return base_ + n_ * p_.x.image_stride + oy_ * row_ + ox_ * p_.geometry.stride[1]; }
   int64_t y() const { return p_.y.at(n_, 0, oy_, ox_); }
   int64_t residual() const { return p_.residual.at(n_, 0, oy_, ox_); }
@@ -119,6 +126,31 @@ CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes) {
   settle();
   size.reads = reads.reads();
   return size;
+}
+
+bool has_edges(const ConvPlanes& p, const int64_t (&kernel)[2]) {
+  const ConvGeometry& g = p.geometry;
+  const int64_t before[] = {p.x.halo.top, p.x.halo.left}, behind[] = {p.x.halo.bottom, p.x.halo.right};
+  const int64_t in[] = {p.x.height, p.x.width}, out[] = {p.y.height, p.y.width};
+  for (const int a : {0, 1}) {
+    const int64_t over = (out[a] - 1) * g.stride[a] + g.dilation[a] * (kernel[a] - 1) - g.padding[a] - (in[a] - 1);
+    if (before[a] < g.padding[a] || behind[a] < over) return true;
+  }
+  return false;
+}
+
+std::vector<uint16_t> inside_of(const ConvPlanes& planes, const int64_t (&kernel)[2], const Cut& cut, int lanes) {
+  std::vector<uint16_t> inside;
+  const auto positions = static_cast<size_t>(kernel[0] * kernel[1]);
+  for_vectors(
+      Outputs(planes, cut.period), cut, lanes, [&](int64_t) { inside.resize(inside.size() + positions); },
+      [&](const Outputs& o, int lane, int64_t) {
+        uint16_t* at = inside.data() + inside.size() - positions;
+        for (int64_t i = 0; i < kernel[0]; ++i) {
+          for (int64_t j = 0; j < kernel[1]; ++j) *at++ |= static_cast<uint16_t>(o.inside(i, j) << lane);
+        }
+      });
+  return inside;
 }
 
 PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::GemmCompact& k) {

@@ -33,6 +33,8 @@ struct PixelTiles {
   std::vector<kernels::PixelVector> vectors;
   std::vector<kernels::PixelStore> stores;
   std::vector<Tile> tiles[3];  // per width class
+  // Of planes without the halo that the kernel reaches: [vectors][positions] lanes that are inside x.
+  std::vector<uint16_t> inside;
 };
 
 // The outputs of `period` images one by one.
@@ -49,6 +51,11 @@ struct Cut {
   int window = 1;
   int64_t period = 1, limit = 0;
 };
+// Whether x has no room for what the kernel reaches beyond it.
+bool has_edges(const ConvPlanes& planes, const int64_t (&kernel)[2]);
+// PixelTiles::inside, for tiles of these planes.
+std::vector<uint16_t> inside_of(const ConvPlanes& planes, const int64_t (&kernel)[2], const Cut& cut, int lanes);
+
 struct CutSize {
   int64_t vectors = 0, whole = 0, pieces = 0;  // stores of a whole vector (the halo in it included), and of less
   kernels::Reads reads = kernels::Reads::kWindow1;

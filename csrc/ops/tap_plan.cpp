@@ -92,7 +92,10 @@ Collection collect_taps(const Packed& packed, std::span<const Panel> panels, int
   std::sort(taps.begin(), taps.end(), before);
   taps.erase(std::unique(taps.begin(), taps.end(), same), taps.end());
   Collection c;
-  for (const kernels::Tap& t : taps) c.offset.push_back(offset_of(t));
+  for (const kernels::Tap& t : taps) {
+    c.offset.push_back(offset_of(t));
+    c.position.push_back(static_cast<uint8_t>(t.position));
+  }
   const auto count = static_cast<int64_t>(taps.size()), parts = std::max<int64_t>(1, div_up(count, most));
   for (int64_t i = 0; i <= parts; ++i) c.parts.push_back(i * count / parts);
   if (panels.front().block == panels.back().block) return c;
@@ -121,11 +124,10 @@ int64_t choose_period(int64_t most, int64_t outputs, const Cost& cost) {
   return period;
 }
 
-void check_planes(const char* op, const Packed& packed, const ConvPlanes& p) {
+void check_planes(const char* op, const Packed& packed, const ConvPlanes& p, const GemmCompact& k) {
   const ConvGeometry& g = p.geometry;
   const kernels::PackedHeader& h = *packed.header;
   const int64_t kernel[] = {h.kernel_h, h.kernel_w}, in[] = {p.x.height, p.x.width}, out[] = {p.y.height, p.y.width};
-  const int64_t before[] = {p.x.halo.top, p.x.halo.left}, behind[] = {p.x.halo.bottom, p.x.halo.right};
   SADMM_CHECK(p.x.dtype == Dtype::kF32 && p.y.dtype == Dtype::kF32 && p.residual.dtype == Dtype::kF32, op,
               ": planes got ", dtype_name(p.x.dtype), " and ", dtype_name(p.y.dtype), ", wanted f32");
   SADMM_CHECK(p.x.channels == h.in_channels, op, ": x has ", p.x.channels, " channels, wanted ", h.in_channels);
@@ -139,16 +141,30 @@ void check_planes(const char* op, const Packed& packed, const ConvPlanes& p) {
     const int64_t reach = in[axis] + 2 * g.padding[axis] - g.dilation[axis] * (kernel[axis] - 1) - 1;
     SADMM_CHECK(reach >= 0 && out[axis] == reach / g.stride[axis] + 1, op, ": y got ", out[axis],
                 " pixels on an axis, wanted those of the convolution of ", in[axis]);
-    const int64_t over =
-        (out[axis] - 1) * g.stride[axis] + g.dilation[axis] * (kernel[axis] - 1) - g.padding[axis] - (in[axis] - 1);
-    SADMM_CHECK(before[axis] >= g.padding[axis] && behind[axis] >= over, op, ": x got a halo of ", before[axis],
-                " and ", behind[axis], ", wanted ", g.padding[axis], " and ", std::max<int64_t>(over, 0));
+  }
+  if (has_edges(p, {h.kernel_h, h.kernel_w})) {
+    SADMM_CHECK(k.panel_cycles[0] > 0 && h.kernel_h * h.kernel_w <= kernels::kMaxEdgePositions, op,
+                ": x got a halo of ", p.x.halo.top, " and ", p.x.halo.left, " before it, ", p.x.halo.bottom, " and ",
+                p.x.halo.right, " behind, wanted what the kernel reaches");
   }
   SADMM_CHECK(p.x.pitch >= 0 && p.x.image_stride >= 0 && p.x.channel_stride >= 0, op,
               ": x got negative strides, wanted none");
 }
 
 }  // namespace
+
+bool takes_edges(const Packed& packed, Isa isa) {
+  // A vector of a padded copy costs what two masks do. (Measured in AVX2; with several images the copy is faster, for
+  // in it those of a channel are neighbours.)
+  constexpr int64_t kTaps = 2, kFilters = 32;
+  const kernels::PackedHeader& h = *packed.header;
+  const int64_t positions = h.kernel_h * h.kernel_w;
+  if (kernels::gemm_compact(isa).panel_cycles[0] == 0 || positions > kernels::kMaxEdgePositions) return false;
+  if (packed.panels.empty() || h.out_channels < kFilters * (packed.panels.back().block + 1)) return false;
+  std::vector<char> read(static_cast<size_t>(h.in_channels * positions));
+  for (int64_t t = 0; t < h.taps; ++t) read[packed.taps[t].channel * positions + packed.taps[t].position] = 1;
+  return std::count(read.begin(), read.end(), 1) <= kTaps * h.channels;
+}
 
 TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, const Planes& x, const Planes& y,
                   const Planes* residual, const Epilogue& epilogue, int64_t images, Isa isa) {
@@ -163,8 +179,10 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
                .pixels = {},
                .panel = {},
                .filters = {}};
-  check_planes(op, packed, plan.planes);
   const GemmCompact& k = *plan.kernels;
+  check_planes(op, packed, plan.planes, k);
+  const int64_t kernel[] = {h.kernel_h, h.kernel_w};
+  const bool edges = has_edges(plan.planes, kernel);
   images = std::max<int64_t>(images, 1);
   for (int64_t i = 0; i < h.kernel_h; ++i) {
     for (int64_t j = 0; j < h.kernel_w; ++j) {
@@ -183,10 +201,10 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
   const int64_t last = x.origin + (images - 1) * x.image_stride +
                        ((y.height - 1) * g.stride[0] - g.padding[0]) * x.pitch + (y.width - 1) * g.stride[1] -
                        g.padding[1];
-  SADMM_CHECK(last + farthest < x.readable, op, ": x got ", x.readable, " readable elements, wanted ",
+  SADMM_CHECK(edges || last + farthest < x.readable, op, ": x got ", x.readable, " readable elements, wanted ",
               last + farthest + 1);
   const auto cut_of = [&](int window, int64_t period) -> Cut {
-    const bool slack = last + farthest + window * k.lanes <= x.readable;
+    const bool slack = edges || last + farthest + window * k.lanes <= x.readable;
     const int64_t limit = slack ? std::numeric_limits<int64_t>::max()
                                 : x.readable - farthest - window * k.lanes - (images - 1) * x.image_stride;
     return {window, period, limit};
@@ -219,7 +237,7 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
     return pixels_cost(k, 8, size.vectors, window, mean_taps);
   };
   const bool gather = k.gather && (g.stride[1] != 1 || y.width < 4 * k.lanes);
-  const Choice pixels = gather ? choose({1, 2}, by_pixels_cost) : choose({1}, by_pixels_cost);
+  const Choice pixels = edges ? Choice{} : gather ? choose({1, 2}, by_pixels_cost) : choose({1}, by_pixels_cost);
   // The panel kernel needs enough filters of a block: the largest one chooses.
   int64_t widest = 0;
   for (size_t i = 0, filters = 0; i < packed.panels.size(); ++i) {
@@ -228,7 +246,7 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
     widest = std::max<int64_t>(widest, filters);
   }
   const auto by_panel_cost = [&](const CutSize& size, int) { return panel_cost(k, widest, size, mean_taps); };
-  const bool by_panels = k.panel_cycles[0] > 0, panels = by_panels && widest >= k.mr[0] * 2;
+  const bool by_panels = k.panel_cycles[0] > 0, panels = by_panels && (edges || widest >= k.mr[0] * 2);
   const Choice panel = !panels            ? Choice{}
                        : g.stride[1] == 1 ? choose({1, 2}, by_panel_cost)
                                           : choose({2, 4}, by_panel_cost);
@@ -276,7 +294,7 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
     }
     const double by_panel =
         panel.cut.window == 0 ? 0 : panel_cost(k, filters, panel.size, taps) / static_cast<double>(panel.cut.period);
-    if (panel.cut.window != 0 && by_panel < cost) {
+    if (panel.cut.window != 0 && (edges || by_panel < cost)) {
       jobs = {{By::kPanel, i, static_cast<int>(end - i)}};
       cost = by_panel;
     }
@@ -309,7 +327,10 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
     plan.pixels = cut_vectors(plan.planes, pixels.cut, k);
     for (int64_t t = 0; by_panels && t < h.taps; ++t) plan.offset.push_back(offset_of(packed.taps[t]));
   }
-  if (any[static_cast<int>(By::kPanel)]) plan.panel = cut_vectors(plan.planes, panel_cut, k);
+  if (any[static_cast<int>(By::kPanel)]) {
+    plan.panel = cut_vectors(plan.planes, panel_cut, k);
+    if (edges) plan.panel.inside = inside_of(plan.planes, kernel, panel_cut, k.lanes);
+  }
   if (any[static_cast<int>(By::kFilters)]) plan.filters = cut_pixels(plan.planes, filters_period, k.lanes);
   return plan;
 }

@@ -21,8 +21,9 @@ namespace structadmm {
 
 // What is copied of x for some panels, in parts: all their taps in order, each once.
 struct Collection {
-  std::vector<int64_t> offset;  // in x of each tap
-  std::vector<int64_t> parts;   // where each part begins, and the end
+  std::vector<int64_t> offset;    // in x of each tap
+  std::vector<uint8_t> position;  // of the kernel, of each tap: where x has edges
+  std::vector<int64_t> parts;     // where each part begins, and the end
   // Where the panels do not all read all taps: of each tap that one reads, its place in the part; and per panel, where
   // in `slot` its parts begin, and the end.
   std::vector<uint16_t> slot;
@@ -52,6 +53,10 @@ struct TapPlan {
   PixelTiles pixels, panel;
   FilterTiles filters;
 };
+
+// Whether plan_taps takes, and runs faster than a padded copy, an x without halo: one that kernels collect from anyway,
+// at few taps of each channel.
+bool takes_edges(const Packed& packed, Isa isa);
 
 // A pure function of its arguments (isa need not be this CPU's). Throws Error, worded for `op`, where the planes do not
 // fit the weight, the geometry or each other. images: the most that a run has.

@@ -262,7 +262,7 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
   const GemmCompact& k = *plan.kernels;
   const auto& t = plan.panel;
   const Collection& c = plan.collections[job.collection];
-  const bool shared = !c.slot.empty();
+  const bool shared = !c.slot.empty(), edges = !t.inside.empty();
   const auto& kernel = k.panel_kernel[static_cast<int>(shared ? From::kSlots : From::kCopy)];
   const auto tiles = static_cast<int64_t>(t.tiles[0].size());
   const int64_t tile_floats = k.nr[0] * k.lanes, panel_floats = kernels::kMaxPanel * tile_floats;
@@ -302,12 +302,19 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
     for (int64_t part = 0; part < c.count(); ++part) {
       for (int64_t i = 0; i < n; ++i) {
         if (at[i].some.count == 0) continue;
-        k.collect[static_cast<int>(t.reads)][at[i].some.count - 1](
-            {.x = data.x + at[i].image * plan.planes.x.image_stride,
-             .offset = c.offset.data() + c.parts[part],
-             .n_taps = c.parts[part + 1] - c.parts[part],
-             .vectors = at[i].some.vectors,
-             .copy = copies + i * copy_floats});
+        kernels::CollectArgs from{.x = data.x + at[i].image * plan.planes.x.image_stride,
+                                  .offset = c.offset.data() + c.parts[part],
+                                  .n_taps = c.parts[part + 1] - c.parts[part],
+                                  .vectors = at[i].some.vectors,
+                                  .copy = copies + i * copy_floats};
+        if (edges) {
+          from.edges = {.first = data.x,
+                        .end = data.x + plan.planes.x.readable,
+                        .position = c.position.data() + c.parts[part],
+                        .positions = static_cast<int>(plan.position.size()),
+                        .inside = t.inside.data() + (from.vectors - t.vectors.data()) * plan.position.size()};
+        }
+        (edges ? k.collect_edges : k.collect)[static_cast<int>(t.reads)][at[i].some.count - 1](from);
       }
       a.last = part == c.count() - 1;
       const auto run = [&](int64_t j, int64_t i) {

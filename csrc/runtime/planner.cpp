@@ -36,7 +36,7 @@ int64_t l2_bytes() {
 // A value as it will lie in memory. Values may be slices of another (operands of a concatenation, flattened pixels).
 struct Value {
   int64_t channels = 0, height = 1, width = 1;
-  Halo halo;
+  Halo halo, padded;          // padded: of a copy, where the caller's tensor is read without halo
   int root = -1;              // the value whose place this one lies in, itself if none
   int64_t first_channel = 0;  // within the root
   bool direct = false;        // the caller's own tensor
@@ -180,6 +180,15 @@ class Planner {
     return rows && (t.sizes[3] == 1 || t.strides[3] == 1);
   }
 
+  // Whether an input's only reader takes it without the halo that it asks for.
+  bool takes_edges(int i) const {
+    if (plan_.batch != 1 || readers_[i].size() != 1 || dtype_ != Dtype::kF32) return false;
+    const int reader = readers_[i].front();
+    const Node& n = g_.nodes[reader];
+    return n.kind == Kind::kConv && n.inputs[0] == i && !as_linear(*n.conv, shapes_[i]) &&
+           weights_.conv(reader).takes_edges();
+  }
+
   // A segment's input is read, and its output written, in place where nothing needs a copy.
   void choose_direct() {
     for (size_t k = 0; k < g_.inputs.size(); ++k) {
@@ -190,11 +199,16 @@ class Planner {
         const auto& conv = g_.nodes[r].conv;
         return conv && conv->groups > 1 && conv->groups == conv->in_channels;
       });
+      const Halo halo = v.halo;
+      if (takes_edges(g_.inputs[k])) v.halo = {};
       if (!slack && v.root == g_.inputs[k] && !is_parent_[g_.inputs[k]] && !is_output_[g_.inputs[k]] &&
           describes(in_[k], v)) {
         v.direct = true;
+        v.padded = halo;
         v.operand = {.where = Operand::Where::kInput, .index = static_cast<int>(k)};
         v.planes = planes_of(in_[k], v);
+      } else {
+        v.halo = halo;
       }
     }
     for (size_t k = 0; k < g_.outputs.size(); ++k) {
@@ -297,7 +311,10 @@ class Planner {
       if (!full && plan_.batch > 0) extra_images_ = std::max(extra_images_, stage.images - 1);
     }
     for (Value& v : values_) {
-      if (extra_images_ > 0 && v.direct && v.operand.where == Operand::Where::kInput) v.direct = false;
+      if (extra_images_ > 0 && v.direct && v.operand.where == Operand::Where::kInput) {
+        v.direct = false;
+        v.halo = v.padded;
+      }
     }
     // The input's import joins its first reader: a stage of its own would write the batch out and read it again.
     const auto stage_of = [&](int i) {

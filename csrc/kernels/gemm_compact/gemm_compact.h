@@ -84,6 +84,15 @@ struct PixelsArgs {
   Output out;                  // its stores are those that the vectors count
 };
 
+// Planes without the halo that the kernel reaches: at its edges are zeros.
+struct Edges {
+  const float *first, *end;  // of x: nothing else is read
+  const uint8_t* position;   // [n_taps] of each tap
+  int positions;
+  const uint16_t* inside;  // [NR][positions] lanes that are inside the plane at a position
+};
+inline constexpr int kMaxEdgePositions = 64;
+
 // copy[t][v] = the vector v at tap t: whole vectors, one behind the other.
 struct CollectArgs {
   const float* x;
@@ -91,6 +100,7 @@ struct CollectArgs {
   int64_t n_taps;
   const PixelVector* vectors;  // [NR]
   float* copy;                 // aligned to a vector
+  Edges edges = {};            // for collect_edges
 };
 
 // Where the panel kernel finds tap t: the t-th of the copy, the slot[t]-th of it, or in x from offset[t] on.
@@ -182,9 +192,10 @@ struct GemmCompact {
   // As pixels_cycles, for 4 filters, from a copy; 0: no panel kernels. Where there are some, they run what pixels
   // kernels would.
   double panel_cycles[kMaxVectors] = {};
-  double collect_cycles[kReads] = {};                 // of a tap and vector
-  CollectKernel collect[kReads][kMaxVectors] = {};    // [Reads][NR - 1]
-  PanelKernel panel_kernel[kFrom][kMaxVectors] = {};  // [From][NR - 1]
+  double collect_cycles[kReads] = {};                     // of a tap and vector
+  CollectKernel collect[kReads][kMaxVectors] = {};        // [Reads][NR - 1]
+  CollectKernel collect_edges[kReads][kMaxVectors] = {};  // the same of planes with Edges
+  PanelKernel panel_kernel[kFrom][kMaxVectors] = {};      // [From][NR - 1]
   SpreadKernel spread;
 };
 

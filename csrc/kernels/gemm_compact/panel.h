@@ -1,7 +1,14 @@
 // collect and panel over a type V of vectors: see generic.h, behind which it is included.
 
-template <class V, Reads R, int NR>
+// Lane i from at[lane[i]], where that is in x.
+template <class V>
+__attribute__((noinline)) void collect_one(const float* at, const PixelVector& v, unsigned inside, float* to) {
+  for (int i = 0; i < V::kLanes; ++i) to[i] = inside >> i & 1 ? at[v.lane[i]] : 0.0f;
+}
+
+template <class V, Reads R, bool WithEdges, int NR>
 void collect(const CollectArgs& a) {
+  constexpr int kWindow = R == Reads::kWindow1 ? 1 : R == Reads::kWindow4 ? 4 : 2;
   const float* base[NR];
   typename V::Index index[NR];
   int64_t gap[NR] = {};
@@ -11,12 +18,35 @@ void collect(const CollectArgs& a) {
     if constexpr (R == Reads::kTwoRuns) gap[v] = a.vectors[v].lane[V::kLanes - 1] - (V::kLanes - 1);
     if constexpr (R != Reads::kWindow1) index[v] = V::index(a.vectors[v].lane);
   }
+  alignas(64) float mask[WithEdges ? kMaxEdgePositions : 1][NR][V::kLanes];
+  if constexpr (WithEdges) {
+    for (int p = 0; p < a.edges.positions; ++p) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NR; ++v) {
+        V::store_mask(mask[p][v], V::lanes(a.edges.inside[v * a.edges.positions + p]));
+      }
+    }
+  }
   float* to = a.copy;
   for (int64_t t = 0; t < a.n_taps; ++t, to += NR * V::kLanes) {
+    // Vectors of a tile ascend.
+    if constexpr (WithEdges) {
+      const float *const least = base[0] + a.offset[t], *const most = base[NR - 1] + a.offset[t];
+      if (least < a.edges.first || most + kWindow * V::kLanes > a.edges.end) {
+        for (int v = 0; v < NR; ++v) {
+          const unsigned inside = a.edges.inside[v * a.edges.positions + a.edges.position[t]];
+          collect_one<V>(base[v] + a.offset[t], a.vectors[v], inside, to + v * V::kLanes);
+        }
+        continue;
+      }
+    }
 #pragma GCC unroll 8
     for (int v = 0; v < NR; ++v) {
       const float* const at = base[v] + a.offset[t];
-      const auto put = [&](typename V::Reg r) { V::store(to + v * V::kLanes, r); };
+      const auto put = [&](typename V::Reg r) {
+        if constexpr (WithEdges) r = V::masked(r, mask[a.edges.position[t]][v]);
+        V::store(to + v * V::kLanes, r);
+      };
       if constexpr (R == Reads::kWindow1) {
         put(V::load(at));
       } else if constexpr (R == Reads::kWindow2) {
@@ -140,5 +170,6 @@ void panel(const PanelArgs& a) {
 // A row of the table of struct GemmCompact.
 template <class V, Reads R, int... I>
 constexpr void fill_collect(GemmCompact& g, std::integer_sequence<int, I...>) {
-  ((g.collect[static_cast<int>(R)][I] = &collect<V, R, I + 1>), ...);
+  ((g.collect[static_cast<int>(R)][I] = &collect<V, R, false, I + 1>), ...);
+  ((g.collect_edges[static_cast<int>(R)][I] = &collect<V, R, true, I + 1>), ...);
 }

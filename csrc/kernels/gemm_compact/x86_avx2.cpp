@@ -43,6 +43,8 @@ struct Vec8 {
     const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit), bit);
   }
+  static void store_mask(float* p, Lanes some) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), some); }
+  static Reg masked(Reg r, const float* mask) { return _mm256_and_ps(r, _mm256_load_ps(mask)); }
   static Reg permute(Reg r, Index i) { return _mm256_permutevar8x32_ps(r, i); }
   static Reg load_lanes(const float* p, Lanes some) { return _mm256_maskload_ps(p, some); }
   static Reg only(Reg r, Lanes some) { return _mm256_and_ps(r, _mm256_castsi256_ps(some)); }
