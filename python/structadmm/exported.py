@@ -51,6 +51,7 @@ _LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
         for n, c in enumerate((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 1)
     },
 }
+_RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 # Assertions and bookkeeping, and operations that hand on what they get.
@@ -74,6 +75,14 @@ _VIEWS |= {"t", "mT", "view_as", "expand_as", "reshape_as", "_unsafe_view", "mov
 _library = torch.library.Library("structadmm_trace", "FRAGMENT")
 _library.define("module(Tensor x, str path) -> Tensor")
 torch.library.register_fake("structadmm_trace::module", lambda x, path: torch.empty_like(x), lib=_library)
+_library.define(
+    "recurrent(Tensor x, Tensor[] start, str path, SymInt[] output, SymInt[] state, int states) -> Tensor[]"
+)
+torch.library.register_fake(
+    "structadmm_trace::recurrent",
+    lambda x, start, path, output, state, states: [x.new_empty(output), *(x.new_empty(state) for _ in range(states))],
+    lib=_library,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,14 +225,20 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _leaves(root: nn.Module) -> Iterator[None]:
-    """Modules that only training shows (dropout, stochastic depth) leave one operation each that names them."""
-    changed = {path: m for path, m in root.named_modules() if type(m) in _DROPOUTS or is_identity(m)}
-    for path, m in changed.items():
-        m.forward = _Leaf(path)
+    """Modules that only training shows (dropout, stochastic depth) and recurrent layers, which ATen takes to steps,
+    leave one operation each that names them."""
+    changed = []
+    for path, m in root.named_modules():
+        if type(m) in _RECURRENT:
+            m.forward = _RecurrentLeaf(path, m)
+            changed.append(m)
+        elif type(m) in _DROPOUTS or is_identity(m):
+            m.forward = _Leaf(path)
+            changed.append(m)
     try:
         yield
     finally:
-        for m in changed.values():
+        for m in changed:
             del m.forward
 
 
@@ -234,6 +249,23 @@ class _Leaf:
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.structadmm_trace.module(x, self.path)
         return out
+
+
+class _RecurrentLeaf:
+    def __init__(self, path: str, m: Any) -> None:
+        self.path, self.m = path, m
+
+    def __call__(self, input: Any, hx: Any = None) -> Any:
+        m = self.m
+        if not isinstance(input, Tensor) or input.dim() != 3 or m.proj_size:  # not followed, whoever says it
+            return type(m).forward(m, input, hx)
+        directions = 2 if m.bidirectional else 1
+        output = (*input.shape[:2], directions * m.hidden_size)
+        state = (directions * m.num_layers, input.shape[0 if m.batch_first else 1], m.hidden_size)
+        start = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+        lstm = isinstance(m, nn.LSTM)
+        y, *last = torch.ops.structadmm_trace.recurrent(input, start, self.path, output, state, 1 + lstm)
+        return y, tuple(last) if lstm else last[0]
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -389,8 +421,7 @@ class _Translation:
             self.env[node] = self.env[node.all_input_nodes[0]]
             return
         if target.namespace == "structadmm_trace":
-            x, path = node.args
-            self._emit(node, str(path), (self._mapped(node, x),), {}, "call_module")
+            self._leaf(node, name)
             return
         if self._folded(node, target):
             return
@@ -414,6 +445,21 @@ class _Translation:
             self._emit(node, layer, (self._mapped(node, x),), {}, "call_module")
             return
         self._emit(node, *self._said(node, name, target, self._mapped(node, named)))
+
+    def _leaf(self, node: fx.Node, name: str) -> None:
+        """The call of a module that left one operation."""
+        args: Any = self._mapped(node, node.args)
+        if name == "module":
+            x, path = args
+            self._emit(node, path, (x,), op="call_module")
+            return
+        x, start, path, *_ = args
+        lstm = isinstance(self.root.get_submodule(path), nn.LSTM)
+        self._emit(node, path, (x, *([tuple(start) if lstm else start[0]] if start else [])), op="call_module")
+        called = self.env[node]
+        y, last = (self.graph.call_function(operator.getitem, (called, i)) for i in (0, 1))
+        states = [self.graph.call_function(operator.getitem, (last, i)) for i in (0, 1)] if lstm else [last]
+        self.env[node] = [y, *states]
 
     def _folded(self, node: fx.Node, target: OpOverload) -> bool:
         """Constants made of constants are computed, in place too, as torch.fx's tracers do."""
