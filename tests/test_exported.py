@@ -532,8 +532,7 @@ def test_recurrent_networks_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(a, traced.module(fresh)[0])
 
 
-# Seeds of which something goes.
-@pytest.mark.parametrize("seed", [2, 3, 4, 5, 7, 9, 10, 11, 12, 13, 15, 16, 17, 18, 19])
+@pytest.mark.parametrize("seed", [n for n in range(20) if n != 14] + [27])  # of 14 nothing goes
 def test_random_graphs_agree(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(seed)
     net = RandomNet(seed)
