@@ -88,8 +88,8 @@ def deep_copy(module: Module, memo: dict[int, Any]) -> Module:
 
 def _is_plain(cls: type[nn.Module]) -> bool:
     """Whether what copy.deepcopy copies of such a module is its dictionary."""
-    own = ("__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
-    return all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in own)
+    ways = ("__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
+    return all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in ways)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -350,11 +350,11 @@ def _move_children(root: nn.Module, graphs: tuple[fx.Graph, ...], made: dict[str
 
 
 def _renamed(target: str, moved: dict[str, str]) -> str:
-    """A path with the part in front that was moved under its new name."""
+    """A path with the part in front that was moved, perhaps more than once, under its new name."""
     at = len(target)
     while at > 0:
         if target[:at] in moved:
-            return moved[target[:at]] + target[at:]
+            return _renamed(moved[target[:at]] + target[at:], moved)
         at = target.rfind(".", 0, at)
     return target
 
