@@ -333,7 +333,7 @@ def decoder(name: str) -> dict[str, Any]:
         model = Decoder(4096, 11008, 32, 8 if "grouped" in name else 32, 32, 32000)
         x = torch.zeros(1, 16, dtype=torch.long)
     began = time.process_time()
-    traced = trace(model, x, unpacked=True)
+    traced = trace(model, x, unpacked=True, share=True)
     analysis = Analysis(traced)
     layouts = settle(analysis)
     row = {"seconds_graph": round(time.process_time() - began, 2), "parameters": parameters(model)}
@@ -449,7 +449,7 @@ def without_effect(small: Any, path: str, filters: list[int], x: Tensor) -> list
 
 def held_by_whole(small: Any, x: Tensor) -> dict[str, set[int]]:
     """Layer -> its filters whose very channel an operation that was left whole takes, or one tied to it."""
-    analysis = Analysis(trace(small, x, unpacked=True))
+    analysis = Analysis(trace(small, x, unpacked=True, share=True))
     named = tuple(f"{name}:" for name in analysis.whole)
     ids = [ids for ids, reason in analysis.locks if named and reason.startswith(named)]
     labels = np.unique(analysis.label[np.concatenate(ids)]) if ids else np.zeros(0, int)

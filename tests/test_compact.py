@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import structadmm as sa
 from networks import VGG, ResNet, random_chain, randomise
+from structadmm.copies import clone
 from structadmm.errors import CompactError, TraceError
 from structadmm.groups import expand_keep, n_groups
-from structadmm.trace import clone
 
 KINDS = ("A", "B", "bottleneck", "grouped", "mobile", "se")
 
@@ -431,9 +431,15 @@ def test_input_is_left_as_it_is() -> None:
     model.layer1[0].eval()
     before = {k: v.numpy().tobytes() for k, v in model.state_dict().items()}
     flags = [m.training for m in model.modules()]
-    sa.compact(model, images(2, torch.float32), columns="never")
+    small = sa.compact(model, images(2, torch.float32), columns="never")
     assert {k: v.numpy().tobytes() for k, v in model.state_dict().items()} == before
     assert [m.training for m in model.modules()] == flags
+    memory = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+    assert not memory & {t.untyped_storage().data_ptr() for t in small.state_dict().values()}, "nothing is shared"
+    with torch.no_grad():
+        for p in small.parameters():
+            p.add_(1)
+    assert {k: v.numpy().tobytes() for k, v in model.state_dict().items()} == before
 
 
 def test_names_flags_and_classes_are_kept() -> None:

@@ -16,7 +16,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"errors", "files"},
     {"allocate", "decisions", "engine", "groups", "layers", "reference", "timing"},
     {"_load", "ops"},
-    {"constraints", "masks", "plan", "schedules", "nn", "symbolic", "plain", "unpack"},
+    {"constraints", "masks", "plan", "schedules", "copies", "nn", "symbolic", "aten", "plain", "unpack"},
     {"exported"},
     {"admm", "trace"},
     {"tracking", "pointwise", "movement", "mixing", "recurrent", "channels", "analysis"},

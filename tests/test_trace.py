@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import re
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from networks import MoreInTraining, ResNet
+from structadmm.copies import clone, deep_copy, own
 from structadmm.errors import TraceError
-from structadmm.trace import PROBE_BATCH, Shape, clone, hooked, rebatch, trace
+from structadmm.trace import PROBE_BATCH, Shape, hooked, rebatch, trace
 
 
 class Net(nn.Module):
@@ -155,6 +157,47 @@ def test_clone_bakes_masks_and_parametrisations() -> None:
     assert torch.equal(copied(x), model(x)), "the original still works"
     model[1].register_forward_pre_hook(lambda m, args: None)
     assert hooked(model) == ["1"]
+
+
+class Counted(nn.BatchNorm2d):
+    """Writes to a buffer while it is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+
+@pytest.mark.parametrize("via", ["fx", "shapes", "export"])
+def test_a_copy_that_shares_leaves_the_model_alone(via: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Counted(4), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    tied = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])
+    tied[1].weight = tied[0].weight
+    model.append(nn.Flatten(2)).append(nn.Linear(36, 5)).append(tied[0]).append(tied[1])
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    traced = trace(model, torch.randn(2, 3, 10, 10), via=via, share=True).module
+    again = traced.get_submodule("6").weight
+    assert again is traced.get_submodule("7").weight and again is not tied[0].weight
+    assert again.data_ptr() == tied[0].weight.data_ptr() and again.requires_grad
+    own(traced)
+    with torch.no_grad():
+        for t in (*traced.parameters(), *traced.buffers()):
+            t.add_(1)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_copies_of_modules_are_those_of_deepcopy() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.LSTM(4, 3), nn.MultiheadAttention(4, 2))
+    model[0].seen = model[1].seen = {}  # state that two modules share
+    model[0].register_forward_hook(lambda *a: None)
+    a, b = copy.deepcopy(model), deep_copy(model, {})
+    assert [type(m) for m in b.modules()] == [type(m) for m in a.modules()]
+    for m, n in zip(a.modules(), b.modules(), strict=True):
+        assert list(vars(m)) == list(vars(n)) and [*m._forward_hooks.values()] == [*n._forward_hooks.values()]
+    assert all(map(torch.equal, a.parameters(), b.parameters()))
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in b.parameters()}
+    assert b[0].seen is b[1].seen is not model[0].seen
+    assert b[1]._flat_weights[0] is b[1].weight_ih_l0
 
 
 def test_graph_modules_trace_again() -> None:

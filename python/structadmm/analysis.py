@@ -208,12 +208,14 @@ class Analysis(Channels):
 
     def _stuck(self, layer: Layer) -> Ints:
         """Input channels whose nonzero constant the layer can't take into its bias exactly."""
-        _, cg = layer.reads.shape
-        if not layer.ins.const.any():
-            return np.zeros(0, np.int64)
-        bad = (layer.reads if layer.shift is None else layer.border) & self._rows(layer)[:, None]
-        stuck = bad.reshape(layer.groups, -1, cg).any(1).reshape(-1) & layer.ins.const & (layer.ins.value != 0)
-        return np.flatnonzero(stuck & ~self._kept[self.label[layer.ins.ids]])
+        ins = layer.ins
+        at = np.flatnonzero(ins.const & (ins.value != 0) & ~self._kept[self.label[ins.ids]])
+        if not at.size:
+            return at
+        cg = layer.reads.shape[1]
+        bad = (layer.reads if layer.shift is None else layer.border).reshape(layer.groups, -1, cg)
+        rows = self._rows(layer).reshape(layer.groups, -1)[at // cg]
+        return at[(bad[at // cg, :, at % cg] & rows).any(1)]
 
     def _merge(self) -> None:
         """Of the channels that go but for a constant that some layer can't take, keep as few as can carry the others'

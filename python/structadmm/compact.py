@@ -7,7 +7,6 @@ structadmm.nn layers, and compares the result with the input.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .analysis import Analysis
+from .copies import clone, hollow, own
 from .errors import CompactError, TraceError
 from .layout import Layouts, settle
 from .nn import CompactConv2d, CompactLinear
@@ -25,7 +25,7 @@ from .paths import assert_same, check_weights, fold, remarks_text, render, toler
 from .recurrent import RECURRENT, matrices
 from .rewrite import cut, edit_graph
 from .symbolic import first_line
-from .trace import Shape, Traced, as_inputs, clone, rebatch, trace
+from .trace import Shape, Traced, as_inputs, rebatch, trace
 
 COLUMNS = ("auto", "always", "never")
 
@@ -161,7 +161,7 @@ def compact(
         raise CompactError(f"compact: columns got {columns!r}, wanted one of {', '.join(COLUMNS)}")
     check_weights(model, "compact")
     data = None if isinstance(verify, bool) else as_inputs(model, verify, "compact", "verify")
-    traced = trace(model, example, "compact", unpacked=True)
+    traced = trace(model, example, "compact", unpacked=True, share=True)
     if data is not None and len(data) != len(traced.inputs):
         raise TraceError(f"compact: verify got {len(data)} tensors, wanted {len(traced.inputs)} as example")
     _densify(traced.module)
@@ -172,9 +172,10 @@ def compact(
     analysis = Analysis(traced)
     layouts = settle(analysis, round_to)
     report.notes, report.whole = analysis.notes(), analysis.whole
-    dense = copy.deepcopy(traced.module).to("meta")
+    dense = hollow(traced.module)
 
     small = traced.module
+    own(small)
     fold(analysis, small)
     kept = cut(layouts)
     edit_graph(layouts, kept)

@@ -121,7 +121,7 @@ def import_history_(
     channels that zeros can't take out (those that a LayerNorm sees), before anything is changed.
     """
     who = "import_history_"
-    analysis = Analysis(trace(model, example, who), create_bias=False, elide=False)
+    analysis = Analysis(trace(model, example, who, share=True), create_bias=False, elide=False)
     sides = _sides(analysis)
     locked = {int(label): why for ids, why in analysis.locks for label in np.unique(analysis.label[ids])}
     gone = np.zeros(analysis.n_ids, bool)  # by label

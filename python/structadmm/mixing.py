@@ -16,6 +16,15 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
+def _any_tap(nonzero: Tensor, taps: Bools) -> Bools:
+    """[O, Cg] where any of these taps is, of [O, Cg, K]; torch's own reduction over so few takes twice as long."""
+    first, *rest = (nonzero[..., k] for k in np.flatnonzero(taps).tolist())
+    found = first.clone() if rest else first
+    for tap in rest:
+        found |= tap
+    return found.cpu().numpy()
+
+
 class Mixing(Tracker):
     def _conv(self, node: fx.Node) -> str | None:
         m = self._module(node)
@@ -69,10 +78,10 @@ class Mixing(Tracker):
             reads = np.broadcast_to(np.True_, (n_filters, cg))
             border = np.broadcast_to(np.array(bool(bad.any())), (n_filters, cg))
         else:
-            nonzero = w != 0
-            reads = nonzero.any(2).cpu().numpy()
+            nonzero = w.bool()
+            reads = _any_tap(nonzero, np.ones(len(bad), bool))
             if bad.any():
-                border = nonzero[..., torch.from_numpy(np.flatnonzero(bad)).to(w.device)].any(2).cpu().numpy()
+                border = reads if bad.all() else _any_tap(nonzero, bad)
         b = np.zeros(n_filters) if bias is None else values_of(bias)
         follower = next(iter(node.users)) if len(node.users) == 1 else None
         if bias is not None:
@@ -90,7 +99,8 @@ class Mixing(Tracker):
             per_group = (groups, -1, cg)
             nonzero_constant = (ins.const & (ins.value != 0)).reshape(groups, 1, cg)
             varies = reads.reshape(per_group) & ~ins.const.reshape(groups, 1, cg)
-            varies |= border.reshape(per_group) & nonzero_constant
+            if bad.any():
+                varies |= border.reshape(per_group) & nonzero_constant
             constant = ~varies.any(2).reshape(-1)
         else:
             constant = np.zeros(n_filters, bool) if layer.full else np.asarray(~reads.any(1))

@@ -23,13 +23,14 @@ from torch import Tensor, fx, nn
 from . import __version__, forms, ops, segments
 from .artefact import is_optimized
 from .compact import preserve_report
+from .copies import clone, hollow
 from .decisions import Decisions, cpu_model
 from .errors import ArtefactError, OptimizeError
 from .manifest import structure
 from .nn import CompactConv2d, CompactLinear
 from .paths import render, tolerance_for
 from .timing import Timings, interleave
-from .trace import Traced, clone, rebatch, tensors_in, trace
+from .trace import Traced, rebatch, tensors_in, trace
 
 SEGMENTS = "segments"  # the candidate that is kept unless another is faster by more than the noise
 # Medians of interleaved rounds repeat within a hundredth on a quiet machine; less than that is no reason to change.
@@ -237,7 +238,7 @@ class _Work:
 
     def __init__(self, model: nn.Module, example: Any, dtype: torch.dtype | None, tolerance: float | None) -> None:
         self.traced: Traced = trace(model, example, "optimize")
-        self.original = copy.deepcopy(self.traced.module).to("meta")
+        self.original = hollow(self.traced.module)
         segments.normalise(self.traced)
         self.network, self.shapes = self.traced.module, self.traced.shapes
         self.network.requires_grad_(False)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .analysis import Analysis
+from .copies import clone
 from .errors import CompactError
 from .recurrent import RECURRENT, matrices
 from .recurrent import fold as fold_recurrent
 from .symbolic import mode
-from .trace import as_inputs, clone, rebatch, tensors_in, trace
+from .trace import as_inputs, rebatch, tensors_in, trace
 from .tracking import filters
 
 
@@ -268,7 +269,7 @@ def report_of(model: nn.Module) -> Any:
 
 def remove_paths(model: nn.Module, example: Tensor | Sequence[Tensor], who: str) -> nn.Module:
     """A copy of `model` in which paths without effect are zero; see remove_unused_paths."""
-    traced = trace(model, example, who)
+    traced = trace(model, example, who, share=True)
     analysis = Analysis(traced, create_bias=False, elide=False)
     out = clone(model)
     before = zeros_of(out)

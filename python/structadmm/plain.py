@@ -333,6 +333,7 @@ def _replace(root: nn.Module, graph: fx.Graph, node: fx.Node, made: dict[str, nn
 
 def _move_children(root: nn.Module, graphs: tuple[fx.Graph, ...], made: dict[str, nn.Module]) -> None:
     """Layers inside what is now a layer, such as the activation of a normalisation, go beside it."""
+    moved: dict[str, str] = {}
     for path, plain in made.items():
         for name, child in list(plain.named_children()):
             parent, _, last = path.rpartition(".")
@@ -341,12 +342,21 @@ def _move_children(root: nn.Module, graphs: tuple[fx.Graph, ...], made: dict[str
                 new += "_"
             delattr(plain, name)
             owner.add_module(new, child)
-            old, prefix = f"{path}.{name}", f"{parent}.{new}" if parent else new
-            for graph in graphs:
-                for node in graph.nodes:
-                    target = str(node.target)
-                    if node.op in ("call_module", "get_attr") and (target == old or target.startswith(old + ".")):
-                        node.target = prefix + target[len(old) :]
+            moved[f"{path}.{name}"] = f"{parent}.{new}" if parent else new
+    for graph in graphs if moved else ():
+        for node in graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                node.target = _renamed(str(node.target), moved)
+
+
+def _renamed(target: str, moved: dict[str, str]) -> str:
+    """A path with the part in front that was moved, perhaps more than once, under its new name."""
+    at = len(target)
+    while at > 0:
+        if target[:at] in moved:
+            return _renamed(moved[target[:at]] + target[at:], moved)
+        at = target.rfind(".", 0, at)
+    return target
 
 
 def _drop_counters(graph: fx.Graph, made: dict[str, nn.Module]) -> None:

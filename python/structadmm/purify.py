@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from .analysis import Analysis
+from .copies import clone
 from .errors import CompactError
 from .groups import DEFAULT_BLOCK, expand_keep, group_ids, n_groups
 from .paths import ZerosReport, check_weights, remove_paths, report_of, zeros_of, zeros_report
-from .trace import clone, trace
+from .trace import trace
 from .tracking import Layer, given
 
 Floats = npt.NDArray[np.float64]
@@ -130,7 +131,7 @@ def purify(
         raise CompactError(f"{who}: structures got {unknown[0]!r}, wanted some of {', '.join(STRUCTURES)}")
     check_weights(model, who)
     before = zeros_of(clone(model))
-    analysis = Analysis(trace(model, example, who), create_bias=False, elide=False)
+    analysis = Analysis(trace(model, example, who, share=True), create_bias=False, elide=False)
     names = {str(n.target) for n in (*analysis.layers, *analysis.recurrent)}
     for pattern in skip:
         if not any(fnmatch(n, pattern) for n in names):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import ops
 from .allocate import Floats, descend, knapsack
 from .constraints import Constraint, coupled_masks, project_mask
+from .copies import clone
 from .errors import PlanError
 from .groups import DEFAULT_BLOCK, STRUCTURES
 from .latency import (
@@ -38,7 +39,6 @@ from .latency import (
 from .masks import weight_of
 from .plan import LayerPlan, Plan, ResolvedPlan, Rule, Spec
 from .structure import Reads, filter_sets
-from .trace import clone
 
 _WHO = "plan_for"
 # Bisection steps of a target: rates to a ten-thousandth.

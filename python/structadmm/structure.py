@@ -37,7 +37,7 @@ def filter_sets(
     Layers whose filters can't go are in no set. A depthwise convolution's channels are its filters: it reads none.
     Raises TraceError where the model can't be traced.
     """
-    analysis = Analysis(trace(model, example, who))
+    analysis = Analysis(trace(model, example, who, share=True))
     fixed = {int(n) for ids, _ in analysis.locks for n in analysis.label[ids]}
     sets: dict[bytes, list[str]] = {}
     of: dict[int, tuple[bytes, int]] = {}

@@ -7,7 +7,6 @@ branches, does not: its graphs are of ATen operations with normalisation frozen 
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import linecache
 import os
@@ -24,6 +23,7 @@ from torch.fx import _symbolic_trace
 from torch.fx.proxy import Proxy
 from torch.utils import _pytree as pytree
 
+from .copies import deep_copy
 from .errors import TraceError
 
 
@@ -75,14 +75,20 @@ class Ghost:
         """earlier: a ghost of the same network in another form, whose knowledge is shared."""
         self.fake: FakeTensorMode = earlier.fake if earlier else FakeTensorMode(allow_non_fake_inputs=True)
         self._known: dict[Any, Any] = earlier._known if earlier else {}
+        self._tensors: dict[Any, Tensor] = earlier._tensors if earlier else {}
         self._layers: dict[str, Any] = {}
-        memo: dict[int, Any] = {}
         with self.fake:
-            for t in (*module.parameters(), *module.buffers()):
-                like = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-                is_parameter = isinstance(t, nn.Parameter)
-                memo[id(t)] = nn.Parameter(like, requires_grad=t.requires_grad) if is_parameter else like
-        self.module = copy.deepcopy(module, memo)
+            memo = {id(t): self._like(t) for t in (*module.parameters(), *module.buffers())}
+        self.module = deep_copy(module, memo)
+
+    def _like(self, t: Tensor) -> Tensor:
+        """A tensor or parameter without values; one for all that are alike."""
+        shape, is_parameter = (t.shape, t.stride(), t.dtype, t.device), isinstance(t, nn.Parameter)
+        key = (*shape, is_parameter and t.requires_grad, is_parameter)
+        if key not in self._tensors:
+            like = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+            self._tensors[key] = nn.Parameter(like, requires_grad=t.requires_grad) if is_parameter else like
+        return self._tensors[key]
 
     def tensor(self, t: Tensor) -> Tensor:
         with self.fake:
@@ -110,8 +116,9 @@ class Ghost:
         if kind == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         if kind == "call_module":
-            with _untraced():
-                return self.module.get_submodule(str(target))(*args, **kwargs)
+            m = self.module.get_submodule(str(target))
+            with _untraced() if m._modules else contextlib.nullcontext():
+                return _symbolic_trace._orig_module_call(m, *args, **kwargs)
         if kind == "call_function":
             with contextlib.nullcontext() if _origin(target) in _LIBRARIES else _untraced():
                 return target(*args, **kwargs)
@@ -181,7 +188,8 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.at: list[str] = []
         self.count = 0
-        self._names: dict[int, tuple[str, nn.Parameter]] | None = None
+        # Parameters and buffers by identity; torch.fx goes through all of them for each that it meets.
+        self._names: dict[int, tuple[str, Tensor]] | None = None
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self.count += 1
@@ -192,18 +200,26 @@ class _Tracer(fx.Tracer):
             node.stack_trace = _users_line()
         return node
 
+    def _name_of(self, t: Tensor) -> str | None:
+        """What the network calls one of its tensors."""
+        if self._names is None:
+            self._names = {id(t): (n, t) for n, t in (*self.root.named_parameters(), *self.root.named_buffers())}
+        name, found = self._names.get(id(t), (None, None))
+        return name if found is t else None
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
-        """torch.fx's own goes through all parameters at each access to one."""
         if not isinstance(attr_val, nn.Parameter):
             return super().getattr(attr, attr_val, parameter_proxy_cache)
-        if self._names is None:
-            self._names = {id(p): (n, p) for n, p in self.root.named_parameters()}
-        name, found = self._names.get(id(attr_val), ("", None))
-        if found is not attr_val:
+        name = self._name_of(attr_val)
+        if name is None:
             return attr_val
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
+
+    def create_arg(self, a: Any) -> Any:
+        name = self._name_of(a) if isinstance(a, Tensor) else None
+        return super().create_arg(a) if name is None else self.create_node("get_attr", name, (), {})
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         ours = type(m).__module__ == "structadmm.nn"
@@ -425,11 +441,13 @@ def symbolic(
     probes: Sequence[Sequence[Tensor]],
     defaults: dict[str, Any],
     who: str,
+    closed_too: bool,
 ) -> tuple[fx.Graph, fx.Graph]:
     """Graphs of the network in evaluation and in training.
 
     ghost: the model's, for the tracer that knows shapes; None: torch.fx's own. probes: inputs at two batch sizes.
-    Raises Untraceable naming the module and the source line where the tracer can't follow.
+    closed_too: parameters may go into functions that torch.fx was told not to look into; Closed where they do and may
+    not. Raises Untraceable naming the module and the source line where the tracer can't follow.
     """
     tracer: _Tracer | None = None
     graphs = []
@@ -444,7 +462,11 @@ def symbolic(
                 tracer = _ShapeTracer(ghost, probes, defaults) if ghost else _Tracer()
                 graph = tracer.trace(model, concrete_args=defaults or None)
             _drop_defaults(graph, defaults)
+            if not closed_too and _closed(graph):
+                raise Closed
             graphs.append(graph)
+    except Closed:
+        raise
     except Exception as error:
         path = next((p for p in reversed(tracer.at) if p), "") if tracer else ""
         module = model.get_submodule(path)
@@ -454,8 +476,11 @@ def symbolic(
     return graphs[0], graphs[1]
 
 
-def opaque(graph: fx.Graph) -> bool:
-    """Whether parameters go into functions that torch.fx was told not to look into."""
+class Closed(Exception):
+    """Parameters go into functions that torch.fx was told not to look into."""
+
+
+def _closed(graph: fx.Graph) -> bool:
     for node in graph.nodes:
         given = node.op == "call_function" and any(n.op == "get_attr" for n in node.all_input_nodes)
         if given and _origin(node.target) not in _LIBRARIES:

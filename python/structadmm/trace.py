@@ -14,7 +14,6 @@ torchvision's resnet152 2.6, 4.8, 10; densenet161 4.7, 7.6, 22; swin_t 2.7, 5.4,
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 import operator
@@ -25,15 +24,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
+from .copies import clone, own
 from .errors import TraceError
 from .exported import exported
 from .plain import in_plain_terms
-from .symbolic import FOLLOWED, VIEWS, Ghost, Untraceable, culprit, defaults_of, first_line, mode, opaque, symbolic
+from .symbolic import FOLLOWED, VIEWS, Closed, Ghost, Untraceable, culprit, defaults_of, first_line, mode, symbolic
 from .unpack import unpack
 
 # Shapes are propagated at this batch size, which no channel count, conv group or head count is likely to equal: a
@@ -72,47 +72,6 @@ class Traced:
 
 class Shape(tuple[int, ...]):
     """The shape of a tensor, told apart from a tuple that the network computes with."""
-
-
-def clone(model: nn.Module) -> nn.Module:
-    """A deep copy of `model`; torch.nn.utils' pruning masks, weight norms and parametrisations become plain weights.
-
-    Weights that pruning hooks recompute are non-leaf tensors, which torch refuses to copy: they are copied detached.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, prune.BasePruningMethod):
-                prune.remove(module, hook._tensor_name)
-            elif isinstance(hook, WeightNorm):
-                remove_weight_norm(module, hook.name)
-            elif isinstance(hook, SpectralNorm):
-                remove_spectral_norm(module, hook.name)
-        if parametrize.is_parametrized(module):
-            _bake(module)
-    return copied
-
-
-def _bake(module: nn.Module) -> None:
-    """Plain parameters in the place of parametrised ones.
-
-    torch's remove_parametrizations takes the properties off the class, which a deep copy shares with the original.
-    """
-    lists: Any = module.parametrizations
-    values = {name: getattr(module, name).detach().clone() for name in lists}
-    learns = {name: [p.requires_grad for p in lists[name].parameters()] for name in lists}
-    del module.parametrizations
-    module.__class__ = type(module).__bases__[0]
-    for name, value in values.items():
-        if learns[name]:
-            module.register_parameter(name, nn.Parameter(value, requires_grad=any(learns[name])))
-        else:
-            module.register_buffer(name, value)
 
 
 def hooked(model: nn.Module) -> list[str]:
@@ -332,12 +291,14 @@ def trace(
     who: str = "trace",
     unpacked: bool = False,
     via: str | None = None,
+    share: bool = False,
 ) -> Traced:
     """Trace a copy of `model` on `example` (a tensor or a tuple of tensors, batch first, any batch size).
 
     The model is left as it is. Every module keeps its train/eval flag. Errors begin with `who`. unpacked: attention
     modules of torch are taken apart where that works (unpack.py), under other names then. via: the only front end to
-    use, "fx", "shapes" or "export"; default: the first that follows forward, in this order.
+    use, "fx", "shapes" or "export"; default: the first that follows forward, in this order. share: the copy's
+    parameters have the model's memory, for those who only read them (copies.clone).
 
     Raises TraceError: the example does not fit the model's dtype or device; no front end follows forward (the message
     names module, operator and source line at which torch.fx and torch.export stopped); forward fails on the example.
@@ -362,8 +323,8 @@ def trace(
                 if via not in (None, way) or ((way, closed_too) == ("fx", True) and not closed):
                     continue
                 try:
-                    return _attempt(model, inputs, defaults, who, apart, way, closed_too)
-                except _Closed:
+                    return _attempt(model, inputs, defaults, who, apart, way, closed_too, share)
+                except Closed:
                     closed = True
                 except Untraceable as error:
                     failures[way] = error
@@ -388,10 +349,6 @@ def _all_failed(who: str, failures: dict[str, Untraceable]) -> TraceError:
     return error
 
 
-class _Closed(Exception):
-    """Parameters go into functions that torch.fx was told not to look into."""
-
-
 def _attempt(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
@@ -400,9 +357,10 @@ def _attempt(
     apart: bool,
     way: str,
     closed_too: bool,
+    share: bool,
 ) -> Traced:
     notes = [f"{name}: its hooks are not part of the traced network" for name in hooked(model)]
-    root = clone(model)
+    root = clone(model, share)
     for module in root.modules():  # what is left are hooks of the user's; the note says that they are gone
         for kind in _HOOKS:
             getattr(module, kind).clear()
@@ -416,9 +374,7 @@ def _attempt(
     else:
         probes = [rebatch(inputs, PROBE_BATCH), rebatch(inputs, PROBE_BATCH + 2)]
         ghost = Ghost(root) if way == "shapes" else None
-        graph, training = symbolic(root, ghost, probes, defaults, who)
-    if not closed_too and opaque(graph):
-        raise _Closed
+        graph, training = symbolic(root, ghost, probes, defaults, who, closed_too)
     if way != "fx":
         notes.append("forward computes with shapes: the traced network takes inputs of the example's size, any batch")
     in_plain_terms(root, graph, training)
@@ -497,6 +453,7 @@ def _propagate(module: fx.GraphModule, ghost: Ghost | None, inputs: Sequence[Ten
             runner.run(*(ghost.tensor(t) for t in inputs))
         return {n: runner.shapes[g] for n, g in zip(module.graph.nodes, ghost.module.graph.nodes, strict=True)}
     except Exception:  # whatever it is, running for real shows whether it is the network's
+        own(module)
         runner = _Shapes(module)
     try:
         with mode(module, False), torch.no_grad():

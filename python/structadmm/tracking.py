@@ -82,12 +82,21 @@ class Layer:
         at = np.flatnonzero(amount)
         if not at.size:
             return np.zeros(len(self.weight))
-        x = torch.from_numpy(amount).to(self.weight.device)
-        if self.groups == 1:  # few columns of what may be a huge weight
-            index = torch.from_numpy(at).to(self.weight.device)
-            return (self.weight[:, index].double().sum(2) @ x[index]).cpu().numpy()
-        total = self.weight.double().sum(2).reshape(self.groups, -1, self.weight.shape[1])
-        return (total @ x.reshape(self.groups, -1, 1)).reshape(-1).cpu().numpy()
+        # Few columns of what may be a huge weight.
+        w = self.weight.unflatten(0, (self.groups, -1))
+        w = w[..., 0] if w.shape[3] == 1 else w
+        index = torch.from_numpy(at).to(w.device)
+        x = torch.from_numpy(amount[at]).to(w.device)
+        if self.groups == 1:
+            return (_taps(w[0].index_select(1, index)) @ x).cpu().numpy()
+        group = index // w.shape[2]
+        each = _taps(w[group, :, index % w.shape[2]]) * x[:, None]
+        return each.new_zeros(w.shape[:2]).index_add_(0, group, each).reshape(-1).cpu().numpy()
+
+
+def _taps(w: Tensor) -> Tensor:
+    """The sums in float64 of weights [A, B] or [A, B, K] over the taps."""
+    return w.double() if w.dim() == 2 else w.double().sum(2)
 
 
 def values_of(t: Tensor) -> Floats:
