@@ -174,6 +174,29 @@ def test_threads_batch_and_layouts_give_the_same_bits(isa: str, c: dict[str, Any
         assert torch.equal(got[n : n + 1], alone)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60, deadline=None)
+@given(c=steps())
+def test_planes_without_the_halo_that_the_kernel_reaches(isa: str, c: dict[str, Any]) -> None:
+    """A caller's tensor, zeros at its edges and nothing read beyond them; the bits of a padded copy."""
+    spec, dense, bias = make_spec(c)
+    x, residual = inputs(c, spec, dense)
+    bare = {**c, "x_layout": "tensor"}
+    if isa != "avx2" and c["x_layout"] == "arena" and needs_halo(c):
+        with pytest.raises(ValueError, match="x got a halo of 0"):
+            run("taps_f32", isa, bare, spec, x, residual)
+        return
+    got = run("taps_f32", isa, bare, spec, x, residual)
+    check_close(got, c, x, dense, bias, residual)
+    assert torch.equal(got, run("taps_f32", isa, c, spec, x, residual))
+
+
+def needs_halo(c: dict[str, Any]) -> bool:
+    axes = zip(c["size"], c["kernel"], c["stride"], c["padding"], c["dilation"], strict=True)
+    reach = [((n + 2 * p - d * (k - 1) - 1) // s * s + d * (k - 1) - p, n, p) for n, k, s, p, d in axes]
+    return any(p > 0 or last >= n for last, n, p in reach)
+
+
 CASE: dict[str, Any] = {
     "groups": 1, "kernel": (3, 3), "dilation": (1, 1), "padding": (1, 1), "stride": (1, 1), "size": (9, 9), "batch": 2,
     "channels": 3, "filters": 40, "block": 8, "density": 1.0, "bias": True, "curve": {}, "residual": "none",

@@ -199,10 +199,11 @@ py::tuple conv_step(const std::string& family, const std::string& isa_of, const 
     return std::max<int64_t>(0, (out - 1) * spec.stride[axis] + spec.dilation[axis] * (spec.kernel[axis] - 1) -
                                     spec.padding[axis] - (in - 1));
   };
-  const Halo in_halo{.top = spec.padding[0] + x_halo[0],
-                     .left = spec.padding[1] + x_halo[1],
-                     .bottom = behind(0, height, out_h) + x_halo[2],
-                     .right = behind(1, width, out_w) + x_halo[3]};
+  Halo in_halo{.top = spec.padding[0] + x_halo[0],
+               .left = spec.padding[1] + x_halo[1],
+               .bottom = behind(0, height, out_h) + x_halo[2],
+               .right = behind(1, width, out_w) + x_halo[3]};
+  if (x_layout == "tensor") in_halo = {};  // whether the family takes that or not
   const Halo out_halo{.top = y_halo[0], .left = y_halo[1], .bottom = y_halo[2], .right = y_halo[3]};
   const Grid grid{.images = grid_of[0], .rows = grid_of[1], .cols = grid_of[2]};
   const Planes px = planes(x_layout, dtype, planned, x.shape(1), height, width, in_halo, grid);
