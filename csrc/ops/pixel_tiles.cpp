@@ -69,9 +69,13 @@ void for_vectors(Outputs o, const Cut& cut, int lanes, const Begins& begins, con
   while (!o.done()) {
     const int64_t offset = std::min(o.x(), cut.limit);
     begins(offset);
+    int64_t before = -1;
     for (int n = 0; n < lanes && !o.done(); ++n, o.next()) {
       const int64_t at = o.x() - offset;
       if (at < 0 || at >= cut.window * lanes) break;
+      // Two outputs may read one place, the first of them at the edge of its row, and the second at that of the next.
+      if (cut.window == 1 && at <= before) break;
+      before = at;
       each(o, cut.window > 1 ? n : static_cast<int>(at), at);
     }
   }
@@ -128,7 +132,7 @@ CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes) {
   return size;
 }
 
-bool has_edges(const ConvPlanes& p, const int64_t (&kernel)[2]) {
+bool has_edges(const ConvPlanes& p, const KernelSize& kernel) {
   const ConvGeometry& g = p.geometry;
   const int64_t before[] = {p.x.halo.top, p.x.halo.left}, behind[] = {p.x.halo.bottom, p.x.halo.right};
   const int64_t in[] = {p.x.height, p.x.width}, out[] = {p.y.height, p.y.width};
@@ -139,7 +143,7 @@ bool has_edges(const ConvPlanes& p, const int64_t (&kernel)[2]) {
   return false;
 }
 
-std::vector<uint16_t> inside_of(const ConvPlanes& planes, const int64_t (&kernel)[2], const Cut& cut, int lanes) {
+std::vector<uint16_t> inside_of(const ConvPlanes& planes, const KernelSize& kernel, const Cut& cut, int lanes) {
   std::vector<uint16_t> inside;
   const auto positions = static_cast<size_t>(kernel[0] * kernel[1]);
   for_vectors(

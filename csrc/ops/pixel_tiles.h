@@ -2,6 +2,7 @@
 // or into single pixels. Pure functions of planes and geometry.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -14,6 +15,8 @@ struct ConvGeometry {
   int64_t stride[2], padding[2], dilation[2];
   bool operator==(const ConvGeometry&) const = default;
 };
+
+using KernelSize = std::array<int64_t, 2>;
 
 struct ConvPlanes {
   Planes x, y, residual;  // residual: as y without one
@@ -52,9 +55,9 @@ struct Cut {
   int64_t period = 1, limit = 0;
 };
 // Whether x has no room for what the kernel reaches beyond it.
-bool has_edges(const ConvPlanes& planes, const int64_t (&kernel)[2]);
+bool has_edges(const ConvPlanes& planes, const KernelSize& kernel);
 // PixelTiles::inside, for tiles of these planes.
-std::vector<uint16_t> inside_of(const ConvPlanes& planes, const int64_t (&kernel)[2], const Cut& cut, int lanes);
+std::vector<uint16_t> inside_of(const ConvPlanes& planes, const KernelSize& kernel, const Cut& cut, int lanes);
 
 struct CutSize {
   int64_t vectors = 0, whole = 0, pieces = 0;  // stores of a whole vector (the halo in it included), and of less

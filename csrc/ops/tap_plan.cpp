@@ -8,6 +8,7 @@
 
 #include "base/check.h"
 #include "base/div_up.h"
+#include "ops/tap_cost.h"
 
 namespace structadmm {
 namespace {
@@ -17,67 +18,7 @@ using By = TapPlan::By;
 using Job = TapPlan::Job;
 using Tile = PixelTiles::Tile;
 
-constexpr int64_t kMaxPeriod = 16;     // images in one table of tiles
-constexpr int64_t kPanelTaps = 144;    // in a copy of x: it and a panel of weights stay in L1
-constexpr int64_t kSharedTaps = 1536;  // in one for several blocks, of which each panel has few
-
-// Cycles of a job of `taps` taps. What a tile costs besides its taps (its first sums, its stores) was measured in
-// AVX-512.
-double filters_cost(const GemmCompact& k, int width_class, int panels, int64_t pixels, double taps) {
-  const int most = k.pixels[width_class][panels - 1];
-  const int64_t tiles = div_up(pixels, most);
-  const double each = static_cast<double>(pixels) / static_cast<double>(tiles * most);
-  const double tap = k.filters_cycles[width_class][panels - 1] * std::max(0.4, each);
-  constexpr double kSpread = 280;  // of a vector of pixels and a panel
-  return static_cast<double>(tiles) * (tap * taps + 30) +
-         kSpread * panels * static_cast<double>(div_up(pixels, k.lanes));
-}
-
-double pixels_cost(const GemmCompact& k, int width, int64_t vectors, int window, double taps) {
-  const int c = kernels::width_class(width);
-  const int64_t tiles = div_up(vectors, k.nr[c]), least = vectors / tiles, more = vectors % tiles;
-  const double cycles = static_cast<double>(tiles - more) * k.pixels_cycles[c][least - 1] +
-                        (more == 0 ? 0.0 : static_cast<double>(more) * k.pixels_cycles[c][least]);
-  constexpr double kGather = 1.5;  // a second load and a permutation per vector
-  return (cycles * (window > 1 ? kGather : 1.0) * taps + 35.0 * static_cast<double>(vectors)) * (width / k.mr[c]);
-}
-
-double stores_cost(int64_t filters, const CutSize& size) {
-  constexpr double kWhole = 2, kPiece = 8;  // cycles of a store
-  return static_cast<double>(filters) *
-         (kWhole * static_cast<double>(size.whole) + kPiece * static_cast<double>(size.pieces));
-}
-
-// Of a job by the panel kernel, for some filters that share their taps.
-double panel_cost(const GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
-  const int nr = k.nr[0];
-  const int64_t tiles = div_up(size.vectors, nr), least = size.vectors / tiles, more = size.vectors % tiles;
-  const auto tile = [&](int64_t vectors) {
-    return taps * (k.panel_cycles[vectors - 1] * static_cast<double>(div_up(filters, 4)) +
-                   k.collect_cycles[static_cast<int>(size.reads)] * static_cast<double>(vectors));
-  };
-  return static_cast<double>(tiles - more) * tile(least) +
-         (more == 0 ? 0.0 : static_cast<double>(more) * tile(least + 1)) + stores_cost(filters, size);
-}
-
-// Of several blocks by the panel kernel from one copy of `taps` taps, of which their panels have `all` in sum; panels
-// are `width` wide.
-double shared_cost(const GemmCompact& k, const Packed& packed, const CutSize& size, int64_t taps) {
-  constexpr double kCall = 25, kSum = 1.5;  // cycles of a call, and of a vector of sums that waits for the next part
-  const int64_t tiles = div_up(size.vectors, k.nr[0]), least = size.vectors / tiles, more = size.vectors % tiles;
-  const auto parts = static_cast<double>(div_up(taps, kSharedTaps));
-  const auto tile = [&](int64_t vectors) {
-    double cycles = static_cast<double>(taps * vectors) * k.collect_cycles[static_cast<int>(size.reads)];
-    for (const Panel& p : packed.panels) {
-      cycles += static_cast<double>(p.n_taps * (p.width / 4)) * k.panel_cycles[vectors - 1] +
-                parts * (kCall + kSum * static_cast<double>(p.width * vectors));
-    }
-    return cycles;
-  };
-  return static_cast<double>(tiles - more) * tile(least) +
-         (more == 0 ? 0.0 : static_cast<double>(more) * tile(least + 1)) +
-         stores_cost(packed.header->out_channels, size);
-}
+constexpr int64_t kMaxPeriod = 16;  // images in one table of tiles
 
 // The taps of the first panel, or of all of them; `most` in a part.
 Collection collect_taps(const Packed& packed, std::span<const Panel> panels, int64_t most, const auto& offset_of) {
@@ -142,7 +83,7 @@ void check_planes(const char* op, const Packed& packed, const ConvPlanes& p, con
     SADMM_CHECK(reach >= 0 && out[axis] == reach / g.stride[axis] + 1, op, ": y got ", out[axis],
                 " pixels on an axis, wanted those of the convolution of ", in[axis]);
   }
-  if (has_edges(p, {h.kernel_h, h.kernel_w})) {
+  if (has_edges(p, KernelSize{h.kernel_h, h.kernel_w})) {
     SADMM_CHECK(k.panel_cycles[0] > 0 && h.kernel_h * h.kernel_w <= kernels::kMaxEdgePositions, op,
                 ": x got a halo of ", p.x.halo.top, " and ", p.x.halo.left, " before it, ", p.x.halo.bottom, " and ",
                 p.x.halo.right, " behind, wanted what the kernel reaches");
@@ -150,6 +91,187 @@ void check_planes(const char* op, const Packed& packed, const ConvPlanes& p, con
   SADMM_CHECK(p.x.pitch >= 0 && p.x.image_stride >= 0 && p.x.channel_stride >= 0, op,
               ": x got negative strides, wanted none");
 }
+
+// Fills in which kernels run which panels, on which tiles.
+class Chooser {
+ public:
+  Chooser(const char* op, const Packed& packed, int64_t images, TapPlan& plan)
+      : packed_(packed), plan_(plan), k_(*plan.kernels), g_(plan.planes.geometry), images_(images) {
+    const kernels::PackedHeader& h = *packed.header;
+    const Planes &x = plan.planes.x, &y = plan.planes.y;
+    for (int64_t i = 0; i < h.kernel_h; ++i) {
+      for (int64_t j = 0; j < h.kernel_w; ++j) {
+        plan.position.push_back(i * g_.dilation[0] * x.pitch + j * g_.dilation[1]);
+      }
+    }
+    edges_ = has_edges(plan.planes, kernel());
+    farthest_ = plan.position.back() + (h.in_channels - 1) * x.channel_stride;
+    last_ = x.origin + (images - 1) * x.image_stride + ((y.height - 1) * g_.stride[0] - g_.padding[0]) * x.pitch +
+            (y.width - 1) * g_.stride[1] - g_.padding[1];
+    SADMM_CHECK(edges_ || last_ + farthest_ < x.readable, op, ": x got ", x.readable, " readable elements, wanted ",
+                last_ + farthest_ + 1);
+    mean_taps_ = static_cast<double>(h.weights) / static_cast<double>(std::max(h.out_channels, 1));
+  }
+
+  void choose() {
+    choose_cuts();
+    const auto count = static_cast<int64_t>(packed_.panels.size());
+    for (int64_t i = 0, end = 0; i < count; i = end) {
+      while (end < count && packed_.panels[end].block == packed_.panels[i].block) ++end;
+      choose_block(i, end);
+    }
+    if (by_panels() && count > 0 && packed_.panels.front().block != packed_.panels.back().block) try_one_copy();
+    cut();
+  }
+
+ private:
+  // How to cut the outputs, and what that costs.
+  struct Choice {
+    Cut cut{0, 1, 0};  // window = 0: not at all
+    CutSize size;
+    double cost = 0;  // of an image
+    bool possible() const { return cut.window != 0; }
+    // all(): of the images that are cut together. Infinite where that is not possible.
+    double of_image(const auto& all) const {
+      return possible() ? all() / static_cast<double>(cut.period) : std::numeric_limits<double>::infinity();
+    }
+  };
+
+  // Where there are panel kernels, they do what pixels kernels would.
+  bool by_panels() const { return k_.panel_cycles[0] > 0; }
+  int64_t outputs() const { return plan_.planes.outputs(); }
+  KernelSize kernel() const { return {packed_.header->kernel_h, packed_.header->kernel_w}; }
+  int64_t offset_of(const kernels::Tap& t) const {
+    return t.channel * plan_.planes.x.channel_stride + plan_.position[t.position];
+  }
+
+  // Where a window of slack lies behind the last place that is read, vectors may begin anywhere; otherwise those of the
+  // last image must not, and the tables of all images are as that of the last.
+  Cut cut_of(int window, int64_t period) const {
+    const Planes& x = plan_.planes.x;
+    const bool slack = edges_ || last_ + farthest_ + window * k_.lanes <= x.readable;
+    return {window, period,
+            slack ? std::numeric_limits<int64_t>::max()
+                  : x.readable - farthest_ - window * k_.lanes - (images_ - 1) * x.image_stride};
+  }
+
+  // The cheapest of these windows by cost(size of a cut, window), and how many images to cut together.
+  Choice cheapest(std::initializer_list<int> windows, const auto& cost) const {
+    Choice best;
+    for (const int window : windows) {
+      if (window == 1 && g_.stride[1] != 1) continue;
+      const Cut one = cut_of(window, 1);
+      if (one.limit < 0) continue;
+      const bool slack = one.limit == std::numeric_limits<int64_t>::max();
+      const auto size = [&](int64_t n) { return size_of(plan_.planes, cut_of(window, n), k_.lanes); };
+      const auto cost_of = [&](int64_t n) { return cost(size(n), window); };
+      const int64_t period = choose_period(slack ? images_ : 1, outputs(), cost_of);
+      const double each = cost_of(period) / static_cast<double>(period);
+      if (!best.possible() || each < best.cost) best = {cut_of(window, period), size(period), each};
+    }
+    return best;
+  }
+  Choice cheapest_copy(const auto& cost) const {
+    return g_.stride[1] == 1 ? cheapest({1, 2}, cost) : cheapest({2, 4}, cost);
+  }
+
+  void choose_cuts() {
+    const auto by_pixels = [&](const CutSize& size, int window) {
+      return pixels_cost(k_, 8, size.vectors, window, mean_taps_);
+    };
+    const bool gather = k_.gather && (g_.stride[1] != 1 || plan_.planes.y.width < 4 * k_.lanes);
+    if (!edges_) pixels_ = gather ? cheapest({1, 2}, by_pixels) : cheapest({1}, by_pixels);
+    // The panel kernel needs enough filters of a block: the largest one chooses.
+    int64_t widest = 0;
+    for (size_t i = 0, filters = 0; i < packed_.panels.size(); ++i) {
+      filters = i > 0 && packed_.panels[i].block == packed_.panels[i - 1].block ? filters : 0;
+      filters += packed_.panels[i].filters;
+      widest = std::max<int64_t>(widest, filters);
+    }
+    const auto by_panel = [&](const CutSize& size, int) { return panel_cost(k_, widest, size, mean_taps_); };
+    if (by_panels() && (edges_ || widest >= k_.mr[0] * 2)) panel_ = cheapest_copy(by_panel);
+    // Offsets of several images must fit the 32 bits of the table.
+    filters_period_ = choose_period(std::abs(plan_.planes.x.image_stride) > (1 << 26) ? 1 : images_, outputs(),
+                                    [&](int64_t n) { return filters_cost(k_, 0, 1, n * outputs(), mean_taps_); });
+  }
+
+  // Panels begin to end, of one block: all by the panel kernel from a copy, or each by what is cheaper of the others.
+  void choose_block(int64_t begin, int64_t end) {
+    const auto taps = static_cast<double>(packed_.panels[begin].n_taps);
+    const double pieces = outputs() < k_.lanes ? 1.25 : 1.0;  // a vector over several images is stored in pieces
+    std::vector<Job> jobs;
+    double cost = 0;
+    int64_t filters = 0;
+    for (int64_t p = begin; p < end; ++p) filters += packed_.panels[p].filters;
+    for (int64_t p = begin; p < end;) {
+      const int width = packed_.panels[p].width, nv = next_panels(packed_, p, k_);
+      const double by_filters = filters_cost(k_, kernels::width_class(width), nv, filters_period_ * outputs(), taps) /
+                                static_cast<double>(filters_period_);
+      const double by_pixels = pixels_.of_image(
+          [&] { return pieces * pixels_cost(k_, width, pixels_.size.vectors, pixels_.cut.window, taps); });
+      if (by_filters <= nv * by_pixels) {
+        jobs.push_back({By::kFilters, p, nv});
+        cost += by_filters;
+        p += nv;
+      } else {
+        jobs.push_back({By::kPixels, p, 1});
+        cost += by_pixels;
+        ++p;
+      }
+    }
+    const double by_panel = panel_.of_image([&] { return panel_cost(k_, filters, panel_.size, taps); });
+    if (panel_.possible() && (edges_ || by_panel < cost)) {
+      jobs = {{By::kPanel, begin, static_cast<int>(end - begin), static_cast<int>(plan_.collections.size())}};
+      plan_.collections.push_back(collect(packed_.panels.subspan(begin, end - begin), kPanelTaps));
+      cost = by_panel;
+    }
+    plan_.jobs.insert(plan_.jobs.end(), jobs.begin(), jobs.end());
+    cost_ += cost;
+  }
+
+  // All blocks from one copy, if that is cheaper.
+  void try_one_copy() {
+    Collection all = collect(packed_.panels, kSharedTaps);
+    const auto taps = static_cast<int64_t>(all.offset.size());
+    const Choice shared = cheapest_copy([&](const CutSize& size, int) { return shared_cost(k_, packed_, size, taps); });
+    if (!shared.possible() || shared.cost >= cost_) return;
+    plan_.jobs = {{By::kPanel, 0, static_cast<int>(packed_.panels.size())}};
+    plan_.collections = {std::move(all)};
+    panel_ = shared;
+  }
+
+  Collection collect(std::span<const Panel> panels, int64_t most) const {
+    return collect_taps(packed_, panels, most, [&](const kernels::Tap& t) { return offset_of(t); });
+  }
+
+  void cut() {
+    const auto any = [&](By by) {
+      return std::any_of(plan_.jobs.begin(), plan_.jobs.end(), [&](const Job& job) { return job.by == by; });
+    };
+    if (any(By::kPixels)) {
+      plan_.pixels = cut_vectors(plan_.planes, pixels_.cut, k_);
+      for (int64_t t = 0; by_panels() && t < packed_.header->taps; ++t) {
+        plan_.offset.push_back(offset_of(packed_.taps[t]));
+      }
+    }
+    if (any(By::kPanel)) {
+      plan_.panel = cut_vectors(plan_.planes, panel_.cut, k_);
+      if (edges_) plan_.panel.inside = inside_of(plan_.planes, kernel(), panel_.cut, k_.lanes);
+    }
+    if (any(By::kFilters)) plan_.filters = cut_pixels(plan_.planes, filters_period_, k_.lanes);
+  }
+
+  const Packed& packed_;
+  TapPlan& plan_;
+  const GemmCompact& k_;
+  const ConvGeometry& g_;
+  const int64_t images_;
+  bool edges_ = false;               // x has no halo where the kernel reaches beyond it
+  int64_t farthest_ = 0, last_ = 0;  // of a tap from its output's place; the last output's place
+  double mean_taps_ = 0, cost_ = 0;  // cost_: of the jobs, an image
+  Choice pixels_, panel_;
+  int64_t filters_period_ = 1;
+};
 
 }  // namespace
 
@@ -166,11 +288,10 @@ bool takes_edges(const Packed& packed, Isa isa) {
   return std::count(read.begin(), read.end(), 1) <= kTaps * h.channels;
 }
 
-TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, const Planes& x, const Planes& y,
+TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& geometry, const Planes& x, const Planes& y,
                   const Planes* residual, const Epilogue& epilogue, int64_t images, Isa isa) {
-  const kernels::PackedHeader& h = *packed.header;
   TapPlan plan{.kernels = &kernels::gemm_compact(isa),
-               .planes = {x, y, residual ? *residual : y, g},
+               .planes = {x, y, residual ? *residual : y, geometry},
                .epilogue = epilogue,
                .position = {},
                .offset = {},
@@ -179,159 +300,8 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& g, c
                .pixels = {},
                .panel = {},
                .filters = {}};
-  const GemmCompact& k = *plan.kernels;
-  check_planes(op, packed, plan.planes, k);
-  const int64_t kernel[] = {h.kernel_h, h.kernel_w};
-  const bool edges = has_edges(plan.planes, kernel);
-  images = std::max<int64_t>(images, 1);
-  for (int64_t i = 0; i < h.kernel_h; ++i) {
-    for (int64_t j = 0; j < h.kernel_w; ++j) {
-      plan.position.push_back(i * g.dilation[0] * x.pitch + j * g.dilation[1]);
-    }
-  }
-
-  const auto offset_of = [&](const kernels::Tap& t) {
-    return t.channel * x.channel_stride + plan.position[t.position];
-  };
-
-  // Where a window of slack lies behind the last place that is read, vectors may begin anywhere; otherwise those of the
-  // last image must not, and the tables of all images are as that of the last.
-  const int64_t outputs = plan.planes.outputs();
-  const int64_t farthest = plan.position.back() + (h.in_channels - 1) * x.channel_stride;
-  const int64_t last = x.origin + (images - 1) * x.image_stride +
-                       ((y.height - 1) * g.stride[0] - g.padding[0]) * x.pitch + (y.width - 1) * g.stride[1] -
-                       g.padding[1];
-  SADMM_CHECK(edges || last + farthest < x.readable, op, ": x got ", x.readable, " readable elements, wanted ",
-              last + farthest + 1);
-  const auto cut_of = [&](int window, int64_t period) -> Cut {
-    const bool slack = edges || last + farthest + window * k.lanes <= x.readable;
-    const int64_t limit = slack ? std::numeric_limits<int64_t>::max()
-                                : x.readable - farthest - window * k.lanes - (images - 1) * x.image_stride;
-    return {window, period, limit};
-  };
-  // The cheapest of these windows by cost(size of a cut, window), and how many images to cut together. window = 0:
-  // none.
-  struct Choice {
-    Cut cut{0, 1, 0};
-    CutSize size;
-    double cost = 0;  // of an image
-  };
-  const auto choose = [&](std::initializer_list<int> windows, const auto& cost) {
-    Choice best;
-    for (const int window : windows) {
-      if (window == 1 && g.stride[1] != 1) continue;
-      const Cut one = cut_of(window, 1);
-      if (one.limit < 0) continue;
-      const bool slack = one.limit == std::numeric_limits<int64_t>::max();
-      const auto cost_of = [&](int64_t n) { return cost(size_of(plan.planes, cut_of(window, n), k.lanes), window); };
-      const int64_t period = choose_period(slack ? images : 1, outputs, cost_of);
-      const double each = cost_of(period) / static_cast<double>(period);
-      if (best.cut.window != 0 && each >= best.cost) continue;
-      const Cut cut = cut_of(window, period);
-      best = {cut, size_of(plan.planes, cut, k.lanes), each};
-    }
-    return best;
-  };
-  const double mean_taps = static_cast<double>(h.weights) / static_cast<double>(std::max(h.out_channels, 1));
-  const auto by_pixels_cost = [&](const CutSize& size, int window) {
-    return pixels_cost(k, 8, size.vectors, window, mean_taps);
-  };
-  const bool gather = k.gather && (g.stride[1] != 1 || y.width < 4 * k.lanes);
-  const Choice pixels = edges ? Choice{} : gather ? choose({1, 2}, by_pixels_cost) : choose({1}, by_pixels_cost);
-  // The panel kernel needs enough filters of a block: the largest one chooses.
-  int64_t widest = 0;
-  for (size_t i = 0, filters = 0; i < packed.panels.size(); ++i) {
-    filters = i > 0 && packed.panels[i].block == packed.panels[i - 1].block ? filters : 0;
-    filters += packed.panels[i].filters;
-    widest = std::max<int64_t>(widest, filters);
-  }
-  const auto by_panel_cost = [&](const CutSize& size, int) { return panel_cost(k, widest, size, mean_taps); };
-  const bool by_panels = k.panel_cycles[0] > 0, panels = by_panels && (edges || widest >= k.mr[0] * 2);
-  const Choice panel = !panels            ? Choice{}
-                       : g.stride[1] == 1 ? choose({1, 2}, by_panel_cost)
-                                          : choose({2, 4}, by_panel_cost);
-  // Offsets of several images must fit the 32 bits of the table.
-  const int64_t filters_period =
-      choose_period(std::abs(x.image_stride) > (1 << 26) ? 1 : images, outputs,
-                    [&](int64_t n) { return filters_cost(k, 0, 1, n * outputs, mean_taps); });
-
-  const double pieces = outputs < k.lanes ? 1.25 : 1.0;  // a vector over several images is stored in pieces
-  double total = 0;                                      // of an image
-  bool any[3] = {};
-  const auto add = [&](const Job& job) {
-    plan.jobs.push_back(job);
-    any[static_cast<int>(job.by)] = true;
-  };
-  const auto count = static_cast<int64_t>(packed.panels.size());
-  for (int64_t i = 0; i < count;) {
-    // All panels of a block by the panel kernel, or each by what is cheaper of the other two.
-    int64_t end = i, filters = 0;
-    for (; end < count && packed.panels[end].block == packed.panels[i].block; ++end)
-      filters += packed.panels[end].filters;
-    const auto taps = static_cast<double>(packed.panels[i].n_taps);
-    std::vector<Job> jobs;
-    double cost = 0;
-    for (int64_t p = i; p < end;) {
-      const Panel& one = packed.panels[p];
-      const int c = kernels::width_class(one.width);
-      const int nv = next_panels(packed, p, k);
-      const double by_filters =
-          filters_cost(k, c, nv, filters_period * outputs, taps) / static_cast<double>(filters_period);
-      const double by_pixels = pixels.cut.window == 0
-                                   ? 0
-                                   : pieces * nv *
-                                         pixels_cost(k, one.width, pixels.size.vectors, pixels.cut.window, taps) /
-                                         static_cast<double>(pixels.cut.period);
-      if (pixels.cut.window == 0 || by_filters <= by_pixels) {
-        jobs.push_back({By::kFilters, p, nv});
-        cost += by_filters;
-        p += nv;
-      } else {
-        jobs.push_back({By::kPixels, p, 1});
-        cost += by_pixels / nv;
-        ++p;
-      }
-    }
-    const double by_panel =
-        panel.cut.window == 0 ? 0 : panel_cost(k, filters, panel.size, taps) / static_cast<double>(panel.cut.period);
-    if (panel.cut.window != 0 && (edges || by_panel < cost)) {
-      jobs = {{By::kPanel, i, static_cast<int>(end - i)}};
-      cost = by_panel;
-    }
-    for (Job job : jobs) {
-      if (job.by == By::kPanel) {
-        job.collection = static_cast<int>(plan.collections.size());
-        plan.collections.push_back(collect_taps(packed, packed.panels.subspan(i, job.panels), kPanelTaps, offset_of));
-      }
-      add(job);
-    }
-    total += cost;
-    i = end;
-  }
-  // All blocks from one copy, instead?
-  Cut panel_cut = panel.cut;
-  if (by_panels && count > 0 && packed.panels.front().block != packed.panels.back().block) {
-    Collection all = collect_taps(packed, packed.panels, kSharedTaps, offset_of);
-    const auto taps = static_cast<int64_t>(all.offset.size());
-    const auto cost = [&](const CutSize& size, int) { return shared_cost(k, packed, size, taps); };
-    const Choice shared = g.stride[1] == 1 ? choose({1, 2}, cost) : choose({2, 4}, cost);
-    if (shared.cut.window != 0 && shared.cost < total) {
-      plan.jobs = {{By::kPanel, 0, static_cast<int>(count)}};
-      plan.collections = {std::move(all)};
-      panel_cut = shared.cut;
-      any[static_cast<int>(By::kPixels)] = any[static_cast<int>(By::kFilters)] = false;
-      any[static_cast<int>(By::kPanel)] = true;
-    }
-  }
-  if (any[static_cast<int>(By::kPixels)]) {
-    plan.pixels = cut_vectors(plan.planes, pixels.cut, k);
-    for (int64_t t = 0; by_panels && t < h.taps; ++t) plan.offset.push_back(offset_of(packed.taps[t]));
-  }
-  if (any[static_cast<int>(By::kPanel)]) {
-    plan.panel = cut_vectors(plan.planes, panel_cut, k);
-    if (edges) plan.panel.inside = inside_of(plan.planes, kernel, panel_cut, k.lanes);
-  }
-  if (any[static_cast<int>(By::kFilters)]) plan.filters = cut_pixels(plan.planes, filters_period, k.lanes);
+  check_planes(op, packed, plan.planes, *plan.kernels);
+  Chooser(op, packed, std::max<int64_t>(images, 1), plan).choose();
   return plan;
 }
 

@@ -18,6 +18,12 @@ void collect(const CollectArgs& a) {
     if constexpr (R == Reads::kTwoRuns) gap[v] = a.vectors[v].lane[V::kLanes - 1] - (V::kLanes - 1);
     if constexpr (R != Reads::kWindow1) index[v] = V::index(a.vectors[v].lane);
   }
+  // Where padding is wider than the map, the vectors of a tile do not ascend.
+  const float *low = base[0], *high = base[0];
+  for (int v = 1; v < NR; ++v) {
+    low = base[v] < low ? base[v] : low;
+    high = base[v] > high ? base[v] : high;
+  }
   alignas(64) float mask[WithEdges ? kMaxEdgePositions : 1][NR][V::kLanes];
   if constexpr (WithEdges) {
     for (int p = 0; p < a.edges.positions; ++p) {
@@ -29,10 +35,8 @@ void collect(const CollectArgs& a) {
   }
   float* to = a.copy;
   for (int64_t t = 0; t < a.n_taps; ++t, to += NR * V::kLanes) {
-    // Vectors of a tile ascend.
     if constexpr (WithEdges) {
-      const float *const least = base[0] + a.offset[t], *const most = base[NR - 1] + a.offset[t];
-      if (least < a.edges.first || most + kWindow * V::kLanes > a.edges.end) {
+      if (low + a.offset[t] < a.edges.first || high + a.offset[t] + kWindow * V::kLanes > a.edges.end) {
         for (int v = 0; v < NR; ++v) {
           const unsigned inside = a.edges.inside[v * a.edges.positions + a.edges.position[t]];
           collect_one<V>(base[v] + a.offset[t], a.vectors[v], inside, to + v * V::kLanes);

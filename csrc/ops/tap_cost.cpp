@@ -1,0 +1,65 @@
+#include "ops/tap_cost.h"
+
+#include <algorithm>
+
+#include "base/div_up.h"
+
+namespace structadmm {
+namespace {
+
+// The sum of tile(vectors in it) over tiles of at most `most` vectors, as even as ops/pixel_tiles.cpp makes them.
+double over_tiles(int64_t vectors, int most, const auto& tile) {
+  const int64_t tiles = div_up(vectors, int64_t{most}), least = vectors / tiles, more = vectors % tiles;
+  return static_cast<double>(tiles - more) * tile(least) +
+         (more == 0 ? 0.0 : static_cast<double>(more) * tile(least + 1));
+}
+
+double stores_cost(int64_t filters, const CutSize& size) {
+  constexpr double kWhole = 2, kPiece = 8;  // cycles of a store
+  return static_cast<double>(filters) *
+         (kWhole * static_cast<double>(size.whole) + kPiece * static_cast<double>(size.pieces));
+}
+
+}  // namespace
+
+// What a tile costs besides its taps (its first sums, its stores) was measured in AVX-512.
+double filters_cost(const kernels::GemmCompact& k, int width_class, int panels, int64_t pixels, double taps) {
+  const int most = k.pixels[width_class][panels - 1];
+  const int64_t tiles = div_up(pixels, most);
+  const double each = static_cast<double>(pixels) / static_cast<double>(tiles * most);
+  const double tap = k.filters_cycles[width_class][panels - 1] * std::max(0.4, each);
+  constexpr double kSpread = 280;  // of a vector of pixels and a panel
+  return static_cast<double>(tiles) * (tap * taps + 30) +
+         kSpread * panels * static_cast<double>(div_up(pixels, k.lanes));
+}
+
+double pixels_cost(const kernels::GemmCompact& k, int width, int64_t vectors, int window, double taps) {
+  const int c = kernels::width_class(width);
+  const double cycles = over_tiles(vectors, k.nr[c], [&](int64_t count) { return k.pixels_cycles[c][count - 1]; });
+  constexpr double kGather = 1.5;  // a second load and a permutation per vector
+  return (cycles * (window > 1 ? kGather : 1.0) * taps + 35.0 * static_cast<double>(vectors)) * (width / k.mr[c]);
+}
+
+double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
+  const auto tile = [&](int64_t vectors) {
+    return taps * (k.panel_cycles[vectors - 1] * static_cast<double>(div_up(filters, 4)) +
+                   k.collect_cycles[static_cast<int>(size.reads)] * static_cast<double>(vectors));
+  };
+  return over_tiles(size.vectors, k.nr[0], tile) + stores_cost(filters, size);
+}
+
+double shared_cost(const kernels::GemmCompact& k, const Packed& packed, const CutSize& size, int64_t taps) {
+  constexpr double kCall = 25, kSum = 1.5;  // cycles of a call, and of a vector of sums that waits for the next part
+  const auto parts = static_cast<double>(div_up(taps, kSharedTaps));
+  const auto tile = [&](int64_t vectors) {
+    double cycles = static_cast<double>(taps * vectors) * k.collect_cycles[static_cast<int>(size.reads)];
+    for (const Panel& p : packed.panels) {
+      cycles += static_cast<double>(p.n_taps * (p.width / 4)) * k.panel_cycles[vectors - 1] +
+                parts * (kCall + kSum * static_cast<double>(p.width * vectors));
+    }
+    return cycles;
+  };
+  return over_tiles(size.vectors, k.nr[0], tile) + stores_cost(packed.header->out_channels, size);
+}
+
+}  // namespace structadmm

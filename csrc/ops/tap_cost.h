@@ -1,0 +1,28 @@
+// What the gemm_compact kernels cost by their measured cycles: by it ops/tap_plan.cpp chooses between them. Pure
+// functions.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/gemm_compact/gemm_compact.h"
+#include "ops/pixel_tiles.h"
+#include "ops/tap_table.h"
+
+namespace structadmm {
+
+inline constexpr int64_t kPanelTaps = 144;    // in a copy of x: it and a panel of weights stay in L1
+inline constexpr int64_t kSharedTaps = 1536;  // in one for several blocks, of which each panel has few
+
+// Cycles of a job of `taps` taps by the filters kernel, for some panels and pixels.
+double filters_cost(const kernels::GemmCompact& k, int width_class, int panels, int64_t pixels, double taps);
+
+// Of one panel by the pixels kernel, or the panel kernel on the planes.
+double pixels_cost(const kernels::GemmCompact& k, int width, int64_t vectors, int window, double taps);
+
+// By the panel kernel, for some filters that share their taps.
+double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps);
+
+// Of all panels by the panel kernel, from one copy of the `taps` taps that some block has.
+double shared_cost(const kernels::GemmCompact& k, const Packed& packed, const CutSize& size, int64_t taps);
+
+}  // namespace structadmm
