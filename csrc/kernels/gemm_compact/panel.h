@@ -67,6 +67,7 @@ void collect(const CollectArgs& a) {
 }
 
 constexpr int kFloatsPerLine = 16;
+enum Fetch { kNothing, kWeights, kAhead };
 
 // MR filters at a time, and Tail where no more are left: enough sums to keep two units of multiply-adds busy, whatever
 // NR. Weights and biases of filters that are not there are read (a packed weight has its biases, and zeros, behind it).
@@ -104,9 +105,11 @@ void panel(const PanelArgs& a) {
     const auto run = [&](auto fetch) {
       const float *w = a.w + first, *next = a.next;
       for (int64_t t = 0; t < a.n_taps; ++t, w += a.w_stride) {
-        if constexpr (decltype(fetch)::value) {
+        if constexpr (decltype(fetch)::value == kWeights) {
           __builtin_prefetch(next);
           next += kFloatsPerLine;
+        } else if constexpr (decltype(fetch)::value == kAhead) {
+          __builtin_prefetch(a.ahead + a.ahead_offset[t], 0, 2);
         }
         typename V::Reg px[NR];
 #pragma GCC unroll 8
@@ -126,10 +129,13 @@ void panel(const PanelArgs& a) {
       }
     };
     // With the last filters, when nothing else needs the way to memory.
-    if (a.next && first + kRows >= a.filters) {
-      run(std::true_type{});
+    const bool last = first + kRows >= a.filters;
+    if (last && a.ahead) {
+      run(std::integral_constant<Fetch, kAhead>{});
+    } else if (last && a.next) {
+      run(std::integral_constant<Fetch, kWeights>{});
     } else {
-      run(std::false_type{});
+      run(std::integral_constant<Fetch, kNothing>{});
     }
     if (!a.last) {
 #pragma GCC unroll 16
