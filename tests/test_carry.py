@@ -122,6 +122,40 @@ def test_parameter_groups_and_averages() -> None:
     assert {n: t.shape for n, t in ema.items()} == {n: t.shape for n, t in small.state_dict().items()}
 
 
+class TiedHead(nn.Module):
+    """An embedding whose table is the output layer's weight, around a layer that can lose features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner, self.outer = nn.Embedding(30, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head = nn.Linear(8, 30, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.outer(F.relu(self.inner(self.table(x)))))
+
+
+def test_tied_parameters_go_on_training() -> None:
+    torch.manual_seed(0)
+    model, x = TiedHead(), torch.randint(0, 30, (2, 7))
+    with torch.no_grad():
+        model.inner.weight[:4] = 0
+        model.inner.bias[:4] = 0
+    optimizer = torch.optim.Adam(model.parameters())
+    model(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        model.outer.weight[:, :4] = 0
+    small = sa.compact(model, x)
+    assert small.get_submodule("inner").out_features == 8
+    assert small.get_parameter("table.weight") is small.get_parameter("head.weight")
+    carried = sa.carry_state(optimizer, model, small)
+    trained = [p for g in carried.param_groups for p in g["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in small.parameters()} and len(trained) == 5
+    table = small.get_parameter("table.weight")
+    assert torch.equal(carried.state[table]["exp_avg"], optimizer.state[model.table.weight]["exp_avg"])
+
+
 def test_what_is_not_compacted_is_refused() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

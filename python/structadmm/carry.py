@@ -95,11 +95,11 @@ def carry_state(optimizer: Kind, model: nn.Module, small: nn.Module) -> Kind:
     is not from compact, or `optimizer` does not train `model`.
     """
     kept = _kept(small, "carry_state")
-    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
-    where = {names[id(p)]: i for i, g in enumerate(optimizer.param_groups) for p in g["params"] if id(p) in names}
+    before = dict(model.named_parameters(remove_duplicate=False))  # a tied one under each of its names
+    group = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+    where = {n: group[id(p)] for n, p in before.items() if id(p) in group}
     if not where:
         raise CompactError("carry_state: optimizer got none of the parameters of model, wanted one that trains it")
-    before = {n: p for n, p in model.named_parameters(remove_duplicate=False)}
     groups: list[dict[str, Any]] = [{**g, "params": []} for g in optimizer.param_groups]
     pairs: list[tuple[str, nn.Parameter, nn.Parameter]] = []
     layers = {n.rpartition(".")[0]: i for n, i in where.items()}
