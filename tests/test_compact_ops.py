@@ -226,6 +226,11 @@ def test_blocks_that_share_a_copy(isa: str, channels: int, size: int, stride: in
     c = {"groups": 1, "kernel": (3, 3), "dilation": (1, 1), "padding": (1, 1), "stride": (stride, stride)}
     c |= {"size": (size, size), "batch": 5, "channels": channels, "filters": 252, "block": 8, "density": 0.1}
     x, w, b, args, sizes = prepare({**c, "bias": True, "layout": "contiguous", "seed": 0})
+    names = ("weight", "bias", "taps", "block_filters", "block_taps")
+    spec = {n: t.tolist() for n, t in zip(names, args[1:6], strict=True)} | {"in_channels": channels}
+    spec |= {"out_channels": 252, **{n: c[n] for n in ("kernel", "stride", "padding", "dilation", "groups")}}
+    _, kernel = _core.conv_step("taps_f32", isa, spec, x.numpy())
+    assert ("shared" in kernel) == (isa == "avx2"), kernel
     torch.set_num_threads(1)
     got = ops.conv2d_compact(*args)
     check_close(got, x, w, b, F.conv2d, *sizes)
