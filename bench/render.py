@@ -165,7 +165,7 @@ def versions(rows: list[dict[str, Any]]) -> str:
 def on(file: str) -> str:
     """What a title says of a file of another machine, whose instruction set the file is named after."""
     isa = file.removeprefix("inference_networks").removeprefix("inference_layers").removeprefix("latency_plans")
-    return f", {isa.lstrip('_')}" if isa else ""
+    return f", {isa.lstrip('_').replace('_', ' ')}" if isa else ""
 
 
 def met(value: float, target: float | None) -> str:
