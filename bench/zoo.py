@@ -283,6 +283,7 @@ def judge(name: str, rate: float) -> dict[str, Any]:
         if not row["float32"] <= 1e-4:
             stage = "compare in float32"
             raise AssertionError(f"differs by {row['float32']} of the largest output, rounding is {row['rounding']}")
+        del model, exact  # of the largest, three of the four copies that `leftovers` would make fit in memory
         stage = "what is left"
         row |= leftovers(small, fresh)
         if row["unexplained"]:

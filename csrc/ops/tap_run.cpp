@@ -246,12 +246,14 @@ void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const
               .vectors = nullptr,
               .out = out};
   a.out.stores = t.stores.data();
+  const float* const behind = a.w + panel.n_taps * panel.width;  // the next panel's weights
   for (int64_t u = share.begin; u < share.end; ++u) {
     const int64_t image = u / tiles * t.period, images = std::min(t.period, data.images - image);
     const auto [vectors, count] = there(t, all[u % tiles], images);
     if (count == 0) continue;
     a.vectors = vectors;
     a.x = data.x + image * plan.planes.x.image_stride;
+    a.next = u + 1 == share.end ? behind : nullptr;
     to_image(plan, out, image, images, a.out);
     kernel[count - 1](a);
   }

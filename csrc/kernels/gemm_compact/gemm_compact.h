@@ -119,7 +119,7 @@ struct PanelArgs {
   const float* bias;      // null where the sums go on from `sums`
   float* sums = nullptr;  // [width of the panel][NR][lanes], of which a kernel may write all
   bool last = true;       // whether the sums are whole and go to y; otherwise to `sums`
-  // If given, n_taps lines from here on are fetched meanwhile: the weights of the next call.
+  // If given, filters * n_taps floats from here on are fetched meanwhile: the weights of the next call.
   const float* next = nullptr;
   // If given, a line of x at each of n_taps places from here on is fetched into L2 meanwhile, instead.
   const float* ahead = nullptr;

@@ -94,6 +94,19 @@ void panel(const PanelArgs& a) {
   const auto some = [&](auto rows, int first) {
     constexpr int kRows = decltype(rows)::value;
     float* const sums = a.sums + first * NR * V::kLanes;
+    // y and the residual come from wherever the layer before left them, and that is far: the weights went by since.
+    if (whole) {
+      // Where the vectors begin, and where the last one ends: they are neighbours, or of two rows.
+      constexpr auto at = [](int v) { return v == NR - 1 ? V::kLanes - 1 : 0; };
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+        for (int v = 0; v < NR; ++v) {
+          __builtin_prefetch(y[v] + m * o.y_stride + at(v));
+          if (o.residual) __builtin_prefetch(residual[v] + m * o.residual_stride + at(v));
+        }
+      }
+    }
     typename V::Reg acc[kRows][NR];
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
@@ -103,11 +116,11 @@ void panel(const PanelArgs& a) {
       }
     }
     const auto run = [&](auto fetch) {
-      const float *w = a.w + first, *next = a.next;
+      const float *w = a.w + first, *next = a.next + first * a.n_taps;  // as many as it reads itself
       for (int64_t t = 0; t < a.n_taps; ++t, w += a.w_stride) {
         if constexpr (decltype(fetch)::value == kWeights) {
           __builtin_prefetch(next);
-          next += kFloatsPerLine;
+          next += kRows;
         } else if constexpr (decltype(fetch)::value == kAhead) {
           __builtin_prefetch(a.ahead + a.ahead_offset[t], 0, 2);
         }
@@ -128,11 +141,9 @@ void panel(const PanelArgs& a) {
         }
       }
     };
-    // With the last filters, when nothing else needs the way to memory.
-    const bool last = first + kRows >= a.filters;
-    if (last && a.ahead) {
+    if (a.ahead && first + kRows >= a.filters) {
       run(std::integral_constant<Fetch, kAhead>{});
-    } else if (last && a.next) {
+    } else if (a.next) {
       run(std::integral_constant<Fetch, kWeights>{});
     } else {
       run(std::integral_constant<Fetch, kNothing>{});
