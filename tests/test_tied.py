@@ -363,6 +363,98 @@ def test_an_embedding_keeps_its_rows_and_a_norm_its_channels() -> None:
     assert small.report.notes["head"] == {"embed needs all entries of the weights that it shares": 4}
 
 
+# Kinds of layers
+
+
+class Custom(nn.Module):
+    def __init__(self, function: Any, **modules: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, m in modules.items():
+            setattr(self, name, m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def thrice(m: Any, x: Tensor) -> Tensor:
+    return m.last(F.relu(m.twice(F.relu(m.twice(F.relu(m.first(x))))))).mean((2, 3))
+
+
+# Layers called twice, channels of theirs to take out, and the shape that is left of their weight.
+LAYERS = {
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), (2, 5), (6, 1, 3, 3)),
+    "grouped": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=2), (2, 5), (6, 3, 3, 3)),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 8, 2, 2), (2, 5), (6, 6, 2, 2)),
+    "group norm": (lambda: nn.GroupNorm(4, 8), (2, 3), (6,)),
+    "batch norm": (lambda: nn.BatchNorm2d(8), (2, 5), (6,)),
+    "prelu": (lambda: nn.PReLU(8), (2, 5), (6,)),
+    "one slope": (lambda: nn.PReLU(), (2, 5), (1,)),
+    "layer norm": (lambda: nn.LayerNorm([6, 6]), (2, 5), (6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_kinds_of_layers_called_twice(name: str) -> None:
+    make, gone, shape = LAYERS[name]
+    model = filled(Custom(thrice, first=nn.Conv2d(3, 8, 3), twice=make(), last=nn.Conv2d(8, 4, 1)))
+    rows = list(gone)
+    with torch.no_grad():
+        model.last.weight[:, rows] = 0
+        if isinstance(model.twice, nn.ConvTranspose2d):
+            model.twice.weight[rows] = 0
+        elif isinstance(model.twice, nn.Conv2d) and model.twice.groups == 2:
+            model.twice.weight[:, [c % 4 for c in rows]] = 0  # of either conv group
+    small = sa.compact(model, maps(2), columns="never")
+    agree(model, small, maps(3), 1e-10)
+    whole = name == "layer norm"
+    assert small.twice.weight.shape == shape and small.first.out_channels == (8 if whole else 6)
+    assert small.report.whole == {}
+    assert parameters(sa.compact(small, maps(2), columns="never")) == parameters(small)
+
+
+def test_embeddings_biases_and_operands_that_are_shared() -> None:
+    model: Any = filled(
+        Custom(
+            lambda m, x: m.last(F.relu(m.embed(x) + m.fc(m.embed(x.flip(1))))),
+            embed=nn.Embedding(23, 8),
+            fc=nn.Linear(8, 8),
+            last=nn.Linear(8, 3),
+        )  # fmt: skip
+    )
+    with torch.no_grad():
+        model.last.weight[:, [2, 6]] = model.fc.weight[:, [2, 5]] = 0
+    small = sa.compact(model, words(2))
+    agree(model, small, words(3), 1e-10)
+    assert small.embed.weight.shape == (23, 7) and small.fc.weight.shape == (7, 7)
+
+    model = filled(
+        Custom(lambda m, x: m.b(F.relu(m.norm(m.a(x)))).mean((2, 3)), a=nn.Conv2d(3, 8, 3), norm=nn.BatchNorm2d(8),
+               b=nn.Conv2d(8, 3, 1))
+    )  # fmt: skip
+    model.norm.bias = model.a.bias
+    with torch.no_grad():
+        model.b.weight[:, 2] = model.a.weight[5] = 0
+    small = sa.compact(model, maps(2))
+    agree(model, small, maps(3), 1e-10)
+    assert small.a.bias is small.norm.bias and small.a.bias.shape == (6,)
+
+    def scaled(m: Any, x: Tensor) -> Tensor:
+        """By what is a slope elsewhere."""
+        y = m.b(x) if m.followed else m.b(x).cumsum(-1)
+        return m.last(m.a(x) * m.act.weight + m.act(y.transpose(1, 2)).transpose(1, 2))
+
+    for followed in (True, False):
+        layers = {"a": nn.Linear(16, 8), "b": nn.Linear(16, 8), "act": nn.PReLU(8), "last": nn.Linear(8, 3)}
+        model = filled(Custom(scaled, followed=followed, **layers))
+        with torch.no_grad():
+            model.last.weight[:, 2] = 0
+        small = sa.compact(model, tokens(2))
+        agree(model, small, tokens(3), 1e-10)
+        assert small.act.weight.shape == ((7,) if followed else (8,))
+        assert small.report.whole.get("act") == (None if followed else "cumsum is not tracked")
+
+
 # What is pruned together, purified, left whole
 
 

@@ -7,7 +7,8 @@ Three passes over the graph, each near-linear in the number of channels:
    not needed itself reads nothing.
 3. per class of tied ids, *removal*: every tensor that holds the channel must not need it, or hold a constant that each
    layer which reads it can take into its bias exactly. Of the channels whose constant some layer can't take, because it
-   pads with zeros, one stays and carries it for the others. An operation that is not tracked pins its channels.
+   pads with zeros, one stays and carries it for the others. An operation that is not tracked pins its channels. Uses of
+   one tensor at several places are tied (shared.py).
 """
 
 from __future__ import annotations
@@ -236,7 +237,8 @@ class Analysis(Channels):
         cg = layer.reads.shape[1]
         reads, border = (a.reshape(layer.groups, -1, cg)[at // cg, :, at % cg] for a in (layer.reads, layer.border))
         bad = reads if layer.shift is None else border
-        for n in self.users(layer.node, "bias") if layer.shift in ("bias", "new") else ():  # one bias, one constant
+        several = layer.shift in ("bias", "new") and not self.alone(layer.node, "bias")
+        for n in self.users(layer.node, "bias") if several else ():  # one bias, one constant
             needed, differs = self.need[n].reshape(layer.groups, -1), self.layers[n].ins.value[at] != ins.value[at]
             bad = bad | (differs[:, None] & needed[at // cg] & reads)
         rows = self._rows(layer).reshape(layer.groups, -1)[at // cg]

@@ -107,7 +107,7 @@ class Channels(Pointwise, Movement, Mixing, Recurrents):
                 edges, locks = len(self.edges), len(self.locks)
                 self._forward(node)
                 self.spans[node] = slice(edges, len(self.edges)), slice(locks, len(self.locks))
-            if not self._part():
+            if not self.set_apart():
                 break
             self._start()
 

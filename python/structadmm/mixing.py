@@ -99,7 +99,7 @@ class Mixing(Tracker):
         if self.alone(node, "weight") and self.alone(node, "bias"):
             layer.silent = constant & ((emits == b) | (shift is not None))
         else:  # weights stay for the other places, and go on reading what is constant here
-            layer.silent = ~reads.any(1)
+            layer.silent = np.asarray(~reads.any(1))
         for other in self.sharers(node, "weight"):
             if other in self.layers:
                 layer.merges = self.layers[other].merges

@@ -59,8 +59,8 @@ class Shared(Tracker):
             sides[self.tables[node]] = self.facts[node].ids.reshape(-1)
         return form, sides
 
-    def _part(self) -> bool:
-        """Set apart the calls that share a tensor with a use that is not tracked, or that sees it in another form;
+    def set_apart(self) -> bool:
+        """Set apart the nodes that share a tensor with a use that is not tracked, or that sees it in another form;
         whether there were any."""
         before, more = len(self.apart), True
         while more:
@@ -73,7 +73,7 @@ class Shared(Tracker):
                     continue
                 odd = next((n for (n, _), side in zip(uses, found, strict=True) if side is None), None)
                 for node, name in uses:
-                    if node.op == "call_module" and node not in self.apart:
+                    if node not in self.apart:
                         self.apart[node] = self._why_apart(node, name, uses, odd)
                         more = True
         return len(self.apart) > before

@@ -195,7 +195,7 @@ class Tracker:
         self.shapes = traced.shapes
         self.create_bias = create_bias
         self.shared = shared_tensors(self.module)
-        # Calls of modules whose tensors are used elsewhere too in a way that can't be followed: reason.
+        # Nodes whose tensors are used elsewhere too in a way that can't be followed: reason.
         self.apart: dict[fx.Node, str] = {}
         self._start()
 
