@@ -245,6 +245,17 @@ def test_training_goes_on_as_it_would_have(name: str) -> None:
     agree(model, small, inputs(4), 1e-9)
 
 
+class Custom(nn.Module):
+    def __init__(self, function: Any, **modules: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, m in modules.items():
+            setattr(self, name, m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
 # Constants
 
 
@@ -314,6 +325,29 @@ def test_a_bias_that_calls_are_given_is_given_once(norms: int) -> None:
     assert small.b.in_channels == 6 and (small.b.bias is None) == (norms == 2)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_one_call_needs_the_others_keep(order: int) -> None:
+    """One of two branches of the same layers reads fewer of their channels."""
+
+    def branches(m: Any, x: Tensor) -> Tensor:
+        every, some = (m.norm(m.twice(F.relu(m.first(t)))) for t in (x, x.flip(3))[::order])
+        if order < 0:
+            every, some = some, every
+        return (m.last(every) * m.less(some)).mean((2, 3))
+
+    convs = {"twice": nn.Conv2d(8, 8, 1), "last": nn.Conv2d(8, 4, 1), "less": nn.Conv2d(8, 4, 1)}
+    model = filled(Custom(branches, first=nn.Conv2d(3, 8, 3), norm=nn.BatchNorm2d(8), **convs))
+    with torch.no_grad():
+        model.less.weight[:, [1, 4, 6]] = 0
+    for small in (sa.compact(model, maps(2), columns="never"), sa.remove_unused_paths(model, maps(2))):
+        agree(model, small, maps(3), 1e-10)
+    with torch.no_grad():
+        model.last.weight[:, [4, 5]] = 0
+    small = sa.compact(model, maps(2), columns="never")
+    agree(model, small, maps(3), 1e-10)
+    assert small.twice.weight.shape == (7, 8, 1, 1) and small.norm.num_features == 7
+
+
 def test_an_addition_becomes_the_bias_of_one_call_only() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -364,17 +398,6 @@ def test_an_embedding_keeps_its_rows_and_a_norm_its_channels() -> None:
 
 
 # Kinds of layers
-
-
-class Custom(nn.Module):
-    def __init__(self, function: Any, **modules: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, m in modules.items():
-            setattr(self, name, m)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
 
 
 def thrice(m: Any, x: Tensor) -> Tensor:
