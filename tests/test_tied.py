@@ -325,6 +325,45 @@ def test_a_bias_that_calls_are_given_is_given_once(norms: int) -> None:
     assert small.b.in_channels == 6 and (small.b.bias is None) == (norms == 2)
 
 
+def test_a_constant_in_one_call_alone_leaves_the_bias() -> None:
+    """A filter that reads one channel, a constant in one call only."""
+    layers = {"a": nn.Linear(16, 8), "b": nn.Linear(16, 8), "twice": nn.Linear(8, 8), "last": nn.Linear(8, 4)}
+    model = filled(Custom(lambda m, x: m.last(m.twice(torch.sigmoid(m.a(x))) * m.twice(m.b(x))), **layers))
+    with torch.no_grad():
+        model.a.weight[2] = 0
+        keep = model.twice.weight[1, 2].clone()
+        model.twice.weight[1] = model.twice.weight[:, 2] = 0
+        model.twice.weight[1, 2] = keep
+    small = sa.compact(model, tokens(2), columns="never")
+    agree(model, small, tokens(3), 1e-10)
+    assert small.twice.weight.shape == (8, 8)
+
+
+def test_a_bias_and_a_mean_that_other_weights_add_to_take_no_constant() -> None:
+    def both(m: Any, x: Tensor) -> Tensor:
+        y = torch.sigmoid(m.first(x))
+        return m.last(m.norm(m.a(y)) * m.norm(m.b(y))).mean((2, 3))
+
+    def make(biased: bool) -> Any:
+        convs = {"a": nn.Conv2d(8, 8, 1, bias=biased), "b": nn.Conv2d(8, 8, 1, bias=biased), "last": nn.Conv2d(8, 4, 1)}
+        norm = nn.Identity() if biased else nn.BatchNorm2d(8)
+        model: Any = filled(Custom(both, first=nn.Conv2d(3, 8, 3), norm=norm, **convs))
+        if biased:
+            model.b.bias = model.a.bias
+        with torch.no_grad():
+            model.first.weight[2] = 0
+        return model
+
+    model = make(True)
+    small = sa.compact(model, maps(2), columns="never")
+    agree(model, small, maps(3), 1e-10)
+    assert small.first.out_channels == 8 and small.a.bias is small.b.bias
+    model = make(False)
+    small = sa.compact(model, maps(2), columns="never")
+    agree(model, small, maps(3), 1e-10)
+    assert small.first.out_channels == 7 and None not in (small.a.bias, small.b.bias)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_what_one_call_needs_the_others_keep(order: int) -> None:
     """One of two branches of the same layers reads fewer of their channels."""
@@ -465,7 +504,7 @@ def test_embeddings_biases_and_operands_that_are_shared() -> None:
     def scaled(m: Any, x: Tensor) -> Tensor:
         """By what is a slope elsewhere."""
         y = m.b(x) if m.followed else m.b(x).cumsum(-1)
-        return m.last(m.a(x) * m.act.weight + m.act(y.transpose(1, 2)).transpose(1, 2))
+        return m.last(m.a(x) * m.act.weight) + m.last(m.act(y.transpose(1, 2)).transpose(1, 2))
 
     for followed in (True, False):
         layers = {"a": nn.Linear(16, 8), "b": nn.Linear(16, 8), "act": nn.PReLU(8), "last": nn.Linear(8, 3)}
