@@ -187,6 +187,30 @@ class Rows(nn.Module):
         return self.fc(x.reshape(-1, self.c)).view(b, n, -1)
 
 
+class Levels(nn.Module):
+    """One module at several places, each with a scale of its own: on levels of a pyramid, or beside each other."""
+
+    def __init__(self, inner: nn.Module, how: str, act: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.how, self.act = inner, how, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "pyramid":
+            low = F.max_pool2d(x, 2)
+            return self.act(self.inner(x)) + F.interpolate(self.act(self.inner(low)), scale_factor=2)
+        y, z = self.act(self.inner(x)), self.act(self.inner(torch.sigmoid(x)))
+        return y * z if self.how == "product" else torch.cat([y, z], 1)
+
+
+def tie(r: random.Random, a: Any, b: Any) -> None:
+    """Some of the parameters of b are a's."""
+    names = [n for n in ("weight", "bias") if getattr(a, n, None) is not None and getattr(b, n, None) is not None]
+    for name in r.choice([names, names[:1], names[1:]]):
+        setattr(b, name, getattr(a, name))
+
+
+# Seeds from here on have more layers whose weights are used at several places; those before are as they were.
+TIES = 100_000
 WORDS = 11
 CONVS: Any = (None, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED: Any = (None, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -205,6 +229,9 @@ class RandomNet(nn.Module):
     def __init__(self, seed: int, steps: int = 9) -> None:
         super().__init__()
         self.rng = r = random.Random(seed)
+        self.ties = seed >= TIES
+        # Layers that may be called again: number, shape of the input, of the output.
+        self.known: list[tuple[int, list[int], list[int]]] = []
         self.layers = nn.ModuleList()
         self.program: list[tuple[Any, ...]] = []
         begin = pick(r, "map map map map map map line line volume words words")
@@ -236,12 +263,55 @@ class RandomNet(nn.Module):
                 self.step("cat", saved[-1][0])
                 shape = [shape[0] + saved[-1][1][0], *shape[1:]]
             else:
-                shape = self.map_step(list(shape)) if kind == "map" else self.token_step(list(shape))
+                shape = self.one_step(kind, list(shape))
             if r.random() < 0.5:
                 self.step("save", None)
                 saved.append((sum(p[0] == "save" for p in self.program) - 1, list(shape)))
         self.last(kind, shape)
-        del self.rng
+        del self.rng, self.known
+
+    def one_step(self, kind: str, shape: list[int]) -> list[int]:
+        if self.ties and self.rng.random() < 0.35:
+            return self.tied_step(kind, shape)
+        before = len(self.program)
+        out = self.map_step(list(shape)) if kind == "map" else self.token_step(list(shape))
+        if len(self.program) == before + 1 and self.program[-1][0] == "layer":
+            self.known.append((self.program[-1][1], shape, out))
+        return out
+
+    def tied_step(self, kind: str, shape: list[int]) -> list[int]:
+        """A layer that is called again, or that shares parameters with another one."""
+        r, nd, flat = self.rng, len(shape) - 1, len(shape) == 3
+        c = shape[0] if kind == "map" else shape[1]
+        again = [k for k in self.known if k[1] == shape]
+        choice = pick(r, "again again levels levels pair norms")
+        if choice == "again" and again:
+            number, _, out = r.choice(again)
+            self.step("layer", number)
+            return list(out)
+        if choice == "levels" and kind == "map":
+            even = flat and not any(n % 2 for n in shape[1:])
+            how = r.choice(["pyramid", "pyramid", "cat", "product"] if even else ["cat", "product"])
+            out, k = r.choice([4, c]), r.choice([1, 3])
+            inner: list[nn.Module] = [CONVS[nd](c, out, k, padding=k // 2, bias=r.random() < 0.6)]
+            inner += [NORMS[nd](out)] if r.random() < 0.4 else []
+            if r.random() < 0.5:
+                inner += [r.choice(ACTS)(), CONVS[nd](out, out, k, padding=r.choice([0, k // 2]) if k == 1 else 1)]
+            self.layer(Levels(nn.Sequential(*inner), how, r.choice(ACTS)()))
+            return [2 * out if how == "cat" else out, *shape[1:]]
+        if choice == "norms" and kind == "map":
+            pair: Any = [NORMS[nd](c) for _ in range(2)]
+        elif kind == "map":
+            pair = [CONVS[nd](c, c, 3, padding=1, groups=r.choice([1, 1, 2 if c % 2 == 0 else 1])) for _ in range(2)]
+            pair[1].groups = pair[0].groups if pair[0].weight.shape == pair[1].weight.shape else pair[1].groups
+        else:
+            pair = [nn.Linear(c, c, bias=r.random() < 0.7) for _ in range(2)]
+        if pair[0].weight.shape == pair[1].weight.shape:
+            tie(r, *pair)
+        self.layer(pair[0])
+        self.layer(r.choice(ACTS[:6])())
+        self.layer(pair[1])
+        return shape
 
     def last(self, kind: str, shape: list[int]) -> None:
         r = self.rng

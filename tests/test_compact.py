@@ -331,27 +331,37 @@ def test_tracked_operations(name: str) -> None:
     assert small.report.whole == {}
 
 
-def test_modules_called_twice_and_tied_weights_stay_whole() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.other, self.fc = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Linear(3, 2)
-            self.tied = nn.Conv2d(3, 3, 3)
-            self.tied.weight = self.other.weight
+class Twice(nn.Module):
+    """A convolution after itself, then two of one weight."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(self.tied(self.other(self.conv(self.conv(x)))).mean((2, 3)))
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3)
+        self.bridge, self.other, self.tied = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3)
+        self.tied.weight = self.other.weight
+        self.fc = nn.Linear(6, 2)
 
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bridge(self.conv(self.conv(self.first(x))))
+        return self.fc(self.tied(self.other(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_modules_called_twice_and_tied_weights_lose_what_no_use_needs(read: bool) -> None:
     model = randomise(Twice().double(), 0.0, 0)
     with torch.no_grad():
-        model.conv.weight[0] = 0
-        model.other.weight[0] = 0
+        for conv in (model.first, model.conv, model.bridge, model.other):
+            conv.weight[0] = 0
+        if not read:  # the constants, other ones at each place
+            for layer in (model.conv, model.bridge, model.other, model.fc):
+                layer.weight[:, 0] = 0
     small = sa.compact(model, images(2), columns="never")
     same(model, small, images(3))
-    assert small.conv.out_channels == 3 and small.other.out_channels == 3
-    assert "called 2 times" in small.report.whole["conv"]
-    assert "tied" in small.report.whole["tied"]
-    assert small.tied.weight is small.other.weight
+    left = 6 if read else 5
+    assert small.conv.weight.shape[:2] == (left, left) and small.first.out_channels == left
+    # Each of the two has a bias of its own, which its own constant goes into.
+    assert small.tied.weight is small.other.weight and small.other.weight.shape[:2] == (5, 5)
+    assert small.report.whole == {}
 
 
 # Columns

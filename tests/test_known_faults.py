@@ -205,7 +205,7 @@ def test_a_module_called_many_times() -> None:
     with torch.no_grad():
         model.a.weight[:3] = model.head.weight[:2] = 0
     small = compacted(model, maps(2), maps(3))
-    assert weight(small, "head") == (8, 8, 1, 1) and "called 2 times" in small.report.whole["head"]
+    assert weight(small, "head") == (6, 5, 1, 1) and "head" not in small.report.whole
 
 
 # Accuracy collapses: the masked network is not the compacted one

@@ -19,7 +19,7 @@ PYTHON_LAYERS: list[set[str]] = [
     {"constraints", "masks", "plan", "schedules", "copies", "nn", "symbolic", "aten", "plain", "unpack"},
     {"exported"},
     {"admm", "trace"},
-    {"tracking", "pointwise", "movement", "mixing", "recurrent", "channels", "analysis"},
+    {"tracking", "shared", "pointwise", "movement", "mixing", "recurrent", "channels", "analysis"},
     {"layout", "rewrite", "paths", "purify", "compact", "carry", "structure", "importers", "forms"},
     {"allowed"},
     {"manifest"},

@@ -7,7 +7,8 @@ Three passes over the graph, each near-linear in the number of channels:
    not needed itself reads nothing.
 3. per class of tied ids, *removal*: every tensor that holds the channel must not need it, or hold a constant that each
    layer which reads it can take into its bias exactly. Of the channels whose constant some layer can't take, because it
-   pads with zeros, one stays and carries it for the others. An operation that is not tracked pins its channels.
+   pads with zeros, one stays and carries it for the others. An operation that is not tracked pins its channels. Uses of
+   one tensor at several places are tied (shared.py).
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Analysis(Channels):
         self._backward()
         if self.elided:
             self._forget()
+        self.tie_uses(self.live)
         # An operand that becomes a bias is not tied to the other one any more.
         sums = (e for n, pair in self.sums.items() for i, e in enumerate(pair) if self.elided.get(n, (2,))[0] != i)
         self.label = components(self.n_ids, [*self.edges, *sums])
@@ -206,6 +208,26 @@ class Analysis(Channels):
         assert layer.needed is not None
         return layer.needed & ~layer.silent
 
+    def users(self, node: fx.Node, name: str) -> list[fx.Node]:
+        """The nodes that use this tensor and that the output depends on; at least the node itself."""
+        return [n for n in self.sharers(node, name) if n in self.live] or [node]
+
+    def idle(self, node: fx.Node, name: str) -> Bools:
+        """[channels] of a parameter with one value a channel: no use of it needs that."""
+        idle = np.ones(self.facts[node].ids.size, bool)
+        for n in self.users(node, name):
+            if not (n in self.layers or n in self.norms or name in self.affine.get(n, ())):
+                return np.zeros_like(idle)  # an operand, or a normalisation over all channels
+            idle &= (self.removed[self.facts[n].ids] | ~self.need[n]).reshape(-1)
+        return idle
+
+    def reading(self, layer: Layer) -> Bools:
+        """[O] rows of the weight that some use of it reads its inputs by."""
+        out = np.zeros(len(layer.weight), bool)
+        for n in self.users(layer.node, "weight"):
+            out |= self._rows(self.layers[n]) if n in self.layers else True  # the rows of an embedding
+        return out
+
     def _stuck(self, layer: Layer) -> Ints:
         """Input channels whose nonzero constant the layer can't take into its bias exactly."""
         ins = layer.ins
@@ -213,9 +235,27 @@ class Analysis(Channels):
         if not at.size:
             return at
         cg = layer.reads.shape[1]
-        bad = (layer.reads if layer.shift is None else layer.border).reshape(layer.groups, -1, cg)
+        reads, border = (a.reshape(layer.groups, -1, cg)[at // cg, :, at % cg] for a in (layer.reads, layer.border))
+        bad = reads if layer.shift is None else border
+        several = layer.shift in ("bias", "new") and not self.alone(layer.node, "bias")
+        for n in self.users(layer.node, "bias") if several else ():  # one bias, one constant
+            needed, differs = self.need[n].reshape(layer.groups, -1), self.layers[n].ins.value[at] != ins.value[at]
+            bad = bad | (differs[:, None] & needed[at // cg] & reads)
         rows = self._rows(layer).reshape(layer.groups, -1)[at // cg]
-        return at[(bad[at // cg, :, at % cg] & rows).any(1)]
+        return at[(bad & rows).any(1)]
+
+    def _alike(self, layer: Layer) -> tuple[Bools, Bools]:
+        """Input channels that hold one constant, not 0, wherever the layer's weight is used: their weights may move;
+        and those of them that weights may move to."""
+        alike = layer.ins.const & (layer.ins.value != 0)
+        carries = alike
+        for n in self.users(layer.node, "weight"):
+            other = self.layers.get(n)
+            if other is None:  # the columns of an embedding are its output
+                return np.zeros_like(alike), np.zeros_like(alike)
+            alike = alike & other.ins.const & (other.ins.value == layer.ins.value)
+            carries = carries & (self.need[other.source].reshape(-1) if other.direct else np.False_)
+        return alike, alike & carries
 
     def _merge(self) -> None:
         """Of the channels that go but for a constant that some layer can't take, keep as few as can carry the others'
@@ -227,14 +267,15 @@ class Analysis(Channels):
         where: dict[int, list[tuple[Layer, int]]] = {}
         # Per layer and conv group: channels that can carry others, [(label, index)].
         carriers: dict[tuple[fx.Node, int], list[tuple[int, int]]] = {}
+        alike: dict[fx.Node, Bools] = {}
         for layer in self.layers.values():
             stuck = self._stuck(layer)
             labels = self.label[layer.ins.ids]
             for i in stuck.tolist():
                 where.setdefault(int(labels[i]), []).append((layer, i))
-            source = self.need[layer.source].reshape(-1)
-            if stuck.size and layer.direct:
-                for i in np.flatnonzero(layer.ins.const & (layer.ins.value != 0) & source).tolist():
+            if stuck.size:
+                alike[layer.node], carries = self._alike(layer)
+                for i in np.flatnonzero(carries).tolist():
                     group = (layer.node, i // layer.reads.shape[1])
                     carriers.setdefault(group, []).append((int(labels[i]), i))
         serves: dict[int, int] = {}
@@ -249,10 +290,11 @@ class Analysis(Channels):
             found = []
             for layer, i in where[label]:
                 value = layer.ins.value
+                group = (layer.node, i // layer.reads.shape[1])
                 candidates = [
                     j
-                    for other, j in carriers.get((layer.node, i // layer.reads.shape[1]), [])
-                    if self._kept[other] and abs(value[i]) <= MAX_RATIO * abs(value[j])
+                    for other, j in carriers.get(group, [])
+                    if alike[layer.node][i] and self._kept[other] and abs(value[i]) <= MAX_RATIO * abs(value[j])
                 ]
                 if not candidates:
                     break
@@ -261,8 +303,12 @@ class Analysis(Channels):
                 for layer, i, j in found:
                     layer.merges[i] = j
                 continue
-            layer = where[label][0][0]
-            why = "has no bias for" if layer.shift is None else "pads with zeros, so sees the edge of"
+            layer, i = where[label][0]
+            why = "pads with zeros, so sees the edge of"
+            if layer.shift is None:
+                why = "has no bias for"
+            elif not layer.border[:, i % layer.reads.shape[1]].any():
+                why = "adds to the bias that it shares with others something else than they for"
             self._keep(np.array([label]), f"{title(layer.node)} {why} its constant")
 
     def live_nodes(self) -> set[fx.Node]:
@@ -365,11 +411,20 @@ class Analysis(Channels):
     def notes(self) -> dict[str, dict[str, int]]:
         """Per layer: reasons why filters or hidden units without effect stay, each with their number."""
         out: dict[str, dict[str, int]] = {}
+        idle: dict[str, Bools] = {}
         for node in (*self.layers, *self.recurrent):
             outs = self.layers[node].outs if node in self.layers else self.facts[node]
-            idle = (outs.const | ~self.need[node].reshape(outs.ids.shape)) & ~self.removed[outs.ids]
-            for label in self.label[outs.ids[idle]].tolist():
-                reason = self.reasons.get(label, "other layers of its residual stream use the channel")
+            here = (outs.const | ~self.need[node].reshape(outs.ids.shape)) & ~self.removed[outs.ids]
+            name = str(node.target)
+            if node in self.users(node, "weight"):  # no dead call of a layer that lives
+                idle[name] = here & idle.get(name, np.True_)
+        for node in (*self.layers, *self.recurrent):
+            ids = (self.layers[node].outs if node in self.layers else self.facts[node]).ids
+            default = "other layers of its residual stream use the channel"
+            if not self.alone(node, "weight"):
+                default = "other layers that it shares its weights with, or of its residual stream, use the channel"
+            for label in self.label[ids[idle.pop(str(node.target), np.zeros(ids.shape, bool))]].tolist():
+                reason = self.reasons.get(label, default)
                 per = out.setdefault(str(node.target), {})
                 per[reason] = per.get(reason, 0) + 1
         return out

@@ -102,10 +102,14 @@ class Channels(Pointwise, Movement, Mixing, Recurrents):
         super().__init__(traced, create_bias)
         # Rules of what returns several tensors or numbers.
         self._several = (self._split, self._size, self._recurrent, self._states)
-        for node in self.module.graph.nodes:
-            edges, locks = len(self.edges), len(self.locks)
-            self._forward(node)
-            self.spans[node] = slice(edges, len(self.edges)), slice(locks, len(self.locks))
+        while True:
+            for node in self.module.graph.nodes:
+                edges, locks = len(self.edges), len(self.locks)
+                self._forward(node)
+                self.spans[node] = slice(edges, len(self.edges)), slice(locks, len(self.locks))
+            if not self.set_apart():
+                break
+            self._start()
 
     def _forward(self, node: fx.Node) -> None:
         shape = self.shapes.get(node)
@@ -123,8 +127,8 @@ class Channels(Pointwise, Movement, Mixing, Recurrents):
             self._forward_size(node)
             return
         handler = self._handler(node)
-        if handler is None:
-            self._pin(node, self._untracked(node))
+        if handler is None or node in self.apart:
+            self._pin(node, self.apart.get(node) or self._untracked(node))
             return
         if not isinstance(shape, Shape) and handler not in self._several:
             self._pin(node, f"{self._kind(node)} does not return one tensor")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from .recurrent import RECURRENT, matrices
 from .rewrite import cut, edit_graph
 from .symbolic import first_line
 from .trace import Shape, Traced, as_inputs, rebatch, trace
+from .tracking import attribute
 
 COLUMNS = ("auto", "always", "never")
 
@@ -317,9 +319,14 @@ def _origins(layouts: Layouts) -> dict[str, Tensor]:
 def _compact_columns(
     small: fx.GraphModule, positions: dict[str, int], origins: dict[str, Tensor], always: bool
 ) -> None:
-    """Layers whose zero columns or block-columns pay become CompactConv2d and CompactLinear."""
+    """Layers whose zero columns or block-columns pay become CompactConv2d and CompactLinear, if nothing else uses their
+    parameters."""
+    homes: Counter[int] = Counter(id(p) for _, p in small.named_parameters(remove_duplicate=False))
+    homes.update(id(attribute(small, str(n.target))) for n in small.graph.nodes if n.op == "get_attr")
     for name, count in positions.items():
         m: Any = small.get_submodule(name)
+        if any(homes[id(p)] > 1 for p in m.parameters()):
+            continue
         if (
             type(m) is nn.Conv2d
             and m.padding_mode == "zeros"

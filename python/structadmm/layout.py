@@ -16,7 +16,7 @@ from torch import fx
 
 from .analysis import Analysis
 from .recurrent import Recurrent
-from .tracking import Ints, Layer, axes_of, given, operation, title
+from .tracking import Ints, Layer, Use, axes_of, given, operation, title
 
 # Rounds of giving back channels before everything in conflict stays: more than networks of any depth were seen to take.
 MAX_ROUNDS = 40
@@ -97,6 +97,30 @@ class Layouts:
                 pass
             except Conflict as conflict:
                 self._give_up(node, str(conflict))
+        self._agree()
+
+    def _agree(self) -> None:
+        """All uses of a shared tensor have its channels in one order."""
+        for uses in self.analysis.groups():
+            known = [(use, found[1]) for use in uses if use[0] in self.of and (found := self.analysis.sides(use))]
+            for axis in range(len(known[0][1]) if known else 0):
+                ids = [sides[axis] for _, sides in known]
+                try:
+                    orders = [self._along(use, axis) for (use, _), i in zip(known, ids, strict=True) if i is not None]
+                except Unknown:
+                    continue
+                if any(not np.array_equal(order, orders[0]) for order in orders):
+                    node = known[0][0][0]
+                    self.conflicts += [
+                        (i, f"{title(node)} has its channels in another order where its weights are used again")
+                        for i in ids
+                        if i is not None
+                    ]
+
+    def _along(self, use: Use, axis: int) -> Ints:
+        """The remaining entries of a tensor along a dimension, in the order of the channels of one of its uses."""
+        layer = self.analysis.layers.get(use[0])
+        return self.of[use[0]].reshape(-1) if layer is None or axis == 0 else self.inputs(layer)
 
     def _give_up(self, node: fx.Node, why: str) -> None:
         facts, parts = self.analysis.facts, self.analysis.parts

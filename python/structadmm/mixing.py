@@ -29,9 +29,8 @@ class Mixing(Tracker):
     def _conv(self, node: fx.Node) -> str | None:
         m = self._module(node)
         source = self._source(node)
-        reason = self._unshared(node)
-        if reason or len(self.shapes[source]) != m.weight.dim():
-            return reason or "unbatched input"
+        if len(self.shapes[source]) != m.weight.dim():
+            return "unbatched input"
         if len(node.all_input_nodes) > 1:
             return "its arguments are tensors"
         bad = np.zeros(m.weight.shape[2:], bool)
@@ -59,11 +58,9 @@ class Mixing(Tracker):
 
     def _linear(self, node: fx.Node) -> str | None:
         m = self._module(node)
-        reason = self._unshared(node)
-        if reason is None:
-            w = m.weight.detach()[:, :, None]
-            self._mix(node, self._source(node), w, np.zeros(1, bool), m.bias, 1, axis=-1)
-        return reason
+        w = m.weight.detach()[:, :, None]
+        self._mix(node, self._source(node), w, np.zeros(1, bool), m.bias, 1, axis=-1)
+        return None
 
     def _mix(
         self, node: fx.Node, source: fx.Node, w: Tensor, bad: Bools, bias: Tensor | None, groups: int, axis: int
@@ -83,14 +80,7 @@ class Mixing(Tracker):
             if bad.any():
                 border = reads if bad.all() else _any_tap(nonzero, bad)
         b = np.zeros(n_filters) if bias is None else values_of(bias)
-        follower = next(iter(node.users)) if len(node.users) == 1 else None
-        if bias is not None:
-            shift: str | None = "bias"
-        elif follower is not None and axis % rank == 1 and self._takes_mean(follower):
-            shift = "norm"
-        else:
-            shift = "new" if self.create_bias else None
-
+        shift = self._shift(node, bias is not None, axis)
         direct = np.array_equal(self.facts[source].ids.reshape(-1), ins.ids)
         layer = Layer(node, source, groups, w, ins, ins, reads, border, b, shift, np.zeros(n_filters, bool), direct)
         layer.full = w.is_meta or bool(reads.all())
@@ -106,28 +96,41 @@ class Mixing(Tracker):
             constant = np.zeros(n_filters, bool) if layer.full else np.asarray(~reads.any(1))
         emits = b + layer.response(np.where(ins.const, ins.value, 0.0))
         layer.outs = Facts(self._fresh(n_filters), constant, np.where(constant, emits, 0.0))
-        layer.silent = constant & ((emits == b) | (shift is not None))
+        if self.alone(node, "weight") and self.alone(node, "bias"):
+            layer.silent = constant & ((emits == b) | (shift is not None))
+        else:  # weights stay for the other places, and go on reading what is constant here
+            layer.silent = np.asarray(~reads.any(1))
+        for other in self.sharers(node, "weight"):
+            if other in self.layers:
+                layer.merges = self.layers[other].merges
         if groups > 1 and cg == 1 and n_filters == groups:
             self.edges.append((ins.ids, layer.outs.ids))
         self.layers[node] = layer
         self.facts[node] = self._like(layer.outs, rank, axis)
         self.sources[node] = []
 
-    def _takes_mean(self, node: fx.Node) -> bool:
-        name = str(node.target)
-        if node.op != "call_module" or self._calls[name] > 1 or name in self._tied:
+    def _shift(self, node: fx.Node, biased: bool, axis: int) -> str | None:
+        """Where a constant can be added to what the layer emits: Layer.shift."""
+        sharers = self.sharers(node, "bias")
+        if biased:  # layers of other weights would add other constants
+            return "bias" if set(sharers) <= set(self.sharers(node, "weight")) else None
+        if all(self._takes_mean(n, axis) for n in sharers):
+            return "norm"
+        return "new" if self.create_bias else None
+
+    def _takes_mean(self, node: fx.Node, axis: int) -> bool:
+        """Whether a BatchNorm that no other tensor goes through follows a layer."""
+        follower = next(iter(node.users)) if len(node.users) == 1 else None
+        if follower is None or follower.op != "call_module" or axis % len(self.shapes[node]) != 1:
             return False
-        m = self._module(node)
-        return type(m) in NORMS and m.running_mean is not None
+        m = self._module(follower)
+        return type(m) in NORMS and m.running_mean is not None and self.alone(follower, "running_mean")
 
     # Normalisation
 
     def _norm(self, node: fx.Node) -> str | None:
         m = self._module(node)
         source = self._source(node)
-        reason = self._unshared(node)
-        if reason:
-            return reason
         known = self._adopt(source, 1)
         rank = len(self.shapes[source])
         if not np.array_equal(self.facts[source].ids.reshape(-1), known.ids):
@@ -150,8 +153,6 @@ class Mixing(Tracker):
         """GroupNorm and InstanceNorm: the channels of a group are read together, so they go together."""
         m = self._module(node)
         source = self._source(node)
-        if reason := self._unshared(node):
-            return reason
         instance = isinstance(m, INSTANCE_NORMS)
         if instance and (m.track_running_stats or len(self.shapes[source]) < 3):
             return "normalises with running statistics"
@@ -189,7 +190,7 @@ class Mixing(Tracker):
         source = self._source(node)
         facts = self.facts.get(source)
         if facts is None:
-            return self._unshared(node) or f"{self._kind(node)} reads what is not tracked"
+            return f"{self._kind(node)} reads what is not tracked"
         self._lock(facts.ids, f"{title(node)} normalises over all channels")
         const, value = np.zeros(facts.ids.shape, bool), np.zeros(facts.ids.shape)
         if axes_of(facts.ids) == [facts.ids.ndim - 1] and tuple(m.normalized_shape) == (facts.ids.size,):
@@ -202,8 +203,6 @@ class Mixing(Tracker):
 
     def _embedding(self, node: fx.Node) -> str | None:
         m = self._module(node)
-        if reason := self._unshared(node):
-            return reason
         if m.max_norm is not None:
             return "rescales its rows"
         low, high = (values_of(f(m.weight.detach(), dim=0)) for f in (torch.amin, torch.amax))

@@ -21,7 +21,7 @@ from .recurrent import RECURRENT, matrices
 from .recurrent import fold as fold_recurrent
 from .symbolic import mode
 from .trace import as_inputs, rebatch, tensors_in, trace
-from .tracking import filters
+from .tracking import Layer, filters
 
 
 @dataclass
@@ -170,49 +170,62 @@ def fold(analysis: Analysis, root: nn.Module) -> None:
     """
     for node, layer in analysis.layers.items():
         m: Any = root.get_submodule(str(node.target))
-        assert layer.needed is not None
-        n_filters, cg = layer.reads.shape
-        out_gone = analysis.removed[layer.outs.ids]
-        in_gone = np.repeat(analysis.removed[layer.ins.ids].reshape(layer.groups, cg), n_filters // layer.groups, 0)
-        idle = ~layer.needed | out_gone
-        keep = ~in_gone & ~(idle | layer.silent)[:, None]
-        delta = analysis.shift_of(layer)
-        delta[idle] = 0.0
         with torch.no_grad():
-            weight = filters(m, layer.groups)  # [groups, O/groups, Cg, *K], a view
-            ones = [1] * (weight.dim() - 3)
-            mask = torch.from_numpy(keep).to(weight.device).reshape(*weight.shape[:3], *ones)
-            reading = torch.from_numpy(layer.needed & ~layer.silent).to(weight.device).reshape(layer.groups, -1)
-            for gone, carrier in layer.merges.items():
-                if analysis.removed[layer.ins.ids[gone]]:
-                    ratio = layer.ins.value[gone] / layer.ins.value[carrier]
-                    g = gone // cg
-                    moved = weight[g, :, gone % cg].double() * ratio * reading[g].reshape(-1, *ones)
-                    weight[g, :, carrier % cg] += moved.to(weight.dtype)
-            weight.mul_(mask)
-            if m.bias is not None:
-                bias = m.bias.detach()
-                bias.copy_(bias.double() + _on(delta, bias))
-                bias[_on(idle, bias)] = 0
-            elif delta.any():
-                if layer.shift == "norm":
-                    behind: Any = root.get_submodule(str(next(iter(node.users)).target))
-                    mean = behind.running_mean
-                    mean.copy_(mean.double() - _on(delta, mean))
-                else:
-                    assert layer.shift == "new"
-                    new = _on(delta, weight).to(weight.dtype)
-                    m.bias = nn.Parameter(new, requires_grad=m.weight.requires_grad)
+            if node in analysis.users(node, "weight"):  # not a dead call of a layer that lives
+                _fold_weight(analysis, m, layer)
+            if node is analysis.users(node, "bias")[0] or layer.shift == "norm":
+                _fold_shift(analysis, root, m, layer)
     for node, recurrent in analysis.recurrent.items():
         ins, units = (analysis.removed[facts.ids] for facts in (recurrent.ins, recurrent.outs))
         fold_recurrent(root.get_submodule(str(node.target)), recurrent, ins, units, analysis.need[node])
     for node in (*analysis.norms, *analysis.affine):
         m = root.get_submodule(str(node.target))
-        facts = analysis.facts[node]
-        idle = (analysis.removed[facts.ids] | ~analysis.need[node]).reshape(-1)
-        for p in (getattr(m, "weight", None), getattr(m, "bias", None)):
-            if p is not None:
-                p.detach()[_on(idle, p)] = 0
+        for name in ("weight", "bias"):
+            if (p := getattr(m, name, None)) is not None:
+                p.detach()[_on(analysis.idle(node, name), p)] = 0
+
+
+def _fold_weight(analysis: Analysis, m: Any, layer: Layer) -> None:
+    """Weights that no use of them reads by become zero; those on channels that another one stands for move to it."""
+    n_filters, cg = layer.reads.shape
+    in_gone = np.repeat(analysis.removed[layer.ins.ids].reshape(layer.groups, cg), n_filters // layer.groups, 0)
+    rows = analysis.reading(layer)
+    weight = filters(m, layer.groups)  # [groups, O/groups, Cg, *K], a view
+    ones = [1] * (weight.dim() - 3)
+    reading = _on(rows, weight).reshape(layer.groups, -1)
+    # Once, whoever uses the weight; where it is used again they are zero by then.
+    for gone, carrier in layer.merges.items():
+        if analysis.removed[layer.ins.ids[gone]]:
+            ratio = layer.ins.value[gone] / layer.ins.value[carrier]
+            g = gone // cg
+            moved = weight[g, :, gone % cg].double() * ratio * reading[g].reshape(-1, *ones)
+            weight[g, :, carrier % cg] += moved.to(weight.dtype)
+    mask = ~in_gone & (rows & ~analysis.removed[layer.outs.ids])[:, None]
+    weight.mul_(_on(mask, weight).reshape(*weight.shape[:3], *ones))
+
+
+def _fold_shift(analysis: Analysis, root: nn.Module, m: Any, layer: Layer) -> None:
+    """What removed constants add to the filters goes into the bias, which all its uses see alike, or in its place."""
+    node, idle = layer.node, analysis.idle(layer.node, "bias")
+    delta = np.zeros(len(layer.bias))
+    for n in (node,) if layer.shift == "norm" else analysis.users(node, "bias"):
+        if n in analysis.layers:
+            needed = analysis.need[n].reshape(-1)
+            delta[needed] = analysis.shift_of(analysis.layers[n])[needed]
+    delta[idle] = 0.0
+    if m.bias is not None:
+        bias = m.bias.detach()
+        bias.copy_(bias.double() + _on(delta, bias))
+        bias[_on(idle, bias)] = 0
+    elif delta.any():
+        if layer.shift == "norm":
+            behind: Any = root.get_submodule(str(next(iter(node.users)).target))
+            mean = behind.running_mean
+            mean.copy_(mean.double() - _on(delta, mean))
+        else:
+            assert layer.shift == "new"
+            weight = m.weight
+            m.bias = nn.Parameter(_on(delta, weight).to(weight.dtype), requires_grad=weight.requires_grad)
 
 
 def _on(a: np.ndarray[Any, Any], like: Tensor) -> Tensor:

@@ -71,8 +71,6 @@ class Pointwise(Tracker):
     def _prelu(self, node: fx.Node) -> str | None:
         source, m = self._source(node), self._module(node)
         facts = self.facts.get(source)
-        if reason := self._unshared(node):
-            return reason
         slope = values_of(m.weight)
         if facts is None:
             self._channelwise(node, source, None)
@@ -90,8 +88,6 @@ class Pointwise(Tracker):
     def _channel_bias(self, node: fx.Node) -> str | None:
         source, m = self._source(node), self._module(node)
         facts = self.facts.get(source)
-        if reason := self._unshared(node):
-            return reason
         if facts is None:
             return f"{self._kind(node)} adds to what is not tracked"
         bias, dim = values_of(m.bias), m.dim % facts.ids.ndim

@@ -31,7 +31,7 @@ from .errors import CompactError
 from .groups import DEFAULT_BLOCK, expand_keep, group_ids, n_groups
 from .paths import ZerosReport, check_weights, remove_paths, report_of, zeros_of, zeros_report
 from .trace import trace
-from .tracking import Layer, given
+from .tracking import given
 
 Floats = npt.NDArray[np.float64]
 
@@ -224,10 +224,14 @@ def _candidates(
 ) -> list[_Groups]:
     out: list[_Groups] = []
     final = _feeds_output(analysis)
+    shared: dict[tuple[fx.Node, str], _Groups] = {}
     for node, layer in analysis.layers.items():
-        name = str(node.target)
-        if any(fnmatch(name, pattern) for pattern in skip):
+        users = analysis.users(node, "weight")
+        if any(fnmatch(str(n.target), pattern) for n in users for pattern in skip):
             continue
+        if node not in users or not analysis.layers.keys() >= set(users):  # a dead call; what is an embedding too
+            continue
+        name = str(users[0].target)
         m: Any = analysis.module.get_submodule(name)
         w = m.weight.detach().double().cpu()
         shape, groups = w.shape, layer.groups
@@ -236,7 +240,7 @@ def _candidates(
         felt = w.reshape(per_group) * torch.from_numpy(_row_scale(analysis, node)).reshape(groups, -1, 1, 1)
         square = ((felt * torch.from_numpy(read).reshape(groups, 1, -1, 1)) ** 2).reshape(-1)
         for structure in structures:
-            if (structure == "filter" and node in final) or (structure == "column" and per_group[3] == 1):
+            if (structure == "filter" and not final.isdisjoint(users)) or (structure == "column" and per_group[3] == 1):
                 continue  # outputs of the network; columns that are the channels
             ids = group_ids(structure, shape, groups, block).reshape(-1)
             n = n_groups(structure, shape, groups, block)
@@ -245,7 +249,12 @@ def _candidates(
                 filled = torch.bincount(ids[w.reshape(-1) != 0], minlength=n).double().numpy()
                 occupancy = filled / max(filled.sum() / max(np.count_nonzero(filled), 1), 1.0)
                 at = np.minimum(at, np.where(np.isfinite(at), _over(occupancy, eta), np.inf))
-            out.append(_Groups(name, structure, at))
+            if (users[0], structure) in shared:  # goes where it is small for all uses of the weight
+                known = shared[users[0], structure]
+                known.at = np.maximum(known.at, at)
+            else:
+                out.append(_Groups(name, structure, at))
+                shared[users[0], structure] = out[-1]
     for node, recurrent in analysis.recurrent.items():
         name = str(node.target)
         given_states = given(node, "input", "hx").get("hx") is not None  # a unit without weights hands them on
@@ -281,9 +290,12 @@ def _relative(norm: Floats, threshold: float) -> Floats:
 
 
 def _norm_behind(analysis: Analysis, node: fx.Node) -> fx.Node | None:
-    """The BatchNorm that alone reads a layer."""
+    """The BatchNorm that alone reads a layer, and reads nothing that has other weights."""
     follower = next(iter(node.users)) if len(node.users) == 1 else None
-    return follower if follower in analysis.norms else None
+    if follower is None or follower not in analysis.norms:
+        return None
+    read = {analysis.norms[n] for n in analysis.users(follower, "running_mean")}
+    return follower if read <= set(analysis.users(node, "weight")) else None
 
 
 def _row_scale(analysis: Analysis, node: fx.Node) -> Floats:
@@ -332,22 +344,25 @@ def _feeds_output(analysis: Analysis) -> set[fx.Node]:
     return {n for n, ids in outs.items() if labels & set(analysis.label[ids.reshape(-1)].tolist())}
 
 
-def _cut(model: nn.Module, groups: list[_Groups], analysis: Analysis, block: int, scale: float) -> nn.Module:
+def _cut(model: nn.Module, chosen: list[_Groups], analysis: Analysis, block: int, scale: float) -> nn.Module:
     """A copy of `model` without the groups that go at `scale`."""
     out = clone(model)
-    nodes = {str(node.target): (node, layer) for node, layer in analysis.layers.items()}
+    nodes = {str(node.target): node for node in analysis.layers}
     recurrent = {str(node.target): layer for node, layer in analysis.recurrent.items()}
     with torch.no_grad():
-        for g in groups:
+        for g in chosen:
             gone = torch.from_numpy(g.at <= scale)
             if gone.any() and g.structure == "unit":
                 suffixes = [cell.suffix for cell in recurrent[g.name].cells]
                 _drop_units(out.get_submodule(g.name), suffixes, gone.reshape(len(suffixes), -1))
             elif gone.any():
-                node, layer = nodes[g.name]
-                behind = _norm_behind(analysis, node)
-                norm = None if behind is None else out.get_submodule(str(behind.target))
-                _drop(out.get_submodule(g.name), norm, layer, g.structure, block, gone)
+                node = nodes[g.name]
+                for user in analysis.users(node, "weight") if g.structure == "filter" else ():
+                    if (behind := _norm_behind(analysis, user)) is not None:
+                        _leave_mean(out.get_submodule(str(user.target)), out.get_submodule(str(behind.target)), gone)
+                weight: Any = out.get_submodule(g.name).weight
+                groups = analysis.layers[node].groups
+                weight.mul_(expand_keep(~gone.to(weight.device), g.structure, weight.shape, groups, block))
     return out
 
 
@@ -359,10 +374,8 @@ def _drop_units(m: Any, suffixes: Sequence[str], gone: Tensor) -> None:
             rows[:, units.to(rows.device)] = 0
 
 
-def _drop(m: Any, norm: Any, layer: Layer, structure: str, block: int, gone: Tensor) -> None:
-    weight = m.weight.detach()
-    gone = gone.to(weight.device)
-    if structure == "filter" and norm is not None and norm.running_mean is not None:
-        # What is left emits the mean that BatchNorm has seen, so that its output is beta.
+def _leave_mean(m: Any, norm: Any, gone: Tensor) -> None:
+    """What is left of filters without weights emits the mean that BatchNorm has seen, so that its output is beta."""
+    if norm.running_mean is not None:
+        gone = gone.to(norm.running_mean.device)
         norm.running_mean[gone] = 0 if m.bias is None else m.bias.detach()[gone].to(norm.running_mean.dtype)
-    weight.mul_(expand_keep(~gone, structure, weight.shape, layer.groups, block))

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from .shared import Shared
 from .trace import Shape
-from .tracking import Bools, Facts, Floats, Ints, Reading, Tracker, given, values_of
+from .tracking import Bools, Facts, Floats, Ints, Reading, given, values_of
 
 RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
 
@@ -89,13 +90,13 @@ class Recurrent:
         return need[:, None], hard[:, None], into, stuck
 
 
-class Recurrents(Tracker):
+class Recurrents(Shared):
     """The rules. The facts of a module's node are those of its units; the output and the last states are movements of
     them."""
 
     def _recurrent(self, node: fx.Node) -> str | None:
         m = self._module(node)
-        if reason := self._unshared(node):
+        if reason := self.tied(node):
             return reason
         if m.proj_size:
             return "it projects its states"

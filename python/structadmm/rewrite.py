@@ -44,16 +44,16 @@ def cut(layouts: Layouts) -> dict[str, Kept]:
     """Cut the parameters to the channels that stay, in place. Returns what is left of those that were cut, by name."""
     analysis = layouts.analysis
     root = analysis.module
-    kept: dict[str, Kept] = {}
+    shears = _Shears()
     m: Any
     for node, layer in analysis.layers.items():
         if node in layouts.of:
-            _cut_layer(str(node.target), root.get_submodule(str(node.target)), layer, layouts, kept)
+            _cut_layer(str(node.target), root.get_submodule(str(node.target)), layer, layouts, shears)
     for node, recurrent in analysis.recurrent.items():
         if node in layouts.of:
             units = layouts.of[node][:, 0] % recurrent.outs.ids.shape[-1]
             m = root.get_submodule(str(node.target))
-            _cut_recurrent(str(node.target), m, recurrent, layouts.inputs(recurrent), units, kept)
+            _cut_recurrent(str(node.target), m, recurrent, layouts.inputs(recurrent), units, shears)
     for node in (*analysis.norms, *analysis.affine):
         if node in layouts.of:
             m = root.get_submodule(str(node.target))
@@ -67,7 +67,7 @@ def cut(layouts: Layouts) -> dict[str, Kept]:
                     setattr(m, name, len(order))
             for name in ("weight", "bias", "running_mean", "running_var"):
                 if getattr(m, name, None) is not None:
-                    _take(m, f"{node.target}.{name}", Kept(torch.from_numpy(np.ascontiguousarray(order))), kept)
+                    shears.take(m, f"{node.target}.{name}", Kept(torch.from_numpy(np.ascontiguousarray(order))))
     for node, axis in analysis.tables.items():
         if node in layouts.of and layouts.of[node].size < analysis.facts[node].ids.size:
             path = f"{node.target}.weight" if node.op == "call_module" else str(node.target)
@@ -75,23 +75,37 @@ def cut(layouts: Layouts) -> dict[str, Kept]:
             left = torch.from_numpy(np.ascontiguousarray(layouts.of[node].reshape(-1)))
             if node.op == "call_module":
                 owner.embedding_dim = len(left)
-            _take(owner, path, Kept(left, axis=axis), kept)
-    return kept
+            shears.take(owner, path, Kept(left, axis=axis))
+    return shears.kept
 
 
-def _take(m: nn.Module, path: str, which: Kept, kept: dict[str, Kept]) -> None:
-    name = path.rpartition(".")[2]
-    t = getattr(m, name)
-    if t is None:
-        return
-    new = which.take(t.detach()).clone()
-    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous():
-        new = new.contiguous(memory_format=torch.channels_last)
-    setattr(m, name, nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new)
-    kept[path] = which
+class _Shears:
+    """Cuts each tensor once, under whichever names and from however many places it is used, so what was tied stays
+    tied. kept: what is left of each, by name."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Kept] = {}
+        # A tensor before or after the cut, by its id -> the one after it.
+        self._after: dict[int, Tensor] = {}
+        self._before: list[Tensor] = []  # alive, so that no other tensor gets the id of one of them
+
+    def take(self, m: nn.Module, path: str, which: Kept) -> None:
+        name = path.rpartition(".")[2]
+        t = getattr(m, name)
+        if t is None:
+            return
+        if id(t) not in self._after:
+            new = which.take(t.detach()).clone()
+            if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous():
+                new = new.contiguous(memory_format=torch.channels_last)
+            new = nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new
+            self._before.append(t)
+            self._after[id(t)] = self._after[id(new)] = new
+        setattr(m, name, self._after[id(t)])
+        self.kept[path] = which
 
 
-def _cut_layer(name: str, m: Any, layer: Layer, layouts: Layouts, kept: dict[str, Kept]) -> None:
+def _cut_layer(name: str, m: Any, layer: Layer, layouts: Layouts, shears: _Shears) -> None:
     ins, outs = layouts.inputs(layer), layouts.of[layer.node].reshape(-1)
     if all(np.array_equal(a, np.arange(n)) for a, n in ((ins, layer.ins.ids.size), (outs, layer.outs.ids.size))):
         return
@@ -103,20 +117,20 @@ def _cut_layer(name: str, m: Any, layer: Layer, layouts: Layouts, kept: dict[str
     first, second, size = (ins, outs, og) if transposed else (outs, ins, cg)
     inner = np.ascontiguousarray((second % size).reshape(len(groups), -1))
     inner = np.repeat(inner, len(first) // len(groups), 0) if layer.groups > 1 else inner[0]
-    _take(m, f"{name}.weight", Kept(torch.from_numpy(np.ascontiguousarray(first)), torch.from_numpy(inner)), kept)
+    shears.take(m, f"{name}.weight", Kept(torch.from_numpy(np.ascontiguousarray(first)), torch.from_numpy(inner)))
     if m.bias is not None:
-        _take(m, f"{name}.bias", rows, kept)
+        shears.take(m, f"{name}.bias", rows)
     if isinstance(m, nn.Linear):
         m.in_features, m.out_features = len(ins), len(outs)
     else:
         m.in_channels, m.out_channels, m.groups = len(ins), len(outs), len(groups)
 
 
-def _cut_recurrent(name: str, m: Any, layer: Recurrent, ins: Ints, units: Ints, kept: dict[str, Kept]) -> None:
+def _cut_recurrent(name: str, m: Any, layer: Recurrent, ins: Ints, units: Ints, shears: _Shears) -> None:
     if units.size == layer.outs.ids.size and np.array_equal(ins, np.arange(layer.ins.ids.size)):
         return
     for parameter, rows, columns in pieces(layer, ins, units):
-        _take(m, f"{name}.{parameter}", Kept(rows, columns), kept)
+        shears.take(m, f"{name}.{parameter}", Kept(rows, columns))
     m.input_size, m.hidden_size = len(ins), units.shape[1]
     m.flatten_parameters()
 
@@ -258,9 +272,10 @@ def _elide(layouts: Layouts, node: fx.Node, kept: dict[str, Kept]) -> None:
     constant = constant[layouts.of[node].reshape(-1)] if node in layouts.of else constant
     if constant.any():
         maker: Any = root.get_submodule(str(stays.target)) if stays.op == "call_module" else None
-        alone = len(stays.users) == 1 and (stays in analysis.layers or stays in analysis.norms)
-        place = getattr(maker, "bias", None) if alone or type(maker).__name__ == "ChannelBias" else None
-        if place is not None and len(stays.users) == 1:
+        alone = len(stays.users) == 1 and analysis.alone(stays, "bias")
+        makes = stays in analysis.layers or stays in analysis.norms or type(maker).__name__ == "ChannelBias"
+        place = getattr(maker, "bias", None) if alone and makes else None
+        if place is not None:
             with torch.no_grad():
                 place.detach().add_(torch.from_numpy(constant).to(place))
         elif alone and stays in analysis.layers:

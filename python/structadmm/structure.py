@@ -18,6 +18,7 @@ from .trace import trace
 
 def coupled_layers(model: nn.Module, example: Tensor | Sequence[Tensor]) -> list[tuple[str, ...]]:
     """Sets of layers whose filters go together one by one, in the order of the network; single layers are left out.
+    Layers with one weight count as one, under the first name of the weight.
 
     Left out too are layers whose filters can't go at all, such as those that make the network's output or feed a
     LayerNorm. Raises TraceError where the model can't be traced.
@@ -34,17 +35,22 @@ def filter_sets(
     """(sets of layers whose filters go together, single layers included; layer -> per input channel the number of the
     set that fills it, or -1, and which of the set's filters), for all convolutions and linear layers.
 
-    Layers whose filters can't go are in no set. A depthwise convolution's channels are its filters: it reads none.
+    Layers whose filters can't go are in no set; a shared weight's are there once, under the first layer that has it. A
+    depthwise convolution's channels are its filters: it reads none.
     Raises TraceError where the model can't be traced.
     """
     analysis = Analysis(trace(model, example, who, share=True))
     fixed = {int(n) for ids, _ in analysis.locks for n in analysis.label[ids]}
-    sets: dict[bytes, list[str]] = {}
+    first: dict[int, str] = {}
+    names = {str(node.target) for node in analysis.layers}
+    owner = {n: first.setdefault(id(m._parameters.get("weight", m)), n) for n, m in model.named_modules() if n in names}
+    sets: dict[bytes, dict[str, None]] = {}
     of: dict[int, tuple[bytes, int]] = {}
     for node, layer in analysis.layers.items():
         labels = analysis.label[layer.outs.ids].reshape(-1)
         if not fixed & set(labels.tolist()):
-            sets.setdefault(labels.tobytes(), []).append(str(node.target))
+            name = str(node.target)
+            sets.setdefault(labels.tobytes(), {})[owner.get(name, name)] = None
             of.update({label: (labels.tobytes(), i) for i, label in enumerate(labels.tolist())})
     number = {key: i for i, key in enumerate(sets)}
     reads: dict[str, Reads] = {}
@@ -54,4 +60,4 @@ def filter_sets(
         found = [(number[of[n][0]], of[n][1]) if n in of else (-1, 0) for n in ins]
         columns = np.array(found, np.int64).reshape(-1, 2)
         reads[str(node.target)] = (columns[:, 0], columns[:, 1])
-    return [tuple(names) for names in sets.values()], reads
+    return [tuple(found) for found in sets.values()], reads

@@ -23,6 +23,8 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
+# A node that uses a tensor, and the tensor's name within its module ("" where it is used directly).
+Use = tuple[fx.Node, str]
 # What an operation reads of one of its inputs: the node, the channels wanted (None: all), and those of them that it
 # wants even where they are constant (None: no more).
 Reading = tuple[fx.Node, "Bools | None", "Bools | None"]
@@ -161,6 +163,28 @@ def by_rows(ids: Ints, axes: Sequence[int]) -> Ints:
     return ids.transpose(order).reshape(math.prod(ids.shape[d] for d in axes), -1)
 
 
+def shared_tensors(module: fx.GraphModule) -> dict[Use, list[Use]]:
+    """Tensors that several nodes use: each use -> all uses of the same tensor, itself included, in the graph's order.
+
+    A bias that a module lacks counts: one that it were given would be that of all calls.
+    """
+    uses: dict[int, list[Use]] = {}
+    for node in module.graph.nodes:
+        found: list[tuple[str, Any]] = []
+        if node.op == "call_module":
+            m = module.get_submodule(node.target)
+            found += m.named_parameters(remove_duplicate=False)
+            found += m.named_buffers(remove_duplicate=False)
+            found += [("bias", m)] if m._parameters.get("bias", m) is None else []
+        elif node.op == "get_attr":
+            kind_only = node.users and all(u.target is getattr and u.args[1] in ("device", "dtype") for u in node.users)
+            found += [] if kind_only else [("", attribute(module, node.target))]
+        for name, t in found:
+            if not isinstance(t, Tensor) or t.dim():  # a counter of batches is nobody's channel
+                uses.setdefault(id(t), []).append((node, name))
+    return {use: several for several in uses.values() if len(several) > 1 for use in several}
+
+
 class Tracker:
     """The state of tracking, and what every rule needs of it. A rule takes a node and returns None or the reason why
     it leaves what the node touches whole."""
@@ -170,6 +194,13 @@ class Tracker:
         self.module = traced.module
         self.shapes = traced.shapes
         self.create_bias = create_bias
+        self.shared = shared_tensors(self.module)
+        # Nodes whose tensors are used elsewhere too in a way that can't be followed: reason.
+        self.apart: dict[fx.Node, str] = {}
+        self._start()
+
+    def _start(self) -> None:
+        """Empty tables."""
         self.n_ids = 0
         self.facts: dict[fx.Node, Facts] = {}
         # Nodes without facts: the reason.
@@ -211,27 +242,6 @@ class Tracker:
         self.together: list[tuple[fx.Node, list[Ints]]] = []
         # Operations left whole: title -> reason.
         self.whole: dict[str, str] = {}
-        self._calls: dict[str, int] = {}
-        # Modules, and parameters used directly, whose tensors are used under another name too: name -> the other one.
-        self._tied: dict[str, str] = {}
-        users: dict[int, list[str]] = {}
-        for name, module in self.module.named_modules():
-            for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                users.setdefault(id(t), []).append(name)
-        for node in self.module.graph.nodes:
-            if node.op == "call_module":
-                self._calls[node.target] = self._calls.get(node.target, 0) + 1
-        for node in self.module.graph.nodes:
-            kind_only = node.users and all(u.target is getattr and u.args[1] in ("device", "dtype") for u in node.users)
-            if node.op == "get_attr" and not kind_only:
-                names = users.setdefault(id(attribute(self.module, node.target)), [])
-                owner = str(node.target).rpartition(".")[0]
-                if owner in names and owner not in self._calls:
-                    names.remove(owner)  # nothing but the home of the parameter
-                names.append(node.target)
-        for names in users.values():
-            if len(names) > 1:
-                self._tied.update({n: names[i - 1] for i, n in enumerate(names)})
 
     def _module(self, node: fx.Node) -> Any:
         """The module that a call_module node calls."""
@@ -242,11 +252,13 @@ class Tracker:
             return type(self._module(node)).__name__
         return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))
 
-    def _unshared(self, node: fx.Node) -> str | None:
-        name = str(node.target)
-        if self._calls[name] > 1:
-            return f"the module is called {self._calls[name]} times"
-        return f"its weights are tied to {self._tied[name]}'s" if name in self._tied else None
+    def alone(self, node: fx.Node, name: str) -> bool:
+        """Whether nothing else uses the tensor (bias: or would, if the module had one) that the node uses by `name`."""
+        return (node, name) not in self.shared
+
+    def sharers(self, node: fx.Node, name: str) -> list[fx.Node]:
+        """The nodes that use this tensor."""
+        return [n for n, _ in self.shared.get((node, name), [(node, name)])]
 
     def _fresh(self, n: int) -> Ints:
         self.n_ids += n
@@ -301,7 +313,7 @@ class Tracker:
         t = attribute(self.module, str(node.target)) if node.op == "get_attr" else None
         if not isinstance(t, Tensor) or not t.is_floating_point() or len(node.users) > 1:
             return None
-        if str(node.target) in self._tied or t.dim() > rank:
+        if node in self.apart or t.dim() > rank:
             return None
         own = [d - (rank - t.dim()) for d in tracked if d >= rank - t.dim()]
         own = [d for d in own if t.shape[d] > 1]
