@@ -504,13 +504,13 @@ def test_embeddings_biases_and_operands_that_are_shared() -> None:
     def scaled(m: Any, x: Tensor) -> Tensor:
         """By what is a slope elsewhere."""
         y = m.b(x) if m.followed else m.b(x).cumsum(-1)
-        return m.last(m.a(x) * m.act.weight) + m.last(m.act(y.transpose(1, 2)).transpose(1, 2))
+        return m.more(m.a(x) * m.act.weight) + m.last(m.act(y.transpose(1, 2)).transpose(1, 2))
 
     for followed in (True, False):
         layers = {"a": nn.Linear(16, 8), "b": nn.Linear(16, 8), "act": nn.PReLU(8), "last": nn.Linear(8, 3)}
-        model = filled(Custom(scaled, followed=followed, **layers))
+        model = filled(Custom(scaled, followed=followed, more=nn.Linear(8, 3), **layers))
         with torch.no_grad():
-            model.last.weight[:, 2] = 0
+            model.more.weight[:, 2] = model.last.weight[:, 2] = 0
         small = sa.compact(model, tokens(2))
         agree(model, small, tokens(3), 1e-10)
         assert small.act.weight.shape == ((7,) if followed else (8,))
