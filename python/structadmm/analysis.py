@@ -190,6 +190,9 @@ class Analysis(Channels):
             if node in self.hard:
                 alive[facts.ids[self.hard[node]]] = True
         self._kept[self.label[alive]] = True
+        for ids, reason in self.hints:
+            for label in np.unique(self.label[ids[self._kept[self.label[ids]]]]).tolist():
+                self.reasons.setdefault(label, reason)
         self._merge()
         self._repair()
         self.removed: Bools = ~self._kept[self.label]

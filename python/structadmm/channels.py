@@ -26,6 +26,7 @@ from .pointwise import (
     IDENTITY_NAMES,
     POINTWISE_MODULES,
     POINTWISE_NAMES,
+    REDUCTIONS,
     Pointwise,
 )
 from .recurrent import RECURRENT, Recurrents
@@ -52,6 +53,7 @@ _MODULES: dict[type[nn.Module], str] = {
     ChannelBias: "_channel_bias",
     nn.Softmax: "_softmax",
     nn.LogSoftmax: "_softmax",
+    nn.Softmax2d: "_softmax",
     nn.Embedding: "_embedding",
     **dict.fromkeys(RECURRENT, "_recurrent"),
 }
@@ -61,7 +63,7 @@ _FUNCTIONS: dict[str, str] = {
     **dict.fromkeys(BINARY_NAMES, "_binary"),
     **dict.fromkeys(("flatten", "view", "reshape", "squeeze", "unflatten", "reshape_as", "view_as"), "_reshape"),
     **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT"), "_permute"),
-    **dict.fromkeys(("mean", "sum", "amax", "amin"), "_mean"),
+    **dict.fromkeys(REDUCTIONS, "_mean"),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), "_cat"),
     **dict.fromkeys(("split", "chunk", "unbind", "split_with_sizes"), "_split"),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"), "_shuffle"),
@@ -71,7 +73,7 @@ _FUNCTIONS: dict[str, str] = {
     **dict.fromkeys(("matmul", "bmm"), "_matmul"),
     **dict.fromkeys(("size", "dim"), "_size"),
     **dict.fromkeys(("float", "double", "to", "type_as"), "_cast"),
-    "repeat_interleave": "_repeat",
+    **dict.fromkeys(("repeat_interleave", "repeat", "tile"), "_repeat"),
     "normalize": "_normalize",
     "scaled_dot_product_attention": "_attention",
     "unsqueeze": "_unsqueeze",
@@ -136,12 +138,13 @@ class Channels(Pointwise, Movement, Mixing, Recurrents):
             reason = f"its arguments are not understood ({type(error).__name__}: {error})"
         if reason is not None:
             tables = (self.facts, self.sources, self.layers, self.norms, self.affine, self.tables, self.parts)
-            for found in (*tables, self.sizes, self.edits, self.readers, self.moves, self.recurrent, self.sums):
+            rest = (self.edits, self.readers, self.moves, self.rows, self.sizes, self.recurrent, self.sums)
+            for found in (*tables, *rest):
                 found.pop(node, None)
             self.grids = [g for g in self.grids if g[0] is not node]
             self.together = [g for g in self.together if g[0] is not node]
             self._pin(node, reason)
-        elif handler not in (self._reshape, self._expand) or node not in self.facts:
+        elif handler not in (self._reshape, self._expand, self._getitem) or node not in self.facts:
             self._pin_sizes(node)
 
     def _expression(self, node: fx.Node, rank: int, tracked: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,12 @@ BINARY_NAMES = {
     "mul", "imul": "mul", "multiply": "mul", "subtract": "sub", "truediv": "div", "div": "div", "div_": "div",
     "itruediv": "div", "maximum": "max", "minimum": "min",
 }
+# Reductions over dimensions, by what they depend on.
+REDUCTIONS = {
+    "mean": "mean", "sum": "sum", "amax": "max", "amin": "max", "var": "var", "std": "var", "norm": "norm",
+    "linalg_vector_norm": "norm",
+}
+VERBS = {"mean": "averages over", "sum": "adds up", "var": "normalises over", "norm": "takes the norm of"}
 CONST_POOLS = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample, nn.UpsamplingNearest2d,
@@ -159,15 +166,12 @@ class Pointwise(Tracker):
                 self._expression(n, rank, [d + rank - ids.ndim for d in axes_of(ids)])
         known = [n for n in inputs if n in self.facts]
         if len(known) < 2:
-            for n in known:
-                other = next(m for m in inputs if m is not n)
-                self._lock(
-                    self.facts[n].ids, f"{title(node)} with {title(other)}: {self.why.get(other, 'not tracked')}"
-                )
-            if known and self.shapes[known[0]] == shape:
-                self._channelwise(node, known[0], self.facts[known[0]].vary())
-            else:
+            facts = self._beside(node, known[0], inputs[known[0] is inputs[0]]) if known else None
+            if facts is None:
                 self.why[node] = "combined with an untracked tensor"
+            else:
+                zero = facts.const & (facts.value == 0) & (BINARY_NAMES[operation(node)] == "mul")
+                self._channelwise(node, known[0], Facts(facts.ids, zero, np.zeros_like(facts.value)), ~zero)
             return None
         a, b = inputs
         fa, fb = (self.facts[n].map(lambda x: x.reshape((1,) * (rank - x.ndim) + x.shape)) for n in (a, b))
@@ -207,6 +211,23 @@ class Pointwise(Tracker):
         ]
         return None
 
+    def _beside(self, node: fx.Node, known: fx.Node, other: fx.Node) -> Facts | None:
+        """The channels of `known` in an elementwise operation with a tensor that is not tracked, if the result has them
+        as they are: along dimensions where the other one has one value they go as they like."""
+        shape = self.shapes[node]
+        if len(self.shapes[known]) > len(shape) or not isinstance(self.shapes[other], Shape):
+            return None
+        facts = self.facts[known].map(lambda a: a.reshape((1,) * (len(shape) - a.ndim) + a.shape))
+        axes = axes_of(facts.ids)
+        size = (1,) * (len(shape) - len(self.shapes[other])) + self.shapes[other]
+        reason = f"{title(node)} with {title(other)}: {self.why.get(other, 'not tracked')}"
+        if any(shape[d] != facts.ids.shape[d] for d in axes) or (not axes and shape != self.shapes[known]):
+            self._lock(facts.ids, reason)
+            return None
+        if against := [d for d in axes if size[d] > 1]:
+            self._keep_along(facts.ids, against, reason)
+        return facts
+
     def _with_number(self, node: fx.Node) -> str | None:
         """Arithmetic with a number computed from shapes; the channels that it counts are kept (see _pin_sizes)."""
         tensors = [n for n in node.all_input_nodes if n not in self.sizes]
@@ -221,28 +242,65 @@ class Pointwise(Tracker):
         return None
 
     def _mean(self, node: fx.Node) -> str | None:
-        """mean, sum, amax, amin over dimensions without channels."""
+        """mean, sum, amax, amin, var, std; norm, of which only what is 0 everywhere stays so."""
         source = self._source(node)
         facts = self.facts.get(source)
         if facts is None:
             self._channelwise(node, source, None)
             return None
         rank = len(self.shapes[source])
-        chosen = given(node, "input", "dim", "keepdim")
+        kind = REDUCTIONS[operation(node)]
+        names = {"norm": ("p",), "var": ("dim", "unbiased")}.get(kind, ("dim",))
+        chosen = given(node, "input", *names, *(n for n in ("dim", "keepdim") if n not in names))
         dim = chosen.get("dim")
-        if dim is None or not set(chosen) <= {"input", "self", "dim", "keepdim"}:
-            return "averages over everything"
-        dims = [d % rank for d in (dim if isinstance(dim, (tuple, list)) else (dim,))]
-        if any(facts.ids.shape[d] > 1 or d in self._varies(source) for d in dims):
-            return "averages over channels or the batch"
-        squeeze = tuple(dims)
+        known = {"input", "self", "x", "dim", "keepdim", "unbiased", "correction", "p", "ord"}
+        if dim in (None, [], ()) or isinstance(dim, bool) or not set(chosen) <= known:
+            return "reduces everything, or in a way that is not tracked"
+        p = chosen.get("p", chosen.get("ord", 2))
+        if kind == "norm" and p not in (None, "fro") and not (isinstance(p, (int, float)) and 1 <= p < np.inf):
+            return "is a norm that is not tracked"
+        dims = tuple(sorted(d % rank for d in (dim if isinstance(dim, (tuple, list)) else (dim,))))
+        if any(d in self._varies(source) for d in dims):
+            return "reduces the batch"
         keep = bool(chosen.get("keepdim"))
-        self._move(node, source, (lambda a: a) if keep else (lambda a: a.squeeze(squeeze)))
-        if operation(node) == "sum":
-            found = self.facts[node]
-            count = np.prod([self.shapes[source][d] for d in dims])  # of maps of this size; other sizes: only 0
-            self.facts[node] = Facts(found.ids, found.const & (found.value == 0), found.value * count)
+        move: Callable[[Any], Any] = (lambda a: a) if keep else (lambda a: a.squeeze(dims))
+        if any(facts.ids.shape[d] > 1 for d in dims):
+            self._over_channels(node, source, dims, kind, move)
+            return None
+        self._move(node, source, move)
+        found = self.facts[node]
+        if kind in ("sum", "norm"):  # other numbers for maps of other sizes, but for 0
+            self.facts[node] = Facts(found.ids, found.const & (found.value == 0), np.zeros_like(found.value))
+        elif kind == "var":
+            self.facts[node] = found.vary()
         return None
+
+    def _over_channels(
+        self, node: fx.Node, source: fx.Node, dims: tuple[int, ...], kind: str, move: Callable[[Any], Any]
+    ) -> None:
+        """A reduction of channels to one, or to one for every row of them along the other dimensions. A mean counts its
+        channels, so they all stay; to a sum or a norm a channel that is 0 adds nothing."""
+        facts = self.facts[source]
+        rows = [d for d in axes_of(facts.ids) if d not in dims]
+        shape = [n if d in rows else 1 for d, n in enumerate(facts.ids.shape)]
+        ids = self._fresh(int(np.prod(shape))).reshape(shape)
+        free = facts.const & (facts.value == 0) & (kind in ("sum", "norm") and not rows)
+        reason = f"{title(node)} {VERBS.get(kind, 'compares')} all channels"
+        if rows or kind not in ("sum", "norm"):
+            self._keep_along(facts.ids, dims, reason)
+        else:
+            self._hint(facts.ids, reason)
+        self._by_head(node, [(facts.ids, rows), (ids, rows)])
+        self.facts[node] = Facts(ids, np.zeros(shape, bool), np.zeros(shape)).map(move)
+        self.sources[node] = []
+        self.edits[node], self.rows[node] = "rows", rows
+        self.moves[node] = move
+
+        def read(need: Bools) -> list[Reading]:
+            wanted = np.broadcast_to(need.reshape(shape), facts.ids.shape) & ~free
+            return [(source, wanted, wanted)]
+
+        self.readers[node] = read
 
     def _cast(self, node: fx.Node) -> str | None:
         """Another type of number: constants that it may not hold exactly are none any more."""
@@ -252,16 +310,6 @@ class Pointwise(Tracker):
             single = operation(node) in ("float", "double")
             exact = facts.value.astype(np.float32) == facts.value if single else np.isin(facts.value, (0, 1))
             facts = Facts(facts.ids, facts.const & exact, np.where(exact, facts.value, 0.0))
-        self._channelwise(node, source, facts)
-        return None
-
-    def _repeat(self, node: fx.Node) -> str | None:
-        """repeat_interleave along a dimension without channels."""
-        source = self._source(node)
-        facts = self.facts.get(source)
-        dim = given(node, "input", "repeats", "dim").get("dim")
-        if facts is not None and (not isinstance(dim, int) or facts.ids.shape[dim] > 1):
-            return "repeats channels"
         self._channelwise(node, source, facts)
         return None
 
@@ -295,10 +343,13 @@ class Pointwise(Tracker):
         if facts is None:
             self._channelwise(node, source, None)
             return None
-        dim = self._module(node).dim if node.op == "call_module" else given(node, "input", "dim").get("dim")
-        if not isinstance(dim, int) or facts.ids.shape[dim] > 1:
-            return "normalises over channels"
+        chosen = vars(self._module(node)) if node.op == "call_module" else given(node, "input", "dim")
+        dim = chosen.get("dim", -3 if self._kind(node) == "Softmax2d" else None)
+        if not isinstance(dim, int) or dim % facts.ids.ndim in self._varies(source):
+            return "normalises over the batch"
         self._channelwise(node, source, facts.vary())
-        if dim % facts.ids.ndim == facts.ids.ndim - 1 and "log" not in self._kind(node).lower():
+        if facts.ids.shape[dim] > 1:
+            self._counted(node, source, (dim % facts.ids.ndim,))
+        elif dim % facts.ids.ndim == facts.ids.ndim - 1 and "log" not in self._kind(node).lower():
             self.averages.add(node)
         return None
