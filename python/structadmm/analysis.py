@@ -265,7 +265,7 @@ class Analysis(Channels):
                     layer.merges[i] = j
                 continue
             layer = where[label][0][0]
-            why = "has no bias for" if layer.shift is None else "pads with zeros, so sees the edge of"
+            why = "has no bias for" if layer.shift is None else self.edge(layer.node)
             self._keep(np.array([label]), f"{title(layer.node)} {why} its constant")
 
     def live_nodes(self) -> set[fx.Node]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from torch import fx, nn
 
 from .mixing import CONVS, INSTANCE_NORMS, NORMS, TRANSPOSED, Mixing
-from .movement import HARMLESS, Movement
+from .movement import HARMLESS, OWN_PADS, Movement
 from .nn import ChannelBias
 from .pointwise import (
     AVG_POOL_FUNCTIONS,
@@ -34,7 +34,7 @@ from .symbolic import is_identity
 from .trace import Shape, Traced
 from .tracking import axes_of, function_name, given, title
 
-_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, *OWN_PADS)
 
 # The rules of modules and of functions and methods, as names of the methods below.
 _MODULES: dict[type[nn.Module], str] = {
@@ -64,6 +64,8 @@ _FUNCTIONS: dict[str, str] = {
     **dict.fromkeys(("flatten", "view", "reshape", "squeeze", "unflatten", "reshape_as", "view_as"), "_reshape"),
     **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT"), "_permute"),
     **dict.fromkeys(REDUCTIONS, "_mean"),
+    **dict.fromkeys(("where", "masked_fill"), "_where"),
+    **dict.fromkeys(("layer_norm", "rms_norm"), "_layer_norm"),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), "_cat"),
     **dict.fromkeys(("split", "chunk", "unbind", "split_with_sizes"), "_split"),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"), "_shuffle"),

@@ -323,13 +323,19 @@ class Layouts:
                 key.append(int(at[0]))
             else:
                 taken = range(ids.shape[d])[a.numbers(e)]
-                at = self._where((places[d] >= taken.start) & (places[d] < taken.stop), d)
-                if not at.size or at[-1] - at[0] + 1 != at.size:
+                at = self._where(np.isin(places[d], taken), d)
+                if not at.size or (taken.step == 1 and at[-1] - at[0] + 1 != at.size):
                     raise Conflict("would take channels from several places")
+                steps = np.unique(np.diff(at)).tolist() or [1]
+                part: Any = at.tolist()
+                if len(steps) == 1:
+                    part = slice(int(at[0]), int(at[-1]) + 1, *(steps if steps > [1] else []))
+                elif any(other is None or isinstance(other, (int, list)) for other in entries):
+                    raise Conflict("would take channels without a step")
                 if len(taken) < ids.shape[d]:
-                    entries[i] = slice(int(at[0]), int(at[-1]) + 1)
+                    entries[i] = part
                     changed = True
-                key.append(slice(int(at[0]), int(at[-1]) + 1))
+                key.append(part)
             d += 1
         if changed:
             self.args[node] = tuple(entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from .tracking import (
     Layer,
     Reading,
     Tracker,
+    attribute,
     axes_of,
     by_rows,
     filters,
@@ -110,23 +112,33 @@ class Mixing(Tracker):
         layer = Layer(node, source, groups, w, ins, ins, reads, border, b, shift, np.zeros(n_filters, bool), direct)
         layer.full = w.is_meta or bool(reads.all())
         constant: Bools
+        edged = np.zeros(n_filters, bool)
         if ins.const.any():
             per_group = (groups, -1, cg)
             nonzero_constant = (ins.const & (ins.value != 0)).reshape(groups, 1, cg)
             varies = reads.reshape(per_group) & ~ins.const.reshape(groups, 1, cg)
             if bad.any():
+                inside = varies.any(2)
                 varies |= border.reshape(per_group) & nonzero_constant
+                edged = (varies.any(2) & ~inside).reshape(-1)
             constant = ~varies.any(2).reshape(-1)
         else:
             constant = np.zeros(n_filters, bool) if layer.full else np.asarray(~reads.any(1))
         emits = b + layer.response(np.where(ins.const, ins.value, 0.0))
         layer.outs = Facts(self._fresh(n_filters), constant, np.where(constant, emits, 0.0))
         layer.silent = constant & ((emits == b) | (shift is not None))
+        self._hint(layer.outs.ids[edged], f"{title(node)} {self.edge(node)} its constant")
         if groups > 1 and cg == 1 and n_filters == groups:
             self.edges.append((ins.ids, layer.outs.ids))
         self.layers[node] = layer
         self.facts[node] = self._like(layer.outs, rank, axis)
         self.sources[node] = []
+
+    def edge(self, node: fx.Node) -> str:
+        """Why a layer takes no constant into its bias, in front of "its constant"."""
+        if isinstance(self._module(node), TRANSPOSED):
+            return "adds up other taps from place to place, so has no one bias for"
+        return "pads with zeros, so sees the edge of"
 
     def _takes_mean(self, node: fx.Node) -> bool:
         name = str(node.target)
@@ -168,8 +180,10 @@ class Mixing(Tracker):
         if reason := self._unshared(node):
             return reason
         instance = isinstance(m, INSTANCE_NORMS)
-        if instance and (m.track_running_stats or len(self.shapes[source]) < 3):
-            return "normalises with running statistics"
+        if instance and len(self.shapes[source]) != int(self._kind(node)[-2]) + 2:
+            return "unbatched input"
+        if instance and m.track_running_stats:
+            return self._norm(node)
         known = self._adopt(source, 1)
         rank = len(self.shapes[source])
         if not np.array_equal(self.facts[source].ids.reshape(-1), known.ids):
@@ -200,11 +214,24 @@ class Mixing(Tracker):
 
     def _layer_norm(self, node: fx.Node) -> str | None:
         """LayerNorm and RMSNorm over the channels: all of them stay, since the norm counts them."""
-        m = self._module(node)
         source = self._source(node)
         facts = self.facts.get(source)
-        if facts is None:
-            return self._unshared(node) or f"{self._kind(node)} reads what is not tracked"
+        if node.op == "call_module":
+            m = self._module(node)
+            if facts is None:
+                return self._unshared(node) or f"{self._kind(node)} reads what is not tracked"
+        else:
+            chosen = given(node, "input", "normalized_shape", "weight", "bias")
+            shape = chosen["normalized_shape"]
+            m = SimpleNamespace(normalized_shape=tuple(self.shapes[shape] if isinstance(shape, fx.Node) else shape))
+            for name in ("weight", "bias"):
+                n = chosen.get(name)
+                if n is not None and not (isinstance(n, fx.Node) and n.op == "get_attr"):
+                    return f"its {name} is computed"
+                setattr(m, name, None if n is None else attribute(self.module, str(n.target)))
+            if facts is None:
+                self._channelwise(node, source, None)
+                return None
         const, value = np.zeros(facts.ids.shape, bool), np.zeros(facts.ids.shape)
         if axes_of(facts.ids) == [facts.ids.ndim - 1] and tuple(m.normalized_shape) == (facts.ids.size,):
             gamma, beta = _affine(m, facts.ids.size)

@@ -7,12 +7,19 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from torch import fx
+from torch import fx, nn
 
 from .tracking import Facts, Ints, Tracker, axes_of, blocks, flat, given, operation, title
 
 # What may be asked of a tensor without learning how many channels it has.
 HARMLESS = ("device", "dtype", "ndim", "is_cuda", "layout", "requires_grad", "dim")
+
+# Layers that pad a map with its own values.
+OWN_PADS: dict[type[nn.Module], str] = {
+    **dict.fromkeys((nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d), "reflect"),
+    **dict.fromkeys((nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d), "replicate"),
+    **dict.fromkeys((nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d), "circular"),
+}
 
 
 class Movement(Tracker):
@@ -210,8 +217,6 @@ class Movement(Tracker):
             if isinstance(e, slice) and tracked:
                 e = self.numbers(e)
             if isinstance(e, slice) and all(isinstance(v, (int, type(None))) for v in (e.start, e.stop, e.step)):
-                if tracked and e.step not in (None, 1) and len(range(shape[d])[e]) != shape[d]:
-                    return "takes channels with a step"
                 moved.append(e if tracked else slice(None))
             elif isinstance(e, int) and (d not in self._varies(source)):
                 moved.append((e % shape[d]) if tracked else 0)
@@ -262,7 +267,8 @@ class Movement(Tracker):
         facts = self.facts.get(source)
         if node.op == "call_module":
             m = self._module(node)
-            pad, how, fill = m.padding, "constant", m.value
+            how, fill = OWN_PADS.get(type(m), "constant"), getattr(m, "value", 0.0)
+            pad = m.padding
         else:
             chosen = {"mode": "constant", "value": None, **given(node, "input", "pad", "mode", "value")}
             pad, how, fill = chosen["pad"], chosen["mode"], chosen["value"] or 0.0
@@ -280,6 +286,8 @@ class Movement(Tracker):
         ):
             return "pads channels in a way that is not tracked"
         if spatial and how == "constant":
+            lost = facts.const & (facts.value != fill)
+            self._hint(facts.ids[lost], f"{title(node)} pads with {fill:g}, so sees the edge of its constant")
             facts = Facts(facts.ids, facts.const & (facts.value == fill), facts.value)
         if not channels:
             self._channelwise(node, source, facts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .trace import Shape
-from .tracking import Bools, Facts, Reading, Tracker, axes_of, given, operation, title, values_of
+from .tracking import Bools, Facts, Ints, Reading, Tracker, axes_of, given, operation, title, values_of
 
 # fmt: off
 # Elementwise operations of one tensor; the identities are identities in eval mode.
@@ -34,7 +34,8 @@ IDENTITY_NAMES = {"contiguous", "clone", "detach", "dropout", "dropout1d", "drop
 BINARY_NAMES = {
     "add": "add", "add_": "add", "iadd": "add", "sub": "sub", "sub_": "sub", "isub": "sub", "mul": "mul", "mul_":
     "mul", "imul": "mul", "multiply": "mul", "subtract": "sub", "truediv": "div", "div": "div", "div_": "div",
-    "itruediv": "div", "maximum": "max", "minimum": "min",
+    "itruediv": "div", "maximum": "max", "minimum": "min", "gt": "compare", "lt": "compare", "ge": "compare", "le":
+    "compare", "eq": "compare", "ne": "compare",
 }
 # Reductions over dimensions, by what they depend on.
 REDUCTIONS = {
@@ -128,7 +129,9 @@ class Pointwise(Tracker):
             padding, ceil_mode, include_pad, divisor = average
             padded = any(padding if isinstance(padding, (tuple, list)) else (padding,))
             if divisor is not None or (padded and (include_pad or ceil_mode)):
-                facts = Facts(facts.ids, facts.const & (facts.value == 0), facts.value)
+                lost = facts.const & (facts.value != 0)
+                self._hint(facts.ids[lost], f"{title(node)} pads with zeros, so sees the edge of its constant")
+                facts = Facts(facts.ids, facts.const & ~lost, facts.value)
         self._channelwise(node, source, facts)
         return None
 
@@ -187,15 +190,8 @@ class Pointwise(Tracker):
                 ids = fa.ids
         else:  # one operand has a channel for each of the result, the other one for all of them, or for each row
             wide, one, small = (fa, fb, 1) if fa.ids.size >= fb.ids.size else (fb, fa, 0)
-            spread = [d for d in range(rank) if wide.ids.shape[d] != one.ids.shape[d]]
-            if any(one.ids.shape[d] > 1 or sizes[small][d] > 1 for d in spread) or any(
-                wide.ids.shape[d] != shape[d] for d in axes_of(wide.ids)
-            ):
-                return "its operands do not line up"
-            if one.ids.size == 1:
-                self._lock(one.ids, f"{title(node)} spreads it over all channels")
-            else:
-                self._by_head(node, [(wide.ids, axes_of(one.ids)), (one.ids, axes_of(one.ids))])
+            if reason := self._spread(node, wide.ids, one.ids, sizes[small]):
+                return reason
             ids = wide.ids
         const = fa.const & fb.const
         values = {a: np.broadcast_to(fa.value, ids.shape), b: np.broadcast_to(fb.value, ids.shape)}
@@ -208,6 +204,65 @@ class Pointwise(Tracker):
         self.sources[node] = [
             (n, np.broadcast_to(np.arange(f.ids.size).reshape(f.ids.shape), ids.shape), matters[n])
             for n, f in ((a, fa), (b, fb))
+        ]
+        return None
+
+    def _spread(self, node: fx.Node, wide: Ints, one: Ints, size: Sequence[int]) -> str | None:
+        """An operand that has one channel for all of another one's, or for each row of them; size: its shape."""
+        shape = self.shapes[node]
+        spread = [d for d in range(wide.ndim) if wide.shape[d] != one.shape[d]]
+        if any(one.shape[d] > 1 or size[d] > 1 for d in spread) or any(
+            wide.shape[d] != shape[d] for d in axes_of(wide)
+        ):
+            return "its operands do not line up"
+        if one.size == 1:
+            self._lock(one, f"{title(node)} spreads it over all channels")
+        else:
+            self._by_head(node, [(wide, axes_of(one)), (one, axes_of(one))])
+        return None
+
+    def _where(self, node: fx.Node) -> str | None:
+        """where(condition, x, y), masked_fill(x, mask, value): a channel is constant where x and y hold the same."""
+        fill, method = operation(node) == "masked_fill", node.op == "call_method"
+        names = ("x", "condition", "other") if fill or method else ("condition", "x", "other")
+        old = {"input": "other" if method and not fill else "x", "self": "x", "mask": "condition", "value": "other"}
+        chosen = {old.get(name, name): value for name, value in given(node, *names).items()}
+        condition, x, y = (chosen[name] for name in ("condition", "x", "other"))
+        x, y = (y, x) if fill else (x, y)
+        shape = self.shapes[node]
+        tensors = list(dict.fromkeys(n for n in (x, y, condition) if isinstance(n, fx.Node)))
+        known = [n for n in tensors if n in self.facts]
+        if any(n in self.sizes for n in tensors):
+            return "computes with the number of channels"
+        if not known:
+            self.why[node] = "made of untracked tensors"
+            return None
+        facts = {n: self.facts[n].map(lambda a: a.reshape((1,) * (len(shape) - a.ndim) + a.shape)) for n in known}
+        lead = max(known, key=lambda n: facts[n].ids.size)
+        ids = facts[lead].ids
+        for n in tensors:
+            if n not in facts:
+                if self._beside(node, lead, n) is None:
+                    return "its operands do not line up"
+            elif facts[n].ids.shape == ids.shape:
+                self._tie((ids, facts[n].ids))
+            elif reason := self._spread(
+                node, ids, facts[n].ids, (1,) * (len(shape) - len(self.shapes[n])) + self.shapes[n]
+            ):
+                return reason
+        const, value = [], []
+        for n in (x, y):
+            given_facts = facts.get(n) if isinstance(n, fx.Node) else Facts(ids, np.array(True), np.array(float(n)))
+            const.append(np.False_ if given_facts is None else given_facts.const)
+            value.append(0.0 if given_facts is None else given_facts.value)
+        holds, chosen_value = value[0] == value[1], value[0]
+        if condition in facts:
+            holds = holds | facts[condition].const
+            chosen_value = np.where(facts[condition].value != 0, *value)
+        same = np.broadcast_to(const[0] & const[1] & holds, ids.shape)
+        self.facts[node] = Facts(ids, same, np.where(same, chosen_value, 0.0))
+        self.sources[node] = [
+            (n, np.broadcast_to(np.arange(f.ids.size).reshape(f.ids.shape), ids.shape), None) for n, f in facts.items()
         ]
         return None
 

@@ -269,7 +269,8 @@ class Tracker:
 
     def _hint(self, ids: Ints, reason: str) -> None:
         """Why channels may have to stay, for those that do and of which nothing else says it."""
-        self.hints.append((ids.reshape(-1), reason))
+        if ids.size:
+            self.hints.append((ids.reshape(-1), reason))
 
     def _keep_along(self, ids: Ints, dims: Iterable[int], reason: str) -> None:
         """Along these dimensions all channels stay; where they lie along others too, all of a row stay or all go."""
