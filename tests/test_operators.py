@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from networks import ResNet, randomise
 from random_graphs import Attention, Gated, Scale
 from structadmm import symbolic
 from structadmm.analysis import Analysis
-from structadmm.errors import CompactError, TraceError
+from structadmm.errors import ArtefactError, CompactError, TraceError
 from structadmm.layout import settle
 from structadmm.trace import trace
 
@@ -1086,4 +1088,19 @@ def test_tokens_joined_with_what_is_not_tracked_are_listed() -> None:
             return self.b(torch.cat([self.a(x), x.cumsum(1)], 1))
 
     small = compacted(filled(Net()), tokens(2), tokens(3))
-    assert small.report.whole == {"cat (cat)": "joins its operands with a tensor that is not tracked"}
+    assert small.report.whole["cat (cat)"] == "joins its operands with a tensor that is not tracked"
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "gqa"])
+def test_what_new_operators_leave_is_saved_or_named(name: str, tmp_path: Path) -> None:
+    if name == "gqa":
+        layers, x = [nn.Linear(16, 16), SharedHeads(16, 4, 2, "gqa", rotary=True), nn.Linear(16, 2)], tokens(2)
+    else:
+        function, channels, _ = FUNCTIONS[name]
+        layers, x = [nn.Conv2d(3, 8, 3), Apply(function), nn.Conv2d(channels, 4, 1)], maps(2)
+    small = sa.compact(filled(nn.Sequential(*layers)), x, columns="never")
+    compares = name in ("halves", "masked_fill") or name.startswith("where")
+    with pytest.raises(ArtefactError, match="function got _operator.[gl]t") if compares else nullcontext():
+        sa.save(small, tmp_path / "net.safetensors", example=x)
+        with torch.no_grad():
+            assert torch.equal(sa.load(tmp_path / "net.safetensors").eval()(x), small(x))
