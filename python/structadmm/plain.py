@@ -7,8 +7,8 @@ module under the same path, with the same parameters, it trains and is understoo
 
 Stochastic depth of other libraries becomes structadmm.nn.DropPath, so the network needs them no longer. Layers that are
 nothing but a function (Upsample, Unfold, Fold) become that function; einsum of two operands becomes a matrix product,
-addcmul a product and a sum, glu a product of halves, max along a dimension amax where only the values are used; a linear
-layer whose bias is computed becomes one without, and an addition.
+addcmul a product and a sum, glu a product of halves, max along a dimension amax where only the values are used; a
+linear layer whose bias is computed becomes one without, and an addition.
 """
 
 from __future__ import annotations
