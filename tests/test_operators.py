@@ -992,7 +992,7 @@ def noted(small: nn.Module) -> str:
 FUNCTIONS = {
     "strided": (strided, 4, (4, 2)),
     "glu": (lambda x: F.glu(x, 1), 4, (2, 1)),
-    "halves": (halves, 4, (2, 1)),
+    "halves": (halves, 4, (4, 2)),
     "where": (lambda x: torch.where(x > 0.1, x, 0.2 * x), 8, (3, 3)),
     "where with a number": (lambda x: torch.where(x.mean((2, 3), keepdim=True) > 0, x, 0.0), 8, (3, 3)),
     "where of maps": (lambda x: x.where(x.amax((1,), keepdim=True) > 0, -x), 8, (8, 8)),
@@ -1054,6 +1054,43 @@ def test_every_other_of_what_is_left(via: str) -> None:
         layers[0].weight[[1, 4, 5]] = 0
     small, sizes = shrunk(via, maps(2), maps(3), layers)
     assert sizes == [(5, 3), (4, 3 + 4)] and small.report.whole == {}
+
+
+@VIAS
+def test_a_slice_as_long_as_another_tensor(via: str) -> None:
+    """Both had 8 channels, now one has 5 and the other 6."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (
+                nn.Conv2d(3, 8, 3),
+                nn.Conv2d(3, 8, 3),
+                nn.Conv2d(8, 4, 1),
+                nn.Conv2d(8, 4, 1),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.a(x), self.b(x)
+            return (self.c(a[:, : b.shape[1]]) + self.d(b)).flatten(1)
+
+    model = filled(Net())
+    with torch.no_grad():
+        model.a.weight[:2] = 0
+        model.b.weight[:3] = 0
+    _, sizes = shrunk(via, maps(2), maps(3), [model])
+    assert sizes == [(6, 3), (5, 3), (4, 6), (4, 5)]
+
+
+def test_a_comparison_that_rounding_decides_is_not_constant() -> None:
+    """One that is clear is."""
+    layers = [nn.Conv2d(3, 8, 3), Apply(lambda x: torch.where(x > 0.3, x, 2 * x)), nn.Conv2d(8, 4, 1), nn.Flatten()]
+    layers = [filled(m) for m in layers]
+    with torch.no_grad():
+        layers[0].weight[:2] = 0
+        layers[0].bias[:2] = torch.tensor([0.3, 0.4], dtype=torch.float64)
+    small = compacted(nn.Sequential(*layers), maps(2), maps(3))
+    assert weight(small, "0")[0] == 7
 
 
 # Reasons

@@ -167,7 +167,7 @@ class Channels(Pointwise, Movement, Mixing, Recurrents):
                 return
             if leaf and sum(size > 1 for size in self.shapes[n]) != 1:
                 return
-        before = (self.n_ids, len(self.locks), len(self.edges), dict(self.why))
+        before = (self.n_ids, len(self.locks), len(self.edges), dict(self.why), len(self.hints))
         order = {n: i for i, n in enumerate(self.module.graph.nodes)}
         for n in sorted(found, key=order.__getitem__):
             if n.op == "get_attr":
@@ -184,12 +184,13 @@ class Channels(Pointwise, Movement, Mixing, Recurrents):
         if facts is not None and {d + rank - facts.ids.ndim for d in axes_of(facts.ids)} <= set(tracked):
             return
         self.n_ids = before[0]
-        del self.locks[before[1] :], self.edges[before[2] :]
+        del self.locks[before[1] :], self.edges[before[2] :], self.hints[before[4] :]
         self.why = before[3]
         for n in found:
             for table in (self.facts, self.sources, self.tables, self.edits, self.moves, self.sums):
                 table.pop(n, None)
         self.grids = [g for g in self.grids if g[0] not in found]
+        self.together = [g for g in self.together if g[0] not in found]
 
     def _of_parameters(self) -> tuple[Callable[[fx.Node], str | None], ...]:
         return (self._pointwise, self._identity, self._reshape, self._unsqueeze, self._cat, self._binary)

@@ -332,8 +332,8 @@ class Layouts:
                     part = slice(int(at[0]), int(at[-1]) + 1, *(steps if steps > [1] else []))
                 elif any(other is None or isinstance(other, (int, list)) for other in entries):
                     raise Conflict("would take channels without a step")
-                if len(taken) < ids.shape[d]:
-                    entries[i] = part
+                if len(taken) < ids.shape[d] or a.numbers(e) != e:
+                    entries[i] = part if len(taken) < ids.shape[d] else slice(None)
                     changed = True
                 key.append(part)
             d += 1

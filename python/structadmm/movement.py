@@ -170,8 +170,8 @@ class Movement(Tracker):
                 return "repeats everything"
             if ids.shape[dim] == 1:
                 self._move(node, source, lambda a: a)
-            elif not isinstance(times, int):
-                return "repeats channels unequally"
+            elif not isinstance(times, int) or chosen.get("output_size") is not None:
+                return "repeats channels by what is computed"
             else:
                 self._move(node, source, lambda a: np.repeat(a, times, dim))
             return None

@@ -43,6 +43,8 @@ REDUCTIONS = {
     "linalg_vector_norm": "norm",
 }
 VERBS = {"mean": "averages over", "sum": "adds up", "var": "normalises over", "norm": "takes the norm of"}
+# A constant as the network computes it, in its own precision, may be off by so much.
+CLOSE = 1e-4
 CONST_POOLS = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample, nn.UpsamplingNearest2d,
@@ -155,7 +157,9 @@ class Pointwise(Tracker):
         if any(n in self.sizes for n in inputs):
             return self._with_number(node)
         if len(operands) == 1 or len(inputs) == 1:  # a scalar, or x op x
-            return self._pointwise(node)
+            reason = self._pointwise(node)
+            self._decided(node, inputs)
+            return reason
         if len(inputs) != 2:
             return "its arguments are tensors"
         shape = self.shapes[node]
@@ -201,11 +205,25 @@ class Pointwise(Tracker):
             facts = Facts(ids, facts.const | zero_a | zero_b, np.where(zero_a | zero_b, 0.0, facts.value))
             matters = {a: ~zero_b, b: ~zero_a | zero_b}
         self.facts[node] = facts
+        self._decided(node, inputs)
         self.sources[node] = [
             (n, np.broadcast_to(np.arange(f.ids.size).reshape(f.ids.shape), ids.shape), matters[n])
             for n, f in ((a, fa), (b, fb))
         ]
         return None
+
+    def _decided(self, node: fx.Node, inputs: list[fx.Node]) -> None:
+        """A comparison is constant where rounding can't turn it: where it is the same for an operand a bit off."""
+        if BINARY_NAMES[operation(node)] != "compare" or node not in self.facts:
+            return
+        facts = self.facts[node]
+        values = {n: self.facts[n].value for n in inputs}
+        first = values[inputs[0]]
+        const = facts.const
+        for off in (-CLOSE, CLOSE):
+            moved = self._evaluate(node, {**values, inputs[0]: first + off * np.maximum(1.0, np.abs(first))})
+            const = const & (moved == facts.value)
+        self.facts[node] = Facts(facts.ids, const, np.where(const, facts.value, 0.0))
 
     def _spread(self, node: fx.Node, wide: Ints, one: Ints, size: Sequence[int]) -> str | None:
         """An operand that has one channel for all of another one's, or for each row of them; size: its shape."""
@@ -259,10 +277,11 @@ class Pointwise(Tracker):
         if condition in facts:
             holds = holds | facts[condition].const
             chosen_value = np.where(facts[condition].value != 0, *value)
-        same = np.broadcast_to(const[0] & const[1] & holds, ids.shape)
+        same = np.broadcast_to(const[0] & const[1] & holds & np.isfinite(chosen_value), ids.shape)
         self.facts[node] = Facts(ids, same, np.where(same, chosen_value, 0.0))
         self.sources[node] = [
-            (n, np.broadcast_to(np.arange(f.ids.size).reshape(f.ids.shape), ids.shape), None) for n, f in facts.items()
+            (n, np.broadcast_to(np.arange(f.ids.size).reshape(f.ids.shape), ids.shape), None if n in (x, y) else ~same)
+            for n, f in facts.items()
         ]
         return None
 
