@@ -42,6 +42,15 @@ class Attention(nn.Module):
             qkv = self.qkv(x).reshape(b, n, 3, self.heads, self.d).permute(2, 0, 3, 1, 4)
             q, k, v = qkv.unbind(0)
             y = F.scaled_dot_product_attention(q, k, v)
+        elif self.how == "gqa":
+            q = self.q(x).view(b, n, self.heads, self.d).transpose(1, 2)
+            k, v = (m(x).view(b, n, self.kv, self.d).transpose(1, 2) for m in (self.k, self.v))
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        elif self.how == "interleaved":
+            q = self.q(x).view(b, n, self.heads, self.d).transpose(1, 2)
+            k, v = (m(x).view(b, n, self.kv, self.d).transpose(1, 2) for m in (self.k, self.v))
+            k, v = (t.repeat_interleave(self.heads // self.kv, dim=1) for t in (k, v))
+            y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
         elif self.how == "plain":
             q = self.q(x).view(b, n, self.heads, self.d).transpose(1, 2) * self.d**-0.5
             k, v = (m(x).view(b, n, self.heads, self.d).transpose(1, 2) for m in (self.k, self.v))
@@ -80,6 +89,29 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
+
+
+class Normed(nn.Module):
+    """A norm over channels in dimension 1, or -1 without a map, written by hand."""
+
+    def __init__(self, c: int, nd: int, how: str) -> None:
+        super().__init__()
+        self.dim, self.how = 1 if nd else -1, how
+        self.gamma = nn.Parameter(torch.randn(c, *[1] * nd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "rms":
+            y = x * torch.rsqrt(x.pow(2).mean(self.dim, keepdim=True) + 1e-3)
+        elif self.how == "mean":
+            u = x.mean(self.dim, keepdim=True)
+            y = (x - u) / torch.sqrt((x - u).pow(2).mean(self.dim, keepdim=True) + 1e-3)
+        elif self.how == "var":
+            y = (x - x.mean(self.dim, True)) / torch.sqrt(x.var(self.dim, unbiased=False, keepdim=True) + 1e-3)
+        elif self.how == "norm":
+            y = x / (x.norm(dim=self.dim, keepdim=True) + 1)
+        else:
+            y = x.softmax(self.dim) * 5
+        return y * self.gamma
 
 
 class Prefix(nn.Module):
@@ -349,7 +381,7 @@ class RandomNet(nn.Module):
             r,
             "conv conv conv grouped depthwise transposed norm norm group instance layernorm act act prelu pool avg up "
             "shuffle unshuffle channels channels2 se slice parts padc padm scale stack twice tied roll single rot "
-            "spatial softmax whole index squeeze branch branch reshaped reshaped",
+            "spatial softmax whole index squeeze branch branch reshaped reshaped hand hand strided glu where gate own",
         )
         if choice == "conv":
             k = r.choice([1, 3])
@@ -423,6 +455,23 @@ class RandomNet(nn.Module):
             self.layer(Reshaped(how))
             c = c // 2 if how in ("maxout", "inner", "select") else 4 * c if how == "depth" else c
             return [c, *(n // 2 if how == "depth" else n for n in sizes)]
+        elif choice == "hand":
+            self.layer(Normed(c, nd, pick(r, "rms mean var softmax norm")))
+        elif choice == "strided" and c >= 8 and c % 2 == 0:
+            self.step("strided", r.choice(["half", "sum", "both"]))
+            how = self.program[-1][1]
+            return [c + c // 2 if how == "both" else c // 2, *sizes]
+        elif choice == "glu" and c % 2 == 0:
+            self.layer(nn.GLU(1))
+            return [c // 2, *sizes]
+        elif choice == "where":
+            self.step("where", pick(r, "self number mask fill"))
+        elif choice == "gate" and flat:
+            self.step("gate", len(self.layers))
+            self.layers.append(nn.Conv2d(3, 1, 3, padding=1))
+        elif choice == "own" and flat and 2 < low <= 8:
+            self.layer(r.choice([nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d])(1))
+            return [c, *(n + 2 for n in sizes)]
         elif choice == "padc" and flat:
             self.step("padc", 1, 2)
             return [c + 3, *sizes]
@@ -467,7 +516,7 @@ class RandomNet(nn.Module):
         choice = pick(
             r,
             "linear linear norm rms attention attention attention mha gated gated mlp mix scale prefix rnn rnn act "
-            "heads attend rows tied",
+            "heads attend rows tied hand",
         )
         heads = r.choice([h for h in (1, 2, 4) if c % h == 0])
         if choice == "linear":
@@ -478,8 +527,9 @@ class RandomNet(nn.Module):
         elif choice == "rms":
             self.layer(nn.RMSNorm(c, eps=1e-3))  # what is 0 but for rounding stays so
         elif choice == "attention":
-            how = r.choice(["fused", "plain", "grouped"])
-            self.layer(Attention(c, heads, how, max(1, heads // 2) if how == "grouped" else None))
+            how = pick(r, "fused plain grouped gqa interleaved")
+            shared = how in ("grouped", "gqa", "interleaved")
+            self.layer(Attention(c, heads, how, max(1, heads // r.choice([2, 2, 4])) if shared else None))
         elif choice == "mha":
             self.step("mha", len(self.layers))
             self.layers.append(nn.MultiheadAttention(c, heads, batch_first=True))
@@ -490,6 +540,8 @@ class RandomNet(nn.Module):
         elif choice == "mix":
             self.step("mix", len(self.layers))
             self.layers.append(nn.Linear(n, n))
+        elif choice == "hand":
+            self.layer(Normed(c, 0, pick(r, "rms mean var softmax norm")))
         elif choice == "scale":
             self.layer(Scale(c))
         elif choice == "prefix" and n < 70:
@@ -546,6 +598,18 @@ class RandomNet(nn.Module):
             return x.flatten(2).transpose(1, 2)
         if name == "maps":
             return x.transpose(1, 2).reshape(x.shape[0], -1, *rest)
+        if name == "strided":
+            a, b = x[:, ::2], x[:, 1::2]
+            return a if rest[0] == "half" else a + b if rest[0] == "sum" else torch.cat([x, a], 1)
+        if name == "where":
+            if rest[0] == "fill":
+                return x.masked_fill(x < -0.5, -0.5)
+            mask = x.flatten(2).mean(-1).view(*x.shape[:2], *[1] * (x.dim() - 2)) > 0
+            mask = x.amax(1, keepdim=True) > 0.3 if rest[0] == "mask" else mask
+            return torch.where(mask, x, 0.1 if rest[0] == "number" else -x)
+        if name == "gate":
+            most, common = torch.max(x, 1, keepdim=True)[0], x.mean(1, keepdim=True)
+            return x * torch.sigmoid(self.layers[rest[0]](torch.cat([most, common, x.sum(1).unsqueeze(1)], 1)))
         if name == "permuted":
             return self.layers[rest[0]](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if name == "up":

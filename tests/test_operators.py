@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from networks import ResNet, randomise
 from random_graphs import Attention, Gated, Scale
 from structadmm import symbolic
 from structadmm.analysis import Analysis
-from structadmm.errors import CompactError, TraceError
+from structadmm.errors import ArtefactError, CompactError, TraceError
 from structadmm.layout import settle
 from structadmm.trace import trace
 
@@ -735,3 +737,413 @@ def test_endless_networks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(symbolic, "MAX_NODES", 100)
     with pytest.raises(TraceError, match=r"1 \(Unrolled\) got RuntimeError at .*`x = x \+ 1`: more than 100 op"):
         trace(nn.Sequential(nn.Linear(3, 3), Unrolled()), torch.randn(2, 3))
+
+
+# Operators written by hand, and functions of torch
+
+
+class Exported(nn.Module):
+    """A network that only torch.export follows."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError("no tensor")
+        return self.net(x)
+
+
+class Apply(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def __deepcopy__(self, memo: object) -> Apply:
+        return Apply(self.function)
+
+
+def shrunk(via: str, x: Tensor, other: Tensor, layers: list[nn.Module]) -> tuple[nn.Module, list[tuple[int, ...]]]:
+    """The compacted network of these layers as a front end sees it, and the first two sizes of their weights."""
+    model = nn.Sequential(*layers) if via == "fx" else Exported(*layers)
+    small = compacted(model, x, other)
+    assert via == "fx" or any("computes with shapes" in remark for remark in small.report.remarks)
+    assert "not understood" not in str(small.report.whole)
+    return small, [r.shape_after[:2] if r.shape_after else () for r in small.report.layers]
+
+
+VIAS = pytest.mark.parametrize("via", ["fx", "export"])
+
+
+class SharedHeads(nn.Module):
+    """Grouped queries as networks write them, with or without a rotary embedding."""
+
+    def __init__(self, c: int, heads: int, kv: int, how: str, rotary: bool = False, tokens: int = 5) -> None:
+        super().__init__()
+        self.heads, self.kv, self.d, self.how, self.rotary = heads, kv, c // heads, how, rotary
+        self.q, self.k, self.v, self.proj = (nn.Linear(c, n * self.d) for n in (heads, kv, kv, heads))
+        angle = torch.outer(torch.arange(tokens), 0.1 ** torch.arange(0, self.d, 2)).repeat(1, 2)
+        self.register_buffer("cos", angle.cos())
+        self.register_buffer("sin", angle.sin())
+
+    def turned(self, x: Tensor) -> Tensor:
+        if not self.rotary:
+            return x
+        a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+        return x * self.cos.unsqueeze(0) + torch.cat((-b, a), dim=-1) * self.sin.unsqueeze(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        times = self.heads // self.kv
+        q = self.turned(self.q(x).view(b, n, self.heads, self.d).transpose(1, 2))
+        k, v = (m(x).view(b, n, self.kv, self.d).transpose(1, 2) for m in (self.k, self.v))
+        k = self.turned(k)
+        if self.how == "gqa":
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        elif self.how == "broadcast":
+            q = q.reshape(b, self.kv, times, n, self.d)
+            y = (q @ k.unsqueeze(2).transpose(-1, -2) * self.d**-0.5).softmax(-1) @ v.unsqueeze(2)
+            y = y.reshape(b, self.heads, n, self.d)
+        elif self.how == "masked":
+            k, v = torch.repeat_interleave(k, times, 1), torch.repeat_interleave(v, times, dim=1)
+            mask = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)
+            y = (q @ k.transpose(-1, -2) * self.d**-0.5).masked_fill(mask, float("-inf")).softmax(-1) @ v
+        elif self.how == "repeat":  # heads in another order
+            k, v = k.repeat(1, times, 1, 1), torch.tile(v, (1, times, 1, 1))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            k, v = (t.repeat_interleave(times, dim=1) for t in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(y.transpose(1, 2).reshape(b, n, c))
+
+
+@VIAS
+@pytest.mark.parametrize("kv", [1, 2])
+@pytest.mark.parametrize("how", ["gqa", "interleave", "broadcast", "masked", "repeat"])
+def test_heads_that_share_keys_go_together(how: str, kv: int, via: str) -> None:
+    a = SharedHeads(16, 4, kv, how)
+    layers = [filled(m) for m in (nn.Linear(16, 16), a, nn.Linear(16, 2))]
+    with torch.no_grad():
+        for t in (a.k.weight, a.k.bias):
+            t[1::4] = 0  # a channel of every head of keys, with those of the queries
+        a.v.weight[2] = 0  # a constant value
+        if kv > 1:
+            a.v.weight[:4] = 0
+    small, sizes = shrunk(via, tokens(2), tokens(3), layers)
+    values = [(4, 16), (16, 8)] if kv > 1 else [(3, 16), (16, 12)]
+    assert sizes[1:5] == [(6 if kv > 1 else 12, 16), (3, 16), *values]
+    assert small.report.whole == {}
+
+
+@VIAS
+def test_a_head_stays_for_a_query_that_shares_its_keys(via: str) -> None:
+    a = SharedHeads(16, 4, 2, "gqa")
+    layers = [filled(m) for m in (nn.Linear(16, 16), a, nn.Linear(16, 2))]
+    with torch.no_grad():
+        a.proj.weight[:, 4:8] = 0  # one of the two heads of the first pair, and the last pair
+        a.proj.weight[:, 8:] = 0
+    _, sizes = shrunk(via, tokens(2), tokens(3), layers)
+    assert sizes[1:5] == [(8, 16), (4, 16), (4, 16), (16, 8)]
+
+
+class RMS(nn.Module):
+    """Llama's norm."""
+
+    def __init__(self, c: int, cast: str) -> None:
+        super().__init__()
+        self.weight, self.cast = nn.Parameter(torch.ones(c)), cast
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(torch.float64) if self.cast == "to" else x.double() if self.cast == "type_as" else x
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * (y.to(x.dtype) if self.cast == "to" else y.type_as(x) if self.cast == "type_as" else y)
+
+
+class Llama(nn.Module):
+    def __init__(self, how: str, cast: str) -> None:
+        super().__init__()
+        self.n1, self.n2 = RMS(16, cast), RMS(16, cast)
+        self.attention, self.feed = SharedHeads(16, 4, 2, how, rotary=True), Gated(16, 20, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.n1(x))
+        return x + self.feed(self.n2(x))
+
+
+@VIAS
+@pytest.mark.parametrize("how, cast", [("gqa", ""), ("interleave", "type_as"), ("masked", "to"), ("broadcast", "")])
+def test_blocks_of_llama(how: str, cast: str, via: str) -> None:
+    """Heads go through a rotary embedding, and pairs of channels where its tables are constants of torch.fx; tables
+    that queries and keys share stay, with the channels. The norms keep the stream."""
+    block = Llama(how, cast)
+    layers = [filled(m) for m in (nn.Linear(16, 16), block, nn.Linear(16, 2))]
+    with torch.no_grad():
+        block.attention.v.weight[:4] = 0
+        block.attention.v.weight[5] = 0
+        for m in (block.attention.q, block.attention.k):
+            m.weight[5::2] = m.bias[5::2, None] = 0
+        block.feed.w2.weight[:7] = block.feed.w2.bias[:7, None] = 0
+        layers[0].weight[:3] = 0
+    small, sizes = shrunk(via, tokens(2), tokens(3), layers)
+    pair = 1 if via == "export" else 2
+    assert sizes[:5] == [(16, 16), (8 // pair, 16), (4 // pair, 16), (3, 16), (16, 6)]
+    assert sizes[5:] == [(13, 16), (13, 16), (16, 13), (2, 16)]
+    assert small.report.whole == {}
+    notes = {name.removeprefix("net."): note for name, note in small.report.notes.items()}
+    assert any("averages over all channels" in why for why in notes["0"])
+    assert via == "fx" or any("with unsqueeze" in why for why in notes["1.attention.k"])
+
+
+class FirstNorm(nn.Module):
+    """ConvNeXt's norm over the first dimension of maps, by mean or by variance."""
+
+    def __init__(self, c: int, how: str) -> None:
+        super().__init__()
+        self.weight, self.bias, self.how = nn.Parameter(torch.ones(c)), nn.Parameter(torch.zeros(c)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "mean":
+            u = x.mean(1, keepdim=True)
+            s = (x - u).pow(2).mean(1, keepdim=True)
+            x = (x - u) / torch.sqrt(s + 1e-6)
+            return self.weight[:, None, None] * x + self.bias[:, None, None]
+        if self.how == "var":
+            x = (x - x.mean(1, keepdim=True)) / torch.sqrt(x.var(1, unbiased=False, keepdim=True) + 1e-6)
+        elif self.how == "std":
+            x = (x - x.mean(dim=1).unsqueeze(1)) / (x.std(dim=1, keepdim=True) + 1e-6)
+        else:
+            x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias).permute(0, 3, 1, 2)
+        return x
+
+
+@VIAS
+@pytest.mark.parametrize("how", ["mean", "var", "std", "function"])
+def test_norms_by_hand_keep_their_channels_and_free_the_rest(how: str, via: str) -> None:
+    layers = [nn.Conv2d(3, 8, 3), FirstNorm(8, how), nn.Conv2d(8, 10, 1), nn.GELU(), nn.Conv2d(10, 4, 1), nn.Flatten()]
+    layers = [filled(m) for m in layers]
+    with torch.no_grad():
+        layers[0].weight[:3] = 0
+        layers[2].weight[:4] = 0
+        layers[4].weight[:, 9] = 0
+    small, sizes = shrunk(via, maps(2), maps(3), layers)
+    assert sizes == [(8, 3), (5, 8), (4, 5)]
+    assert small.report.whole == {}
+    reasons = " ".join(next(iter(small.report.notes.values())))
+    assert ("normalises over all channels" if how == "function" else "averages over all channels") in reasons
+
+
+class SpatialGate(nn.Module):
+    """CBAM's: a map of weights from what all channels have in common."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.how = nn.Conv2d(2, 1, 3, padding=1), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "max":
+            most = torch.max(x, dim=1, keepdim=True)[0]
+        elif self.how == "values":
+            most = x.max(1).values.unsqueeze(1)
+        else:
+            most = x.amax(1, keepdim=True)
+        return x * torch.sigmoid(self.conv(torch.cat([most, x.sum(1, keepdim=True)], 1)))
+
+
+@VIAS
+@pytest.mark.parametrize("how", ["max", "values", "amax"])
+def test_weights_from_all_channels(how: str, via: str) -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), SpatialGate(how), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1), nn.Flatten()]
+    layers = [filled(m) for m in layers]
+    with torch.no_grad():
+        layers[0].weight[:2] = 0
+        layers[3].weight[:2] = 0
+    small, sizes = shrunk(via, maps(2), maps(3), layers)
+    assert sizes == [(8, 3), (1, 2), (4, 8), (4, 4)]
+    assert any("compares all channels" in why for why in next(iter(small.report.notes.values())))
+
+
+@VIAS
+@pytest.mark.parametrize("function", [lambda x: x.sum(1, True), lambda x: x.norm(dim=1, keepdim=True)])
+def test_a_sum_over_channels_loses_those_that_are_zero(function, via: str) -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), Apply(lambda x: x * torch.sigmoid(function(x))), nn.Conv2d(8, 4, 1)]
+    layers = [filled(m) for m in (*layers, nn.Flatten())]
+    with torch.no_grad():
+        layers[0].weight[:4] = 0
+        layers[0].bias[:3], layers[0].bias[3] = -1, 1
+    small, sizes = shrunk(via, maps(2), maps(3), layers)
+    assert sizes == [(5, 3), (4, 5)]
+
+
+def halves(x: Tensor) -> Tensor:
+    a, b = torch.chunk(x, 2, dim=1)
+    return torch.where(b > 0, a, 0.5 * a)
+
+
+def strided(x: Tensor) -> Tensor:
+    return x[:, ::2] + x[:, 1::2]
+
+
+def noted(small: nn.Module) -> str:
+    return str(small.report.notes)
+
+
+# The function, how many channels it leaves of 8, and how many filters are left in front and behind of it. In front
+# filters 0, 1, 4 and 5 have no weights and the biases 0, 1, -1 and 0; behind, channel 2 is not read.
+FUNCTIONS = {
+    "strided": (strided, 4, (4, 2)),
+    "glu": (lambda x: F.glu(x, 1), 4, (2, 1)),
+    "halves": (halves, 4, (4, 2)),
+    "where": (lambda x: torch.where(x > 0.1, x, 0.2 * x), 8, (3, 3)),
+    "where with a number": (lambda x: torch.where(x.mean((2, 3), keepdim=True) > 0, x, 0.0), 8, (3, 3)),
+    "where of maps": (lambda x: x.where(x.amax((1,), keepdim=True) > 0, -x), 8, (8, 8)),
+    "masked_fill": (lambda x: x.masked_fill(x < 0, 0.0), 8, (3, 3)),
+    "reflect": (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), 8, (3, 3)),
+    "replicate": (lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), 8, (3, 3)),
+    "circular": (lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"), 8, (3, 3)),
+    "softmax over channels": (lambda x: torch.softmax(x, dim=1), 8, (8, 8)),
+    "narrow": (lambda x: x.narrow(1, 1, 6), 6, (2, 2)),
+}
+
+
+@VIAS
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_maps(name: str, via: str) -> None:
+    function, channels, wanted = FUNCTIONS[name]
+    layers = [nn.Conv2d(3, 8, 3), Apply(function), nn.Conv2d(channels, 4, 1), nn.Flatten()]
+    layers = [filled(m) for m in layers]
+    with torch.no_grad():
+        layers[0].weight[[0, 1, 4, 5]] = 0
+        layers[0].bias[[0, 1, 4, 5]] = torch.tensor([0.0, 1.0, -1.0, 0.0], dtype=torch.float64)
+        layers[2].weight[:, 2] = 0
+    small, sizes = shrunk(via, maps(2), maps(3), layers)
+    assert (sizes[0][0], sizes[1][1]) == wanted, noted(small)
+    assert small.report.whole == {}
+
+
+MODULES = {
+    "glu": (nn.GLU(1), 4, (2, 1)),
+    "reflect": (nn.ReflectionPad2d(1), 8, (3, 3)),
+    "replicate": (nn.ReplicationPad2d((1, 0, 1, 0)), 8, (3, 3)),
+    "circular": (nn.CircularPad2d(1), 8, (3, 3)),
+    "instance norm": (nn.InstanceNorm2d(8, affine=True, track_running_stats=True), 8, (3, 3)),
+    "softmax": (nn.Softmax2d(), 8, (8, 8)),
+}
+
+
+@VIAS
+@pytest.mark.parametrize("name", MODULES)
+def test_layers_of_maps(name: str, via: str) -> None:
+    layer, channels, wanted = MODULES[name]
+    layers = [nn.Conv2d(3, 8, 3), copy.deepcopy(layer), nn.Conv2d(channels, 4, 1), nn.Flatten()]
+    layers = [filled(m) for m in layers]
+    with torch.no_grad():
+        layers[0].weight[[0, 1, 4, 5]] = 0
+        layers[0].bias[[0, 1, 4, 5]] = torch.tensor([0.0, 1.0, -1.0, 0.0], dtype=torch.float64)
+        layers[2].weight[:, 2] = 0
+    small, sizes = shrunk(via, maps(2), maps(3), layers)
+    assert (sizes[0][0], sizes[1][1]) == wanted, noted(small)
+    assert small.report.whole == {}
+
+
+@VIAS
+def test_every_other_of_what_is_left(via: str) -> None:
+    """Channels 0, 2 and 6 of what were 8 are now at 0, 1 and 3."""
+    both = Apply(lambda x: torch.cat([x[:, ::2], x[:, 1:]], 1))
+    layers = [filled(m) for m in (nn.Conv2d(3, 8, 3), both, nn.Conv2d(11, 4, 1), nn.Flatten())]
+    with torch.no_grad():
+        layers[0].weight[[1, 4, 5]] = 0
+    small, sizes = shrunk(via, maps(2), maps(3), layers)
+    assert sizes == [(5, 3), (4, 3 + 4)] and small.report.whole == {}
+
+
+@VIAS
+def test_a_slice_as_long_as_another_tensor(via: str) -> None:
+    """Both had 8 channels, now one has 5 and the other 6."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (
+                nn.Conv2d(3, 8, 3),
+                nn.Conv2d(3, 8, 3),
+                nn.Conv2d(8, 4, 1),
+                nn.Conv2d(8, 4, 1),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.a(x), self.b(x)
+            return (self.c(a[:, : b.shape[1]]) + self.d(b)).flatten(1)
+
+    model = filled(Net())
+    with torch.no_grad():
+        model.a.weight[:2] = 0
+        model.b.weight[:3] = 0
+    _, sizes = shrunk(via, maps(2), maps(3), [model])
+    assert sizes == [(6, 3), (5, 3), (4, 6), (4, 5)]
+
+
+def test_a_comparison_that_rounding_decides_is_not_constant() -> None:
+    """One that is clear is."""
+    layers = [nn.Conv2d(3, 8, 3), Apply(lambda x: torch.where(x > 0.3, x, 2 * x)), nn.Conv2d(8, 4, 1), nn.Flatten()]
+    layers = [filled(m) for m in layers]
+    with torch.no_grad():
+        layers[0].weight[:2] = 0
+        layers[0].bias[:2] = torch.tensor([0.3, 0.4], dtype=torch.float64)
+    small = compacted(nn.Sequential(*layers), maps(2), maps(3))
+    assert weight(small, "0")[0] == 7
+
+
+# Reasons
+
+
+@pytest.mark.parametrize(
+    "between, why",
+    [
+        (nn.ZeroPad2d(1), "pads with 0, so sees the edge of its constant"),
+        (nn.AvgPool2d(3, 1, 1), "pads with zeros, so sees the edge of its constant"),
+        (nn.Conv2d(8, 8, 3, padding=1, groups=8), "pads with zeros, so sees the edge of its constant"),
+        (nn.ConvTranspose2d(8, 8, 3, groups=8), "adds up other taps from place to place"),
+        (nn.ConvTranspose2d(8, 8, 3), "adds up other taps from place to place"),
+    ],
+    ids=["pad", "pool", "depthwise", "depthwise transposed", "transposed"],
+)
+def test_what_sees_the_edge_of_a_constant_is_named(between: nn.Module, why: str) -> None:
+    layers = [filled(m) for m in (nn.Conv2d(3, 8, 3), copy.deepcopy(between), nn.Conv2d(8, 4, 3), nn.Flatten())]
+    with torch.no_grad():
+        layers[0].weight[3] = 0
+    small = compacted(nn.Sequential(*layers), maps(2), maps(3))
+    assert [why in reason for reason in small.report.notes["0"]] == [True], small.report.notes
+
+
+def test_tokens_joined_with_what_is_not_tracked_are_listed() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.cat([self.a(x), x.cumsum(1)], 1))
+
+    small = compacted(filled(Net()), tokens(2), tokens(3))
+    assert small.report.whole["cat (cat)"] == "joins its operands with a tensor that is not tracked"
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "gqa"])
+def test_what_new_operators_leave_is_saved_or_named(name: str, tmp_path: Path) -> None:
+    if name == "gqa":
+        layers, x = [nn.Linear(16, 16), SharedHeads(16, 4, 2, "gqa", rotary=True), nn.Linear(16, 2)], tokens(2)
+    else:
+        function, channels, _ = FUNCTIONS[name]
+        layers, x = [nn.Conv2d(3, 8, 3), Apply(function), nn.Conv2d(channels, 4, 1)], maps(2)
+    small = sa.compact(filled(nn.Sequential(*layers)), x, columns="never")
+    compares = name in ("halves", "masked_fill") or name.startswith("where")
+    with pytest.raises(ArtefactError, match="function got _operator.[gl]t") if compares else nullcontext():
+        sa.save(small, tmp_path / "net.safetensors", example=x)
+        with torch.no_grad():
+            assert torch.equal(sa.load(tmp_path / "net.safetensors").eval()(x), small(x))

@@ -469,8 +469,7 @@ def test_kinds_of_layers_called_twice(name: str) -> None:
             model.twice.weight[:, [c % 4 for c in rows]] = 0  # of either conv group
     small = sa.compact(model, maps(2), columns="never")
     agree(model, small, maps(3), 1e-10)
-    whole = name == "layer norm"
-    assert small.twice.weight.shape == shape and small.first.out_channels == (8 if whole else 6)
+    assert small.twice.weight.shape == shape and small.first.out_channels == 6
     assert small.report.whole == {}
     assert parameters(sa.compact(small, maps(2), columns="never")) == parameters(small)
 

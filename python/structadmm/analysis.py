@@ -192,6 +192,9 @@ class Analysis(Channels):
             if node in self.hard:
                 alive[facts.ids[self.hard[node]]] = True
         self._kept[self.label[alive]] = True
+        for ids, reason in self.hints:
+            for label in np.unique(self.label[ids[self._kept[self.label[ids]]]]).tolist():
+                self.reasons.setdefault(label, reason)
         self._merge()
         self._repair()
         self.removed: Bools = ~self._kept[self.label]
@@ -304,7 +307,7 @@ class Analysis(Channels):
                     layer.merges[i] = j
                 continue
             layer, i = where[label][0]
-            why = "pads with zeros, so sees the edge of"
+            why = self.edge(layer.node)
             if layer.shift is None:
                 why = "has no bias for"
             elif not layer.border[:, i % layer.reads.shape[1]].any():

@@ -558,6 +558,7 @@ _SAID: dict[str, Callable[[dict[str, Any]], tuple[Any, ...] | None]] = {
     "instance_norm": _instance_norm,
     "layer_norm": _first(F.layer_norm, "input", "normalized_shape", "weight", "bias", "eps"),
     "group_norm": _first(F.group_norm, "input", "num_groups", "weight", "bias", "eps"),
+    "linalg_vector_norm": _first(torch.linalg.vector_norm, "self", "ord", "dim", "keepdim"),
     "embedding": _first(F.embedding, "indices", "weight"),
     "constant_pad_nd": lambda a: (F.pad, (a["self"], tuple(a["pad"]), "constant", a["value"]), {}),
     "pad": lambda a: (F.pad, (a["self"], tuple(a["pad"]), a["mode"], a["value"]), {}),

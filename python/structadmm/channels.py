@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from torch import fx, nn
 
 from .mixing import CONVS, INSTANCE_NORMS, NORMS, TRANSPOSED, Mixing
-from .movement import HARMLESS, Movement
+from .movement import HARMLESS, OWN_PADS, Movement
 from .nn import ChannelBias
 from .pointwise import (
     AVG_POOL_FUNCTIONS,
@@ -26,6 +26,7 @@ from .pointwise import (
     IDENTITY_NAMES,
     POINTWISE_MODULES,
     POINTWISE_NAMES,
+    REDUCTIONS,
     Pointwise,
 )
 from .recurrent import RECURRENT, Recurrents
@@ -33,7 +34,7 @@ from .symbolic import is_identity
 from .trace import Shape, Traced
 from .tracking import axes_of, function_name, given, title
 
-_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, *OWN_PADS)
 
 # The rules of modules and of functions and methods, as names of the methods below.
 _MODULES: dict[type[nn.Module], str] = {
@@ -52,6 +53,7 @@ _MODULES: dict[type[nn.Module], str] = {
     ChannelBias: "_channel_bias",
     nn.Softmax: "_softmax",
     nn.LogSoftmax: "_softmax",
+    nn.Softmax2d: "_softmax",
     nn.Embedding: "_embedding",
     **dict.fromkeys(RECURRENT, "_recurrent"),
 }
@@ -61,7 +63,9 @@ _FUNCTIONS: dict[str, str] = {
     **dict.fromkeys(BINARY_NAMES, "_binary"),
     **dict.fromkeys(("flatten", "view", "reshape", "squeeze", "unflatten", "reshape_as", "view_as"), "_reshape"),
     **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT"), "_permute"),
-    **dict.fromkeys(("mean", "sum", "amax", "amin"), "_mean"),
+    **dict.fromkeys(REDUCTIONS, "_mean"),
+    **dict.fromkeys(("where", "masked_fill"), "_where"),
+    **dict.fromkeys(("layer_norm", "rms_norm"), "_layer_norm"),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), "_cat"),
     **dict.fromkeys(("split", "chunk", "unbind", "split_with_sizes"), "_split"),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"), "_shuffle"),
@@ -71,7 +75,7 @@ _FUNCTIONS: dict[str, str] = {
     **dict.fromkeys(("matmul", "bmm"), "_matmul"),
     **dict.fromkeys(("size", "dim"), "_size"),
     **dict.fromkeys(("float", "double", "to", "type_as"), "_cast"),
-    "repeat_interleave": "_repeat",
+    **dict.fromkeys(("repeat_interleave", "repeat", "tile"), "_repeat"),
     "normalize": "_normalize",
     "scaled_dot_product_attention": "_attention",
     "unsqueeze": "_unsqueeze",
@@ -140,12 +144,13 @@ class Channels(Pointwise, Movement, Mixing, Recurrents):
             reason = f"its arguments are not understood ({type(error).__name__}: {error})"
         if reason is not None:
             tables = (self.facts, self.sources, self.layers, self.norms, self.affine, self.tables, self.parts)
-            for found in (*tables, self.sizes, self.edits, self.readers, self.moves, self.recurrent, self.sums):
+            rest = (self.edits, self.readers, self.moves, self.rows, self.sizes, self.recurrent, self.sums)
+            for found in (*tables, *rest):
                 found.pop(node, None)
             self.grids = [g for g in self.grids if g[0] is not node]
             self.together = [g for g in self.together if g[0] is not node]
             self._pin(node, reason)
-        elif handler not in (self._reshape, self._expand) or node not in self.facts:
+        elif handler not in (self._reshape, self._expand, self._getitem) or node not in self.facts:
             self._pin_sizes(node)
 
     def _expression(self, node: fx.Node, rank: int, tracked: Sequence[int]) -> None:
@@ -166,7 +171,7 @@ class Channels(Pointwise, Movement, Mixing, Recurrents):
                 return
             if leaf and sum(size > 1 for size in self.shapes[n]) != 1:
                 return
-        before = (self.n_ids, len(self.locks), len(self.edges), dict(self.why))
+        before = (self.n_ids, len(self.locks), len(self.edges), dict(self.why), len(self.hints))
         order = {n: i for i, n in enumerate(self.module.graph.nodes)}
         for n in sorted(found, key=order.__getitem__):
             if n.op == "get_attr":
@@ -183,12 +188,13 @@ class Channels(Pointwise, Movement, Mixing, Recurrents):
         if facts is not None and {d + rank - facts.ids.ndim for d in axes_of(facts.ids)} <= set(tracked):
             return
         self.n_ids = before[0]
-        del self.locks[before[1] :], self.edges[before[2] :]
+        del self.locks[before[1] :], self.edges[before[2] :], self.hints[before[4] :]
         self.why = before[3]
         for n in found:
             for table in (self.facts, self.sources, self.tables, self.edits, self.moves, self.sums):
                 table.pop(n, None)
         self.grids = [g for g in self.grids if g[0] not in found]
+        self.together = [g for g in self.together if g[0] not in found]
 
     def _of_parameters(self) -> tuple[Callable[[fx.Node], str | None], ...]:
         return (self._pointwise, self._identity, self._reshape, self._unsqueeze, self._cat, self._binary)

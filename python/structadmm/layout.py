@@ -16,7 +16,7 @@ from torch import fx
 
 from .analysis import Analysis
 from .recurrent import Recurrent
-from .tracking import Ints, Layer, Use, axes_of, given, operation, title
+from .tracking import Ints, Layer, Use, axes_of, for_heads, given, operation, title
 
 # Rounds of giving back channels before everything in conflict stays: more than networks of any depth were seen to take.
 MAX_ROUNDS = 40
@@ -168,6 +168,10 @@ class Layouts:
         kind = a.edits.get(node)
         if kind in ("scores", "weighted", "attention"):
             return self._attention(node, kind)
+        if kind == "rows":
+            source = a._source(node)
+            order = self._get(source)
+            return np.asarray(a.moves[node](self._heads(source, order, a.rows[node])))
         if not a.sources[node]:
             keep = a.keep(facts.ids)
             if len(axes_of(facts.ids)) > 1 and not keep.all():
@@ -189,7 +193,7 @@ class Layouts:
             return special[kind](node)
         if node in a.moves:
             source, positions, _ = a.sources[node][0]
-            return self._inverse(positions, a.facts[source].ids.size)[a.moves[node](self._get(source))]
+            return self._copies(positions, a.moves[node](self._get(source)))
         return self._same_places(node)
 
     def _units(self, node: fx.Node) -> Ints:
@@ -204,6 +208,21 @@ class Layouts:
         at = positions.reshape(-1)
         where[at[at >= 0]] = np.flatnonzero(at >= 0)
         return where
+
+    def _copies(self, positions: Ints, moved: Ints) -> Ints:
+        """Where the channels of `moved` are in `positions`; of those that are there several times, the first is at the
+        first place, and so on."""
+
+        def ranked(a: Ints) -> tuple[Ints, Ints]:
+            order = np.argsort(a.reshape(-1), kind="stable")
+            channels = a.reshape(-1)[order]
+            return order, np.arange(a.size) - np.searchsorted(channels, channels)
+
+        order, _ = ranked(positions)
+        at, copy = ranked(moved)
+        found = np.empty(moved.size, np.int64)
+        found[at] = order[np.searchsorted(positions.reshape(-1)[order], moved.reshape(-1)[at]) + copy]
+        return found.reshape(moved.shape)
 
     def _same_places(self, node: fx.Node) -> Ints:
         """Elementwise operations: the order of the operands that have a channel for each of the result."""
@@ -327,14 +346,20 @@ class Layouts:
                 entries[i] = int(at[0])
                 key.append(int(at[0]))
             else:
-                taken = range(ids.shape[d])[e]
-                at = self._where((places[d] >= taken.start) & (places[d] < taken.stop), d)
-                if not at.size or at[-1] - at[0] + 1 != at.size:
+                taken = range(ids.shape[d])[a.numbers(e)]
+                at = self._where(np.isin(places[d], taken), d)
+                if not at.size or (taken.step == 1 and at[-1] - at[0] + 1 != at.size):
                     raise Conflict("would take channels from several places")
-                if len(taken) < ids.shape[d]:
-                    entries[i] = slice(int(at[0]), int(at[-1]) + 1)
+                steps = np.unique(np.diff(at)).tolist() or [1]
+                part: Any = at.tolist()
+                if len(steps) == 1:
+                    part = slice(int(at[0]), int(at[-1]) + 1, *(steps if steps > [1] else []))
+                elif any(other is None or isinstance(other, (int, list)) for other in entries):
+                    raise Conflict("would take channels without a step")
+                if len(taken) < ids.shape[d] or a.numbers(e) != e:
+                    entries[i] = part if len(taken) < ids.shape[d] else slice(None)
                     changed = True
-                key.append(slice(int(at[0]), int(at[-1]) + 1))
+                key.append(part)
             d += 1
         if changed:
             self.args[node] = tuple(entries)
@@ -390,11 +415,12 @@ class Layouts:
 
     def _cat(self, node: fx.Node) -> Ints:
         a = self.analysis
-        orders, offset = [], 0
-        for n, _, _ in a.sources[node]:
-            orders.append(offset + self._get(n).reshape(-1))
-            offset += a.facts[n].ids.size
-        return np.concatenate(orders).reshape([-1 if n > 1 else 1 for n in a.facts[node].ids.shape])
+        chosen = given(node, "tensors", "dim")
+        dim = chosen.get("dim", chosen.get("axis", 0)) % a.facts[node].ids.ndim
+        orders = [self._inverse(p, a.facts[n].ids.size)[self._get(n)] for n, p, _ in a.sources[node]]
+        if len({o.shape[:dim] + o.shape[dim + 1 :] for o in orders}) > 1:
+            raise Conflict("would join rows of different sizes")
+        return np.concatenate(orders, dim)
 
     def _stack(self, node: fx.Node) -> Ints:
         a = self.analysis
@@ -451,27 +477,37 @@ class Layouts:
         return np.ravel_multi_index([places[d][index] for d in heads], [shape[d] for d in heads])
 
     def _attention(self, node: fx.Node, kind: str) -> Ints:
+        """Of scores their heads, else the channels of the values, for every head that reads them."""
         a = self.analysis
-        if kind == "weighted":
-            w, v = node.args
-            assert isinstance(w, fx.Node) and isinstance(v, fx.Node)
-            heads = [d for d in range(a.facts[v].ids.ndim - 2) if a.facts[v].ids.shape[d] > 1]
-            if not np.array_equal(self._heads(v, self._get(v), heads), self._heads(w, self._get(w), heads)):
-                raise Conflict("has heads in different orders")
-            return self._get(v)
         named = given(node, "query", "key", "value") if kind == "attention" else {}
         operands: Any = (named["query"], named["key"]) if named else node.args
-        q, k = operands
-        oq, ok = self._get(q), self._get(k)
-        if not np.array_equal(oq, ok if named else ok.swapaxes(-1, -2)):
+        lead, other = operands  # queries or weights, which have all heads
+        order, shape = self._get(lead), a.facts[lead].ids.shape
+        heads = [d for d in range(order.ndim - 2) if a.facts[node].ids.shape[d] > 1]
+        found = self._heads(lead, order, heads)
+        if kind == "weighted":
+            return self._for_heads(other, found, shape)
+        times = a.copies(node) if named else 1
+        if not np.array_equal(order, self._for_heads(other, found, shape, times, not named)):
             raise Conflict("has the channels of queries and keys in different orders")
-        heads = [d for d in range(oq.ndim - 2) if a.facts[q].ids.shape[d] > 1]
-        found = self._heads(q, oq, heads)
         if not named:
             return found
-        v = named["value"]
-        if not np.array_equal(found, self._heads(v, self._get(v), heads)):
+        if order.shape[-1] != shape[-1]:
+            self.args[node] = a.shapes[lead][-1]
+        return self._for_heads(named["value"], found, shape, times)
+
+    def _for_heads(self, node: fx.Node, found: Ints, shape: Any, times: int = 1, swap: bool = False) -> Ints:
+        """The layout of keys or values as if each of the heads found, of those of `shape`, had its own; `swap`: with
+        tokens behind the channels."""
+        ids, order = self.analysis.facts[node].ids, self._get(node)
+        positions = for_heads(np.arange(ids.size).reshape(ids.shape), shape[:-2], times)
+        try:
+            order = for_heads(order, found.shape[:-2], times)
+        except ValueError as error:
+            raise Conflict("has other heads than it is asked for") from error
+        places = np.unravel_index(order, ids.shape)
+        head = np.unravel_index(found, positions.shape[:-2]) if positions.ndim > 2 else ()
+        inside = np.ravel_multi_index((*np.broadcast_arrays(*head, *places[-2:]),), positions.shape)
+        if not np.array_equal(positions.reshape(-1)[inside], order):
             raise Conflict("has heads in different orders")
-        if oq.shape[-1] != a.facts[q].ids.shape[-1]:
-            self.args[node] = a.shapes[q][-1]
-        return self._get(v)
+        return inside.swapaxes(-1, -2) if swap else inside

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .tracking import Bools, Facts, Layer, Reading, Tracker, axes_of, by_rows, filters, given, title, values_of
+from .tracking import (
+    Bools,
+    Facts,
+    Ints,
+    Layer,
+    Reading,
+    Tracker,
+    attribute,
+    axes_of,
+    by_rows,
+    filters,
+    for_heads,
+    given,
+    title,
+    values_of,
+)
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -85,12 +102,15 @@ class Mixing(Tracker):
         layer = Layer(node, source, groups, w, ins, ins, reads, border, b, shift, np.zeros(n_filters, bool), direct)
         layer.full = w.is_meta or bool(reads.all())
         constant: Bools
+        edged = np.zeros(n_filters, bool)
         if ins.const.any():
             per_group = (groups, -1, cg)
             nonzero_constant = (ins.const & (ins.value != 0)).reshape(groups, 1, cg)
             varies = reads.reshape(per_group) & ~ins.const.reshape(groups, 1, cg)
             if bad.any():
+                inside = varies.any(2)
                 varies |= border.reshape(per_group) & nonzero_constant
+                edged = (varies.any(2) & ~inside).reshape(-1)
             constant = ~varies.any(2).reshape(-1)
         else:
             constant = np.zeros(n_filters, bool) if layer.full else np.asarray(~reads.any(1))
@@ -103,11 +123,18 @@ class Mixing(Tracker):
         for other in self.sharers(node, "weight"):
             if other in self.layers:
                 layer.merges = self.layers[other].merges
+        self._hint(layer.outs.ids[edged], f"{title(node)} {self.edge(node)} its constant")
         if groups > 1 and cg == 1 and n_filters == groups:
             self.edges.append((ins.ids, layer.outs.ids))
         self.layers[node] = layer
         self.facts[node] = self._like(layer.outs, rank, axis)
         self.sources[node] = []
+
+    def edge(self, node: fx.Node) -> str:
+        """Why a layer takes no constant into its bias, in front of "its constant"."""
+        if isinstance(self._module(node), TRANSPOSED):
+            return "adds up other taps from place to place, so has no one bias for"
+        return "pads with zeros, so sees the edge of"
 
     def _shift(self, node: fx.Node, biased: bool, axis: int) -> str | None:
         """Where a constant can be added to what the layer emits: Layer.shift."""
@@ -154,8 +181,10 @@ class Mixing(Tracker):
         m = self._module(node)
         source = self._source(node)
         instance = isinstance(m, INSTANCE_NORMS)
-        if instance and (m.track_running_stats or len(self.shapes[source]) < 3):
-            return "normalises with running statistics"
+        if instance and len(self.shapes[source]) != int(self._kind(node)[-2]) + 2:
+            return "unbatched input"
+        if instance and m.track_running_stats:
+            return self._norm(node)
         known = self._adopt(source, 1)
         rank = len(self.shapes[source])
         if not np.array_equal(self.facts[source].ids.reshape(-1), known.ids):
@@ -186,19 +215,32 @@ class Mixing(Tracker):
 
     def _layer_norm(self, node: fx.Node) -> str | None:
         """LayerNorm and RMSNorm over the channels: all of them stay, since the norm counts them."""
-        m = self._module(node)
         source = self._source(node)
         facts = self.facts.get(source)
-        if facts is None:
-            return f"{self._kind(node)} reads what is not tracked"
-        self._lock(facts.ids, f"{title(node)} normalises over all channels")
+        if node.op == "call_module":
+            m = self._module(node)
+            if facts is None:
+                return f"{self._kind(node)} reads what is not tracked"
+        else:
+            chosen = given(node, "input", "normalized_shape", "weight", "bias")
+            shape = chosen["normalized_shape"]
+            m = SimpleNamespace(normalized_shape=tuple(self.shapes[shape] if isinstance(shape, fx.Node) else shape))
+            for name in ("weight", "bias"):
+                n = chosen.get(name)
+                if n is not None and not (isinstance(n, fx.Node) and n.op == "get_attr"):
+                    return f"its {name} is computed"
+                setattr(m, name, None if n is None else attribute(self.module, str(n.target)))
+            if facts is None:
+                self._channelwise(node, source, None)
+                return None
         const, value = np.zeros(facts.ids.shape, bool), np.zeros(facts.ids.shape)
         if axes_of(facts.ids) == [facts.ids.ndim - 1] and tuple(m.normalized_shape) == (facts.ids.size,):
             gamma, beta = _affine(m, facts.ids.size)
             const = (gamma == 0).reshape(facts.ids.shape)
             value = np.where(const, beta.reshape(facts.ids.shape), 0.0)
         self._channelwise(node, source, Facts(facts.ids, const, value))
-        self.readers[node] = lambda need: [(source, None, None)]
+        rank = facts.ids.ndim
+        self._counted(node, source, range(rank - len(m.normalized_shape), rank))
         return None
 
     def _embedding(self, node: fx.Node) -> str | None:
@@ -230,7 +272,7 @@ class Mixing(Tracker):
             return "one of its operands is not tracked"
         heads = [d for d in range(rank - 2) if fa.ids.shape[d] > 1 or fb.ids.shape[d] > 1]
         (n, ka), (kb, o) = fa.ids.shape[-2:], fb.ids.shape[-2:]
-        if any(fa.ids.shape[d] != fb.ids.shape[d] or fa.ids.shape[d] != self.shapes[node][d] for d in heads):
+        if any(fb.ids.shape[d] not in (1, fa.ids.shape[d]) or fa.ids.shape[d] != self.shapes[node][d] for d in heads):
             return "its operands do not line up"
         if ka > 1 and ka == kb and n == 1 and o == 1:
             return self._scores(node, a, b, heads)
@@ -238,8 +280,28 @@ class Mixing(Tracker):
             return self._weighted(node, a, b, heads)
         return "multiplies channels in a way that is not tracked"
 
+    def _shared(self, node: fx.Node, heads: Sequence[int], times: int = 1) -> tuple[Facts, Ints]:
+        """Facts of keys or values as if every head had its own, and their positions in those that there are."""
+        facts = self.facts[node]
+        positions = np.arange(facts.ids.size).reshape(facts.ids.shape)
+        return facts.map(lambda a: for_heads(a, heads, times)), for_heads(positions, heads, times)
+
+    def copies(self, node: fx.Node) -> int:
+        """How many heads of queries of a scaled_dot_product_attention share one of keys and values."""
+        chosen = given(node, "query", "key", "value")
+        q, k = (self.shapes[chosen[n]] for n in ("query", "key"))
+        return int(q[-3] // k[-3]) if chosen.get("enable_gqa") else 1
+
+    def _at(self, node: fx.Node, positions: Ints) -> Bools:
+        """The channels of a tensor at these positions."""
+        found = np.zeros(self.facts[node].ids.size, bool)
+        found[positions] = True
+        return found
+
     def _scores(self, node: fx.Node, q: fx.Node, k: fx.Node, heads: list[int]) -> str | None:
-        fq, fk = self.facts[q], self.facts[k].map(lambda x: x.swapaxes(-1, -2))
+        fq = self.facts[q]
+        fk, places = self._shared(k, fq.ids.shape[:-2])
+        fk, places = fk.map(lambda x: x.swapaxes(-1, -2)), places.swapaxes(-1, -2)
         self._tie((fq.ids, fk.ids))
         shape = [fq.ids.shape[d] if d in heads else 1 for d in range(fq.ids.ndim)]
         ids = self._fresh(int(np.prod(shape))).reshape(shape)
@@ -250,7 +312,7 @@ class Mixing(Tracker):
 
         def read(need: Bools) -> list[Reading]:
             wanted = need & ~zero
-            back = wanted.swapaxes(-1, -2)
+            back = self._at(k, places[wanted])
             return [(q, wanted, wanted), (k, back, back)]
 
         self.readers[node] = read
@@ -258,16 +320,18 @@ class Mixing(Tracker):
         return None
 
     def _weighted(self, node: fx.Node, weights: fx.Node, v: fx.Node, heads: list[int]) -> str | None:
-        fw, fv = self.facts[weights], self.facts[v]
+        fw = self.facts[weights]
+        fv, positions = self._shared(v, fw.ids.shape[:-2])
         const = fv.const & ((fv.value == 0) | (weights in self.averages))
         self.facts[node] = Facts(fv.ids, const, np.where(const, fv.value, 0.0))
-        positions = np.arange(fv.ids.size).reshape(fv.ids.shape)
         self.sources[node] = [(v, positions, None)]
         self._by_head(node, [(fv.ids, heads), (fw.ids, heads)])
         rest = tuple(d for d in range(fv.ids.ndim) if d not in heads)
 
         def read(need: Bools) -> list[Reading]:
-            return [(v, need, need & ~const), (weights, (need & ~const).any(rest, keepdims=True), None)]
+            varies = need & ~const
+            read_of = self._at(v, positions[need]), self._at(v, positions[varies])
+            return [(v, *read_of), (weights, varies.any(rest, keepdims=True), None)]
 
         self.readers[node] = read
         self.edits[node] = "weighted"
@@ -282,17 +346,21 @@ class Mixing(Tracker):
         mask = chosen.get("attn_mask")
         if any(n not in self.facts for n in (q, k, v)):
             return "one of its operands is not tracked"
-        if chosen.get("enable_gqa") or len({q, k, v}) < 3:
-            return "its operands share heads"
-        fq, fk, fv = (self.facts[n] for n in (q, k, v))
+        if len({q, k, v}) < 3:
+            return "one operand is several of its operands"
+        fq = self.facts[q]
         rank = fq.ids.ndim
-        if len({f.ids.ndim for f in (fq, fk, fv)}) > 1 or fq.ids.shape != fk.ids.shape or rank < 3:
+        if len({self.facts[n].ids.ndim for n in (q, k, v)}) > 1 or rank < 3:
+            return "its operands do not line up"
+        try:
+            (fk, places), (fv, positions) = (self._shared(n, fq.ids.shape[:-2], self.copies(node)) for n in (k, v))
+        except ValueError:
+            return "its operands do not line up"
+        if fq.ids.shape != fk.ids.shape:
             return "its operands do not line up"
         if any(f.ids.shape[-2] > 1 for f in (fq, fk, fv)):
             return "its tokens are channels"
         heads = [d for d in range(rank - 2) if fq.ids.shape[d] > 1]
-        if fq.ids.shape[:-2] != fv.ids.shape[:-2]:
-            return "its operands do not line up"
         if isinstance(mask, fx.Node) and heads:
             own = len(self.shapes[mask]) - (rank - heads[0])
             if mask in self.facts or len(heads) > 1 or (own >= 0 and self.shapes[mask][own] > 1):
@@ -301,8 +369,7 @@ class Mixing(Tracker):
                 if mask in self.facts:
                     self._lock(self.facts[mask].ids, f"{title(node)} takes it as a mask")
         self._tie((fq.ids, fk.ids))
-        self.facts[node] = Facts(fv.ids, fv.const, fv.value)
-        positions = np.arange(fv.ids.size).reshape(fv.ids.shape)
+        self.facts[node] = fv
         self.sources[node] = [(v, positions, None)]
         self._by_head(node, [(f.ids, heads) for f in (fq, fk, fv)])
         rest = tuple(d for d in range(rank) if d not in heads)
@@ -311,7 +378,8 @@ class Mixing(Tracker):
         def read(need: Bools) -> list[Reading]:
             varies = (need & ~fv.const).any(rest, keepdims=True)
             wanted = np.broadcast_to(varies, fq.ids.shape) & ~same
-            out: list[Reading] = [(v, need, None), (q, wanted, wanted), (k, wanted, wanted)]
+            back = self._at(k, places[wanted])
+            out: list[Reading] = [(v, self._at(v, positions[need]), None), (q, wanted, wanted), (k, back, back)]
             return [*out, (mask, None, None)] if isinstance(mask, fx.Node) else out
 
         self.readers[node] = read

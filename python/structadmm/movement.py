@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from torch import fx
+from torch import fx, nn
 
 from .tracking import Facts, Ints, Tracker, axes_of, blocks, flat, given, operation, title
 
 # What may be asked of a tensor without learning how many channels it has.
 HARMLESS = ("device", "dtype", "ndim", "is_cuda", "layout", "requires_grad", "dim")
+
+# Layers that pad a map with its own values.
+OWN_PADS: dict[type[nn.Module], str] = {
+    **dict.fromkeys((nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d), "reflect"),
+    **dict.fromkeys((nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d), "replicate"),
+    **dict.fromkeys((nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d), "circular"),
+}
 
 
 class Movement(Tracker):
@@ -75,8 +83,11 @@ class Movement(Tracker):
         return list(sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes)
 
     def _pin_sizes(self, node: fx.Node) -> None:
-        for source in node.all_input_nodes:
-            for ids in self.sizes.get(source, []):
+        self._pin_numbers(node, node.all_input_nodes)
+
+    def _pin_numbers(self, node: fx.Node, numbers: Iterable[Any]) -> None:
+        for number in numbers:
+            for ids in self.sizes.get(number, []):
                 self._lock(ids, f"{title(node)} computes with the number of channels")
 
     def _unsqueeze(self, node: fx.Node) -> str | None:
@@ -143,6 +154,36 @@ class Movement(Tracker):
         self.edits[node] = "expand"
         return None
 
+    def _repeat(self, node: fx.Node) -> str | None:
+        """repeat_interleave, repeat, tile: the copies of a channel go together."""
+        source = self._source(node)
+        facts = self.facts.get(source)
+        if facts is None:
+            self._channelwise(node, source, None)
+            return None
+        ids = facts.ids
+        new = len(self.shapes[node]) - ids.ndim
+        if operation(node) == "repeat_interleave":
+            chosen = given(node, "input", "repeats", "dim")
+            times, dim = chosen["repeats"], chosen.get("dim")
+            if not isinstance(dim, int):
+                return "repeats everything"
+            if ids.shape[dim] == 1:
+                self._move(node, source, lambda a: a)
+            elif not isinstance(times, int) or chosen.get("output_size") is not None:
+                return "repeats channels by what is computed"
+            else:
+                self._move(node, source, lambda a: np.repeat(a, times, dim))
+            return None
+        rest: Any = node.args[1:] if len(node.args) > 1 else tuple(node.kwargs.values())
+        sizes = list(rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest)
+        sizes = [1] * (ids.ndim + new - len(sizes)) + sizes
+        counts = [n if d >= new and ids.shape[d - new] > 1 else 1 for d, n in enumerate(sizes)]
+        if not all(isinstance(n, int) for n in counts):
+            return "repeats channels by a number that is computed"
+        self._move(node, source, lambda a: np.tile(a.reshape((1,) * new + a.shape), counts))
+        return None
+
     def _getitem(self, node: fx.Node) -> str | None:
         args: Any = node.args
         source, index = args
@@ -173,9 +214,9 @@ class Movement(Tracker):
                 moved.append(None)
                 continue
             tracked = facts.ids.shape[d] > 1
+            if isinstance(e, slice) and tracked:
+                e = self.numbers(e)
             if isinstance(e, slice) and all(isinstance(v, (int, type(None))) for v in (e.start, e.stop, e.step)):
-                if tracked and e.step not in (None, 1) and len(range(shape[d])[e]) != shape[d]:
-                    return "takes channels with a step"
                 moved.append(e if tracked else slice(None))
             elif isinstance(e, int) and (d not in self._varies(source)):
                 moved.append((e % shape[d]) if tracked else 0)
@@ -188,7 +229,21 @@ class Movement(Tracker):
         self.facts[node] = facts.map(lambda a: a[key])
         self.sources[node] = [(source, np.arange(facts.ids.size).reshape(facts.ids.shape)[key], None)]
         self.edits[node] = "slice"
+        for d, e in enumerate(e for e in entries if e is not None):
+            if isinstance(e, slice) and facts.ids.shape[d] == 1:
+                self._pin_numbers(node, (e.start, e.stop, e.step))
         return None
+
+    def numbers(self, e: slice) -> slice:
+        """A slice whose bounds are computed from nothing but numbers of channels, with these."""
+        return slice(*(self.shapes[v] if self._counts(v) else v for v in (e.start, e.stop, e.step)))
+
+    def _counts(self, value: Any) -> bool:
+        """Whether an argument is a number made of numbers of channels alone."""
+        if not isinstance(value, fx.Node) or value not in self.sizes or not isinstance(self.shapes[value], int):
+            return False
+        made_of = [n for n in value.all_input_nodes if isinstance(self.shapes[n], int)]
+        return all(self._counts(n) for n in made_of) if made_of else bool(self.sizes[value])
 
     def _select(self, node: fx.Node) -> str | None:
         """select(x, dim, index) and narrow(x, dim, start, length)."""
@@ -212,7 +267,8 @@ class Movement(Tracker):
         facts = self.facts.get(source)
         if node.op == "call_module":
             m = self._module(node)
-            pad, how, fill = m.padding, "constant", m.value
+            how, fill = OWN_PADS.get(type(m), "constant"), getattr(m, "value", 0.0)
+            pad = m.padding
         else:
             chosen = {"mode": "constant", "value": None, **given(node, "input", "pad", "mode", "value")}
             pad, how, fill = chosen["pad"], chosen["mode"], chosen["value"] or 0.0
@@ -230,6 +286,8 @@ class Movement(Tracker):
         ):
             return "pads channels in a way that is not tracked"
         if spatial and how == "constant":
+            lost = facts.const & (facts.value != fill)
+            self._hint(facts.ids[lost], f"{title(node)} pads with {fill:g}, so sees the edge of its constant")
             facts = Facts(facts.ids, facts.const & (facts.value == fill), facts.value)
         if not channels:
             self._channelwise(node, source, facts)
@@ -271,11 +329,17 @@ class Movement(Tracker):
         axes = {d for t in known for d in axes_of(self.facts[t].ids)}
         if dim not in axes and axes:  # along the map or the tokens: the channels of all operands are tied
             return self._join(node, tensors)
-        if not axes <= {dim} or any(self.facts[t].ids.shape[dim] != self.shapes[t][dim] for t in known):
+        if any(self.facts[t].ids.shape[dim] != self.shapes[t][dim] for t in known):
             return "concatenates over another dimension than the channels'"
-        for t in tensors:
+        rows = sorted(axes - {dim})
+        for t in tensors if not rows else ():
             self._adopt(t, dim)
+        if any(t not in self.facts for t in tensors):
+            return "made of untracked tensors among others"
         parts = [self.facts[t] for t in tensors]
+        if len({p.ids.shape[:dim] + p.ids.shape[dim + 1 :] for p in parts}) > 1:
+            return "its operands do not line up"
+        self._by_head(node, [(p.ids, rows) for p in parts])
         self.facts[node] = Facts(
             np.concatenate([p.ids for p in parts], dim),
             np.concatenate([p.const for p in parts], dim),
@@ -285,8 +349,9 @@ class Movement(Tracker):
         self.sources[node] = []
         for t, p in zip(tensors, parts, strict=True):
             positions = np.full(self.facts[node].ids.shape, -1)
-            positions.reshape(-1)[offset : offset + p.ids.size] = np.arange(p.ids.size)
-            offset += p.ids.size
+            end = offset + p.ids.shape[dim]
+            positions.swapaxes(0, dim)[offset:end] = np.arange(p.ids.size).reshape(p.ids.shape).swapaxes(0, dim)
+            offset = end
             self.sources[node].append((t, positions, None))
         self.edits[node] = "cat"
         return None
@@ -297,6 +362,7 @@ class Movement(Tracker):
         if any(self.facts[t].ids.shape != first.ids.shape for t in known):
             return "its operands do not line up"
         if len(known) < len(tensors):
+            self.whole[title(node)] = "joins its operands with a tensor that is not tracked"
             for t in known:
                 self._lock(self.facts[t].ids, f"{title(node)} joins it with a tensor that is not tracked")
         self._tie(self.facts[t].ids for t in known)

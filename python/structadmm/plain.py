@@ -7,7 +7,8 @@ module under the same path, with the same parameters, it trains and is understoo
 
 Stochastic depth of other libraries becomes structadmm.nn.DropPath, so the network needs them no longer. Layers that are
 nothing but a function (Upsample, Unfold, Fold) become that function; einsum of two operands becomes a matrix product,
-addcmul a product and a sum; a linear layer whose bias is computed becomes one without, and an addition.
+addcmul a product and a sum, glu a product of halves, max along a dimension amax where only the values are used; a
+linear layer whose bias is computed becomes one without, and an addition.
 """
 
 from __future__ import annotations
@@ -45,9 +46,18 @@ def _layer_norm(owner: Any, a: dict[str, Any]) -> nn.Module | None:
 
 
 def _group_norm(owner: Any, a: dict[str, Any]) -> nn.Module | None:
-    if not isinstance(owner, nn.GroupNorm):
+    alone = not owner._modules and {*owner._parameters, *owner._buffers} <= {"weight", "bias"}
+    if not isinstance(owner, nn.GroupNorm) and not alone:
         return None
-    return nn.GroupNorm(a["num_groups"], owner.num_channels, a["eps"], a["weight"] is not None)
+    channels = next(t.numel() for t in owner._parameters.values() if t is not None)
+    return nn.GroupNorm(a["num_groups"], channels, a["eps"], a["weight"] is not None)
+
+
+def _instance_norm(owner: Any, a: dict[str, Any]) -> nn.Module | None:
+    cls = next((k for k in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d) if isinstance(owner, k)), None)
+    if cls is None:
+        return None
+    return cls(owner.num_features, a["eps"], owner.momentum, a["weight"] is not None, a["running_mean"] is not None)
 
 
 def _linear(owner: Any, a: dict[str, Any]) -> nn.Module | None:
@@ -73,6 +83,7 @@ _RULES: dict[Any, tuple[Callable[[Any, dict[str, Any]], nn.Module | None], tuple
     F.batch_norm: (_norm, ("running_mean", "running_var", "weight", "bias")),
     F.layer_norm: (_layer_norm, ("weight", "bias")),
     F.group_norm: (_group_norm, ("weight", "bias")),
+    F.instance_norm: (_instance_norm, ("running_mean", "running_var", "weight", "bias")),
     F.linear: (_linear, ("weight", "bias")),
     **dict.fromkeys(_CONVS, (_conv, ("weight", "bias"))),
 }
@@ -96,7 +107,7 @@ def in_plain_terms(root: nn.Module, *graphs: fx.Graph) -> None:
     """Rewrite graphs of one network in place, and the modules that they call."""
     for graph in graphs:
         for node in list(graph.nodes):
-            if node.op == "call_function" and node.target in _REWRITES:
+            if node.op in ("call_function", "call_method") and node.target in _REWRITES:
                 _REWRITES[node.target](graph, node)
     _zeros_in_parameters(root, graphs)
     _computed_biases(root, graphs)
@@ -167,7 +178,53 @@ def _addcmul(graph: fx.Graph, node: fx.Node) -> None:
         _swap(graph, node, new)
 
 
-_REWRITES: dict[Any, Callable[[fx.Graph, fx.Node], None]] = {torch.einsum: _einsum, torch.addcmul: _addcmul}
+def _glu(graph: fx.Graph, node: fx.Node) -> None:
+    """One half, gated by the other."""
+    dim: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
+    with graph.inserting_before(node):
+        halves = graph.call_function(torch.chunk, (node.args[0], 2, dim))
+        a, b = (graph.call_function(operator.getitem, (halves, i)) for i in (0, 1))
+        new = graph.call_function(operator.mul, (a, graph.call_function(torch.sigmoid, (b,))))
+    _swap(graph, node, new)
+
+
+def _extreme(graph: fx.Graph, node: fx.Node) -> None:
+    """The largest or smallest values along a dimension, where nobody asks for their places."""
+    args: Any = (*node.args, *(node.kwargs[n] for n in ("dim", "keepdim") if n in node.kwargs))
+    values = ((operator.getitem, 0), (getattr, "values"))
+    if any(u.users and (u.target, *u.args[1:]) not in values for u in node.users):
+        return
+    if len(args) not in (2, 3) or type(args[1]) is not int:
+        return
+    function = torch.amax if str(getattr(node.target, "__name__", node.target)) == "max" else torch.amin
+    with graph.inserting_before(node):
+        new = graph.call_function(function, args)
+    new.meta = dict(node.meta)
+    for user in list(node.users):
+        user.replace_all_uses_with(new)
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _narrow(graph: fx.Graph, node: fx.Node) -> None:
+    """A slice."""
+    args: Any = node.args
+    if len(args) == 4 and not node.kwargs and all(type(n) is int for n in args[1:]) and min(args[1:]) >= 0:
+        _, dim, start, length = args
+        with graph.inserting_before(node):
+            index = (*[slice(None)] * dim, slice(start, start + length))
+            new = graph.call_function(operator.getitem, (args[0], index))
+        _swap(graph, node, new)
+
+
+# By functions, and methods by their names.
+_REWRITES: dict[Any, Callable[[fx.Graph, fx.Node], None]] = {
+    torch.einsum: _einsum,
+    **dict.fromkeys((torch.addcmul, "addcmul"), _addcmul),
+    F.glu: _glu,
+    **dict.fromkeys((torch.max, torch.min, "max", "min"), _extreme),
+    **dict.fromkeys((torch.narrow, "narrow"), _narrow),
+}
 
 
 def _zeros_in_parameters(root: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
@@ -239,6 +296,7 @@ _INTERPOLATE = ("size", "scale_factor", "mode", "align_corners")
 _PLAIN_FUNCTIONS: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
     **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), (F.interpolate, _INTERPOLATE)),
     nn.ZeroPad2d: (F.pad, ("pad",)),
+    nn.GLU: (F.glu, ("dim",)),
     nn.Unfold: (F.unfold, ("kernel_size", "dilation", "padding", "stride")),
     nn.Fold: (F.fold, ("output_size", "kernel_size", "dilation", "padding", "stride")),
 }
@@ -255,6 +313,8 @@ def _function_for_module(graph: fx.Graph, node: fx.Node, m: nn.Module) -> None:
             function, node.args, {name: getattr(m, "padding" if name == "pad" else name) for name in names}
         )
     _swap(graph, node, new)
+    if function in _REWRITES:
+        _REWRITES[function](graph, new)
 
 
 def _drop_path(m: nn.Module) -> DropPath | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .trace import Shape
-from .tracking import Bools, Facts, Reading, Tracker, axes_of, given, operation, title, values_of
+from .tracking import Bools, Facts, Ints, Reading, Tracker, axes_of, given, operation, title, values_of
 
 # fmt: off
 # Elementwise operations of one tensor; the identities are identities in eval mode.
@@ -33,8 +34,17 @@ IDENTITY_NAMES = {"contiguous", "clone", "detach", "dropout", "dropout1d", "drop
 BINARY_NAMES = {
     "add": "add", "add_": "add", "iadd": "add", "sub": "sub", "sub_": "sub", "isub": "sub", "mul": "mul", "mul_":
     "mul", "imul": "mul", "multiply": "mul", "subtract": "sub", "truediv": "div", "div": "div", "div_": "div",
-    "itruediv": "div", "maximum": "max", "minimum": "min",
+    "itruediv": "div", "maximum": "max", "minimum": "min", "gt": "compare", "lt": "compare", "ge": "compare", "le":
+    "compare", "eq": "compare", "ne": "compare",
 }
+# Reductions over dimensions, by what they depend on.
+REDUCTIONS = {
+    "mean": "mean", "sum": "sum", "amax": "max", "amin": "max", "var": "var", "std": "var", "norm": "norm",
+    "linalg_vector_norm": "norm",
+}
+VERBS = {"mean": "averages over", "sum": "adds up", "var": "normalises over", "norm": "takes the norm of"}
+# A constant as the network computes it, in its own precision, may be off by so much.
+CLOSE = 1e-4
 CONST_POOLS = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample, nn.UpsamplingNearest2d,
@@ -117,7 +127,9 @@ class Pointwise(Tracker):
             padding, ceil_mode, include_pad, divisor = average
             padded = any(padding if isinstance(padding, (tuple, list)) else (padding,))
             if divisor is not None or (padded and (include_pad or ceil_mode)):
-                facts = Facts(facts.ids, facts.const & (facts.value == 0), facts.value)
+                lost = facts.const & (facts.value != 0)
+                self._hint(facts.ids[lost], f"{title(node)} pads with zeros, so sees the edge of its constant")
+                facts = Facts(facts.ids, facts.const & ~lost, facts.value)
         self._channelwise(node, source, facts)
         return None
 
@@ -141,7 +153,9 @@ class Pointwise(Tracker):
         if any(n in self.sizes for n in inputs):
             return self._with_number(node)
         if len(operands) == 1 or len(inputs) == 1:  # a scalar, or x op x
-            return self._pointwise(node)
+            reason = self._pointwise(node)
+            self._decided(node, inputs)
+            return reason
         if len(inputs) != 2:
             return "its arguments are tensors"
         shape = self.shapes[node]
@@ -155,15 +169,12 @@ class Pointwise(Tracker):
                 self._expression(n, rank, [d + rank - ids.ndim for d in axes_of(ids)])
         known = [n for n in inputs if n in self.facts]
         if len(known) < 2:
-            for n in known:
-                other = next(m for m in inputs if m is not n)
-                self._lock(
-                    self.facts[n].ids, f"{title(node)} with {title(other)}: {self.why.get(other, 'not tracked')}"
-                )
-            if known and self.shapes[known[0]] == shape:
-                self._channelwise(node, known[0], self.facts[known[0]].vary())
-            else:
+            facts = self._beside(node, known[0], inputs[known[0] is inputs[0]]) if known else None
+            if facts is None:
                 self.why[node] = "combined with an untracked tensor"
+            else:
+                zero = facts.const & (facts.value == 0) & (BINARY_NAMES[operation(node)] == "mul")
+                self._channelwise(node, known[0], Facts(facts.ids, zero, np.zeros_like(facts.value)), ~zero)
             return None
         a, b = inputs
         fa, fb = (self.facts[n].map(lambda x: x.reshape((1,) * (rank - x.ndim) + x.shape)) for n in (a, b))
@@ -179,15 +190,8 @@ class Pointwise(Tracker):
                 ids = fa.ids
         else:  # one operand has a channel for each of the result, the other one for all of them, or for each row
             wide, one, small = (fa, fb, 1) if fa.ids.size >= fb.ids.size else (fb, fa, 0)
-            spread = [d for d in range(rank) if wide.ids.shape[d] != one.ids.shape[d]]
-            if any(one.ids.shape[d] > 1 or sizes[small][d] > 1 for d in spread) or any(
-                wide.ids.shape[d] != shape[d] for d in axes_of(wide.ids)
-            ):
-                return "its operands do not line up"
-            if one.ids.size == 1:
-                self._lock(one.ids, f"{title(node)} spreads it over all channels")
-            else:
-                self._by_head(node, [(wide.ids, axes_of(one.ids)), (one.ids, axes_of(one.ids))])
+            if reason := self._spread(node, wide.ids, one.ids, sizes[small]):
+                return reason
             ids = wide.ids
         const = fa.const & fb.const
         values = {a: np.broadcast_to(fa.value, ids.shape), b: np.broadcast_to(fb.value, ids.shape)}
@@ -197,11 +201,102 @@ class Pointwise(Tracker):
             facts = Facts(ids, facts.const | zero_a | zero_b, np.where(zero_a | zero_b, 0.0, facts.value))
             matters = {a: ~zero_b, b: ~zero_a | zero_b}
         self.facts[node] = facts
+        self._decided(node, inputs)
         self.sources[node] = [
             (n, np.broadcast_to(np.arange(f.ids.size).reshape(f.ids.shape), ids.shape), matters[n])
             for n, f in ((a, fa), (b, fb))
         ]
         return None
+
+    def _decided(self, node: fx.Node, inputs: list[fx.Node]) -> None:
+        """A comparison is constant where rounding can't turn it: where it is the same for an operand a bit off."""
+        if BINARY_NAMES[operation(node)] != "compare" or node not in self.facts:
+            return
+        facts = self.facts[node]
+        values = {n: self.facts[n].value for n in inputs}
+        first = values[inputs[0]]
+        const = facts.const
+        for off in (-CLOSE, CLOSE):
+            moved = self._evaluate(node, {**values, inputs[0]: first + off * np.maximum(1.0, np.abs(first))})
+            const = const & (moved == facts.value)
+        self.facts[node] = Facts(facts.ids, const, np.where(const, facts.value, 0.0))
+
+    def _spread(self, node: fx.Node, wide: Ints, one: Ints, size: Sequence[int]) -> str | None:
+        """An operand that has one channel for all of another one's, or for each row of them; size: its shape."""
+        shape = self.shapes[node]
+        spread = [d for d in range(wide.ndim) if wide.shape[d] != one.shape[d]]
+        if any(one.shape[d] > 1 or size[d] > 1 for d in spread) or any(
+            wide.shape[d] != shape[d] for d in axes_of(wide)
+        ):
+            return "its operands do not line up"
+        if one.size == 1:
+            self._lock(one, f"{title(node)} spreads it over all channels")
+        else:
+            self._by_head(node, [(wide, axes_of(one)), (one, axes_of(one))])
+        return None
+
+    def _where(self, node: fx.Node) -> str | None:
+        """where(condition, x, y), masked_fill(x, mask, value): a channel is constant where x and y hold the same."""
+        fill, method = operation(node) == "masked_fill", node.op == "call_method"
+        names = ("x", "condition", "other") if fill or method else ("condition", "x", "other")
+        old = {"input": "other" if method and not fill else "x", "self": "x", "mask": "condition", "value": "other"}
+        chosen = {old.get(name, name): value for name, value in given(node, *names).items()}
+        condition, x, y = (chosen[name] for name in ("condition", "x", "other"))
+        x, y = (y, x) if fill else (x, y)
+        shape = self.shapes[node]
+        tensors = list(dict.fromkeys(n for n in (x, y, condition) if isinstance(n, fx.Node)))
+        known = [n for n in tensors if n in self.facts]
+        if any(n in self.sizes for n in tensors):
+            return "computes with the number of channels"
+        if not known:
+            self.why[node] = "made of untracked tensors"
+            return None
+        facts = {n: self.facts[n].map(lambda a: a.reshape((1,) * (len(shape) - a.ndim) + a.shape)) for n in known}
+        lead = max(known, key=lambda n: facts[n].ids.size)
+        ids = facts[lead].ids
+        for n in tensors:
+            if n not in facts:
+                if self._beside(node, lead, n) is None:
+                    return "its operands do not line up"
+            elif facts[n].ids.shape == ids.shape:
+                self._tie((ids, facts[n].ids))
+            elif reason := self._spread(
+                node, ids, facts[n].ids, (1,) * (len(shape) - len(self.shapes[n])) + self.shapes[n]
+            ):
+                return reason
+        const, value = [], []
+        for n in (x, y):
+            given_facts = facts.get(n) if isinstance(n, fx.Node) else Facts(ids, np.array(True), np.array(float(n)))
+            const.append(np.False_ if given_facts is None else given_facts.const)
+            value.append(0.0 if given_facts is None else given_facts.value)
+        holds, chosen_value = value[0] == value[1], value[0]
+        if condition in facts:
+            holds = holds | facts[condition].const
+            chosen_value = np.where(facts[condition].value != 0, *value)
+        same = np.broadcast_to(const[0] & const[1] & holds & np.isfinite(chosen_value), ids.shape)
+        self.facts[node] = Facts(ids, same, np.where(same, chosen_value, 0.0))
+        self.sources[node] = [
+            (n, np.broadcast_to(np.arange(f.ids.size).reshape(f.ids.shape), ids.shape), None if n in (x, y) else ~same)
+            for n, f in facts.items()
+        ]
+        return None
+
+    def _beside(self, node: fx.Node, known: fx.Node, other: fx.Node) -> Facts | None:
+        """The channels of `known` in an elementwise operation with a tensor that is not tracked, if the result has them
+        as they are: along dimensions where the other one has one value they go as they like."""
+        shape = self.shapes[node]
+        if len(self.shapes[known]) > len(shape) or not isinstance(self.shapes[other], Shape):
+            return None
+        facts = self.facts[known].map(lambda a: a.reshape((1,) * (len(shape) - a.ndim) + a.shape))
+        axes = axes_of(facts.ids)
+        size = (1,) * (len(shape) - len(self.shapes[other])) + self.shapes[other]
+        reason = f"{title(node)} with {title(other)}: {self.why.get(other, 'not tracked')}"
+        if any(shape[d] != facts.ids.shape[d] for d in axes) or (not axes and shape != self.shapes[known]):
+            self._lock(facts.ids, reason)
+            return None
+        if against := [d for d in axes if size[d] > 1]:
+            self._keep_along(facts.ids, against, reason)
+        return facts
 
     def _with_number(self, node: fx.Node) -> str | None:
         """Arithmetic with a number computed from shapes; the channels that it counts are kept (see _pin_sizes)."""
@@ -217,28 +312,65 @@ class Pointwise(Tracker):
         return None
 
     def _mean(self, node: fx.Node) -> str | None:
-        """mean, sum, amax, amin over dimensions without channels."""
+        """mean, sum, amax, amin, var, std; norm, of which only what is 0 everywhere stays so."""
         source = self._source(node)
         facts = self.facts.get(source)
         if facts is None:
             self._channelwise(node, source, None)
             return None
         rank = len(self.shapes[source])
-        chosen = given(node, "input", "dim", "keepdim")
+        kind = REDUCTIONS[operation(node)]
+        names = {"norm": ("p",), "var": ("dim", "unbiased")}.get(kind, ("dim",))
+        chosen = given(node, "input", *names, *(n for n in ("dim", "keepdim") if n not in names))
         dim = chosen.get("dim")
-        if dim is None or not set(chosen) <= {"input", "self", "dim", "keepdim"}:
-            return "averages over everything"
-        dims = [d % rank for d in (dim if isinstance(dim, (tuple, list)) else (dim,))]
-        if any(facts.ids.shape[d] > 1 or d in self._varies(source) for d in dims):
-            return "averages over channels or the batch"
-        squeeze = tuple(dims)
+        known = {"input", "self", "x", "dim", "keepdim", "unbiased", "correction", "p", "ord"}
+        if dim in (None, [], ()) or isinstance(dim, bool) or not set(chosen) <= known:
+            return "reduces everything, or in a way that is not tracked"
+        p = chosen.get("p", chosen.get("ord", 2))
+        if kind == "norm" and p not in (None, "fro") and not (isinstance(p, (int, float)) and 1 <= p < np.inf):
+            return "is a norm that is not tracked"
+        dims = tuple(sorted(d % rank for d in (dim if isinstance(dim, (tuple, list)) else (dim,))))
+        if any(d in self._varies(source) for d in dims):
+            return "reduces the batch"
         keep = bool(chosen.get("keepdim"))
-        self._move(node, source, (lambda a: a) if keep else (lambda a: a.squeeze(squeeze)))
-        if operation(node) == "sum":
-            found = self.facts[node]
-            count = np.prod([self.shapes[source][d] for d in dims])  # of maps of this size; other sizes: only 0
-            self.facts[node] = Facts(found.ids, found.const & (found.value == 0), found.value * count)
+        move: Callable[[Any], Any] = (lambda a: a) if keep else (lambda a: a.squeeze(dims))
+        if any(facts.ids.shape[d] > 1 for d in dims):
+            self._over_channels(node, source, dims, kind, move)
+            return None
+        self._move(node, source, move)
+        found = self.facts[node]
+        if kind in ("sum", "norm"):  # other numbers for maps of other sizes, but for 0
+            self.facts[node] = Facts(found.ids, found.const & (found.value == 0), np.zeros_like(found.value))
+        elif kind == "var":
+            self.facts[node] = found.vary()
         return None
+
+    def _over_channels(
+        self, node: fx.Node, source: fx.Node, dims: tuple[int, ...], kind: str, move: Callable[[Any], Any]
+    ) -> None:
+        """A reduction of channels to one, or to one for every row of them along the other dimensions. A mean counts its
+        channels, so they all stay; to a sum or a norm a channel that is 0 adds nothing."""
+        facts = self.facts[source]
+        rows = [d for d in axes_of(facts.ids) if d not in dims]
+        shape = [n if d in rows else 1 for d, n in enumerate(facts.ids.shape)]
+        ids = self._fresh(int(np.prod(shape))).reshape(shape)
+        free = facts.const & (facts.value == 0) & (kind in ("sum", "norm") and not rows)
+        reason = f"{title(node)} {VERBS.get(kind, 'compares')} all channels"
+        if rows or kind not in ("sum", "norm"):
+            self._keep_along(facts.ids, dims, reason)
+        else:
+            self._hint(facts.ids, reason)
+        self._by_head(node, [(facts.ids, rows), (ids, rows)])
+        self.facts[node] = Facts(ids, np.zeros(shape, bool), np.zeros(shape)).map(move)
+        self.sources[node] = []
+        self.edits[node], self.rows[node] = "rows", rows
+        self.moves[node] = move
+
+        def read(need: Bools) -> list[Reading]:
+            wanted = np.broadcast_to(need.reshape(shape), facts.ids.shape) & ~free
+            return [(source, wanted, wanted)]
+
+        self.readers[node] = read
 
     def _cast(self, node: fx.Node) -> str | None:
         """Another type of number: constants that it may not hold exactly are none any more."""
@@ -248,16 +380,6 @@ class Pointwise(Tracker):
             single = operation(node) in ("float", "double")
             exact = facts.value.astype(np.float32) == facts.value if single else np.isin(facts.value, (0, 1))
             facts = Facts(facts.ids, facts.const & exact, np.where(exact, facts.value, 0.0))
-        self._channelwise(node, source, facts)
-        return None
-
-    def _repeat(self, node: fx.Node) -> str | None:
-        """repeat_interleave along a dimension without channels."""
-        source = self._source(node)
-        facts = self.facts.get(source)
-        dim = given(node, "input", "repeats", "dim").get("dim")
-        if facts is not None and (not isinstance(dim, int) or facts.ids.shape[dim] > 1):
-            return "repeats channels"
         self._channelwise(node, source, facts)
         return None
 
@@ -291,10 +413,13 @@ class Pointwise(Tracker):
         if facts is None:
             self._channelwise(node, source, None)
             return None
-        dim = self._module(node).dim if node.op == "call_module" else given(node, "input", "dim").get("dim")
-        if not isinstance(dim, int) or facts.ids.shape[dim] > 1:
-            return "normalises over channels"
+        chosen = vars(self._module(node)) if node.op == "call_module" else given(node, "input", "dim")
+        dim = chosen.get("dim", -3 if self._kind(node) == "Softmax2d" else None)
+        if not isinstance(dim, int) or dim % facts.ids.ndim in self._varies(source):
+            return "normalises over the batch"
         self._channelwise(node, source, facts.vary())
-        if dim % facts.ids.ndim == facts.ids.ndim - 1 and "log" not in self._kind(node).lower():
+        if facts.ids.shape[dim] > 1:
+            self._counted(node, source, (dim % facts.ids.ndim,))
+        elif dim % facts.ids.ndim == facts.ids.ndim - 1 and "log" not in self._kind(node).lower():
             self.averages.add(node)
         return None

@@ -185,6 +185,13 @@ def shared_tensors(module: fx.GraphModule) -> dict[Use, list[Use]]:
     return {use: several for several in uses.values() if len(several) > 1 for use in several}
 
 
+def for_heads(a: npt.NDArray[Any], heads: Sequence[int], times: int = 1) -> npt.NDArray[Any]:
+    """An array of channels [..., tokens, channels] as if it were copied for the heads [...] that share it: `times`
+    along the last of them, and along those where it has one. Raises ValueError where the two do not line up."""
+    a = np.repeat(a, times, -3) if times > 1 and a.shape[-3] > 1 else a
+    return np.broadcast_to(a, (*heads, *a.shape[-2:]))
+
+
 class Tracker:
     """The state of tracking, and what every rule needs of it. A rule takes a node and returns None or the reason why
     it leaves what the node touches whole."""
@@ -221,6 +228,8 @@ class Tracker:
         self.readers: dict[fx.Node, Callable[[Bools], list[Reading]]] = {}
         # Data movement that does to the remaining channels what it does to all.
         self.moves: dict[fx.Node, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {}
+        # Reductions over channels: the dimensions of the source along which one is left for each row.
+        self.rows: dict[fx.Node, list[int]] = {}
         # split, chunk, unbind: source, positions per part.
         self.parts: dict[fx.Node, tuple[fx.Node, list[Ints]]] = {}
         # Integers computed from shapes: ids of the dimensions that they come from.
@@ -233,6 +242,7 @@ class Tracker:
         # Additions with ids of their own -> the edges to those of their operands.
         self.sums: dict[fx.Node, tuple[tuple[Ints, Ints], tuple[Ints, Ints]]] = {}
         self.locks: list[tuple[Ints, str]] = []
+        self.hints: list[tuple[Ints, str]] = []
         # What the rule of a node added to these two; of the locks those that say what a tensor is, whoever reads it.
         self.spans: dict[fx.Node, tuple[slice, slice]] = {}
         self.lasting: set[int] = set()
@@ -268,6 +278,32 @@ class Tracker:
         if lasting:
             self.lasting.add(len(self.locks))
         self.locks.append((ids.reshape(-1), reason))
+
+    def _hint(self, ids: Ints, reason: str) -> None:
+        """Why channels may have to stay, for those that do and of which nothing else says it."""
+        if ids.size:
+            self.hints.append((ids.reshape(-1), reason))
+
+    def _keep_along(self, ids: Ints, dims: Iterable[int], reason: str) -> None:
+        """Along these dimensions all channels stay; where they lie along others too, all of a row stay or all go."""
+        rows = [d for d in axes_of(ids) if d not in set(dims)]
+        if not rows:
+            self._lock(ids, reason)
+        elif len(rows) < len(axes_of(ids)):
+            per = by_rows(ids, rows)
+            self.edges.append((np.broadcast_to(per[:, :1], per.shape), per))
+            self._hint(ids, reason)
+
+    def _counted(self, node: fx.Node, source: fx.Node, dims: Sequence[int]) -> None:
+        """`node` normalises over all channels of `source` along these dimensions: they all stay, or all of a row go."""
+        ids = self.facts[source].ids
+        self._keep_along(ids, dims, f"{title(node)} normalises over all channels")
+
+        def read(need: Bools) -> list[Reading]:
+            rows = need.any(tuple(d for d in dims if ids.shape[d] > 1), keepdims=True)
+            return [(source, np.broadcast_to(rows, ids.shape), None)]
+
+        self.readers[node] = read
 
     def _tie(self, ids: Iterable[Ints]) -> None:
         """The ids of several arrays of one shape go together, position by position."""
