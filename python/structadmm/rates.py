@@ -77,8 +77,8 @@ def plan_for(
     weights, macs: keep this share of the weights, or of the multiply-adds, of all convolutions and linear layers. With
     filters this is what compact leaves, input channels that go with them included (an estimate: a filter that stays for
     a constant, or for rows or conv groups of one size, makes it more). With other structures it is what Plan.resolve
-    counts: masks, of which compact removes more where they leave channels without a reader. speedup: run so many times faster
-    than the dense network at the batch size of `example`, both by optimize: the result is a LatencyPlan, whose
+    counts: masks, of which compact removes more where they leave channels without a reader. speedup: run so many times
+    faster than the dense network at the batch size of `example`, both by optimize: the result is a LatencyPlan, whose
     `prediction` prints; measure_speedup measures what became of it.
 
     A plan for a speed-up is tried in planning, on a copy pruned one-shot: what is found corrects the latency table, and
@@ -92,8 +92,8 @@ def plan_for(
     coupled filters) is projected at a few rates by itself, and the rates are those for which the sum of the drops is
     the least that meets the target. Without it, a speed-up, and all that filters save, is bought with the least sum of
     the energy that goes (sum of squares of the groups that go over the layer's); and weights or macs by other
-    structures with one threshold for the whole network on the norm of a group, relative to the root mean square of its layer's:
-    layers whose groups differ most lose most.
+    structures with one threshold for the whole network on the norm of a group, relative to the root mean square of its
+    layer's: layers whose groups differ most lose most.
 
     block: of block_column. max_rate: the largest rate of a layer. skip: name patterns left alone, beside the first
     convolution and the classifier. round_to: layers keep a multiple of so many groups, or all. Filters that go together
