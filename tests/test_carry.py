@@ -164,3 +164,84 @@ def test_what_is_not_compacted_is_refused() -> None:
     small = sa.compact(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
     with pytest.raises(CompactError, match="none of the parameters of model"):
         sa.carry_state(torch.optim.SGD(net().parameters(), 0.1), model, small)
+
+
+@pytest.mark.parametrize("kind", ["plain", "averaged"])
+def test_averages_compute_what_they_did(kind: str) -> None:
+    """Constants that compact moved into biases and means are moved in copies of the values too."""
+    conv = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Sigmoid(), nn.Conv2d(8, 6, 3, bias=False)]
+    model = nn.Sequential(*conv, nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4))
+    randomise(model.double(), 0.0, 0).eval()
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    small = sa.compact(model, x, columns="never")
+    source = model.state_dict()
+    if kind == "averaged":
+        source = torch.optim.swa_utils.AveragedModel(model).state_dict()
+    average = copy.deepcopy(small)
+    average.load_state_dict(sa.carry_tensors(source, small, folded=True))
+    assert (average(x) - model(x)).abs().max() < 1e-12
+    means = [
+        name for name, t in sa.carry_tensors(source, small).items() if not torch.equal(t, small.state_dict()[name])
+    ]
+    assert means == ["4.running_mean"]
+
+
+def test_names_and_shapes_that_do_not_fit() -> None:
+    small = sa.compact(net(), torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(CompactError, match="tensors got 'nothing', wanted names"):
+        sa.carry_tensors({"nothing": torch.ones(2)}, small)
+    with pytest.raises(CompactError, match=r"0\.weight got shape \(3,\), wanted that of the tensor before"):
+        sa.carry_tensors({"0.weight": torch.ones(3)}, small)
+    other = nn.Linear(2, 2)
+    with pytest.raises(CompactError, match="model got none of the trained parameters of small"):
+        sa.carry_state(torch.optim.SGD(other.parameters(), 0.1), other, small)
+    other = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(CompactError, match=r"model: 0\.weight got shape \(2, 2\)"):
+        sa.carry_state(torch.optim.SGD(other.parameters(), 0.1), other, small)
+
+
+def test_places_of_columns_in_half_precision() -> None:
+    model = randomise(ResNet("A"), 0.5, 3)
+    small = sa.compact(model, torch.randn(2, 3, 12, 12), columns="always")
+    tensors = {n: p.detach() for n, p in model.named_parameters()}
+    before = sa.carry_tensors(tensors, small)
+    after = sa.carry_tensors(tensors, small.bfloat16())
+    assert any(isinstance(m, sa.CompactConv2d) and m.weight.numel() > 256 for m in small.modules())
+    assert all(torch.equal(t, before[n]) for n, t in after.items())
+
+
+def test_other_networks_under_the_optimizer_stay() -> None:
+    model, other = net(), nn.Linear(4, 4).double()
+    groups = [{"params": [*other.named_parameters()], "lr": 0.5}, {"params": [*model.named_parameters()]}]
+    optimizer = torch.optim.Adam(groups, 0.1, amsgrad=True)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    other(model(x)).square().sum().backward()
+    optimizer.step()
+    small = sa.compact(net(), x, columns="never")
+    carried = sa.carry_state(optimizer, model, small)
+    assert [g["lr"] for g in carried.param_groups] == [0.5, 0.1]
+    assert carried.param_groups[0]["params"] == [*other.parameters()]
+    assert carried.param_groups[1]["param_names"] == [n for n, _ in small.named_parameters()]
+    mine, theirs = carried.state[other.weight], optimizer.state[other.weight]
+    assert torch.equal(mine["exp_avg"], theirs["exp_avg"]) and mine["exp_avg"] is not theirs["exp_avg"]
+    assert "max_exp_avg_sq" in carried.state[small.get_parameter("0.weight")]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.LBFGS])
+def test_state_of_other_shapes_is_refused(kind) -> None:
+    model = net()
+    optimizer = kind(model.parameters())
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    small = sa.compact(model, x, columns="never")
+    optimizer.step(closure)
+    with pytest.raises(CompactError, match="this optimizer's state can't be carried over"):
+        sa.carry_state(optimizer, model, small)

@@ -172,3 +172,37 @@ def test_masks_of_traffic_that_let_all_pass() -> None:
     masks["2"]["_input_0"][3] = 0
     with pytest.raises(PlanError, match=r"2\._input_0 got a mask \(8,\)"):
         import_masks_(net(), masks)
+
+
+def test_formats_that_differ_a_little() -> None:
+    model = net()
+    for inner in ("weight", "weight_mask"):
+        assert set(import_masks_(net(), {"0": {inner: two_filters_gone(), "bias": None}})) == {"0"}
+    with pytest.raises(PlanError, match=r"0\.weight got ndarray, wanted a tensor"):
+        import_masks_(model, {"0": {"weight": two_filters_gone().numpy()}})
+    with pytest.raises(PlanError, match="source got list"):
+        import_masks_(model, [two_filters_gone()])
+    # A buffer of attention that only sounds like a mask, beside those of pruning hooks.
+    hooked = {"0.weight_orig": model[0].weight, "0.weight_mask": two_filters_gone(), "attn_mask": torch.ones(9)}
+    assert set(import_masks_(model, hooked)) == {"0"}
+
+
+def test_checkpoints_wrapped_twice_and_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+            self.head.weight = self.table.weight
+
+    source = net()
+    model = copy.deepcopy(source)
+    with torch.no_grad():
+        source[0].weight[0] = 0
+    load_masked_(model, {f"_orig_mod.module.{n}": t for n, t in source.state_dict().items()})
+    assert torch.equal(model[0].weight, source[0].weight)
+    table = torch.eye(9, 4)
+    tied = Tied()
+    load_masked_(tied, {"table.weight": table})
+    assert torch.equal(tied.head.weight, table)
+    with pytest.raises(PlanError, match="state got list"):
+        load_masked_(model, [1])

@@ -297,3 +297,17 @@ def test_hidden_units_with_given_states_stay() -> None:
             p.unflatten(0, (-1, 8))[:, 2] *= 1e-3
     report = report_of(sa.purify(model, torch.randn(4, 5, 6, dtype=torch.float64), structures=("filter",)))
     assert not report.dropped
+
+
+def test_arguments_that_are_refused() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)), torch.randn(1, 3, 4, 4)
+    for arguments, message in (
+        ({"trials": 0}, "trials got 0, wanted an integer of at least 1"),
+        ({"block": 0}, "block got 0, wanted"),
+        ({"evaluate": 3}, "evaluate got int, wanted a function"),
+        ({"evaluate": lambda m: None}, "evaluate got NoneType, wanted a function that returns a number"),
+    ):
+        with pytest.raises(CompactError, match=message):
+            sa.purify(model, x, **{"evaluate": lambda m: 1.0, **arguments})
+    with pytest.raises(CompactError, match="weight got device meta, wanted values"):
+        sa.purify(model.to("meta"), x.to("meta"))

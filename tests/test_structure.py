@@ -78,16 +78,18 @@ def test_what_is_pruned_together_is_removed() -> None:
 def test_coupled_layers_are_planned_alike() -> None:
     model = ResNet("B")
     rules = [{"match": "layer1.1.conv2", "structure": "filter", "rate": 0.25}]
-    rules += [{"match": "*", "structure": "filter", "rate": 0.5}]
+    rules += [{"match": m, "structure": "filter", "rate": 0.5} for m in ("conv1", "*")]
     plan = sa.Plan.from_dict({"rule": rules})
     sets = sa.coupled_layers(model, images(2))
     with pytest.raises(PlanError, match=r"layer1\.1\.downsample\.0' got 8 filters kept, wanted one constraint"):
         sa.ADMM(model, plan, coupled=sets)
     with pytest.raises(PlanError, match="columns kept, wanted one constraint on filters"):
-        sa.ADMM(model, sa.Plan.uniform(model, "column", 0.5), coupled=sets)
+        sa.ADMM(model, sa.Plan.uniform(model, "column", 0.5), coupled=sets[1:])
+    with pytest.raises(PlanError, match="coupled layer 'conv1' got no constraint, wanted the one of 'layer1"):
+        sa.ADMM(model, sa.Plan.uniform(model, "filter", 0.5), coupled=sets)
 
 
-@pytest.mark.parametrize("structure", ["filter", "column", "block_column"])
+@pytest.mark.parametrize("structure", ["column", "block_column"])
 @pytest.mark.parametrize(("key", "share"), [("weights", 0.3), ("macs", 0.5)])
 def test_rates_meet_a_target(structure: str, key: str, share: float) -> None:
     model = randomise(ResNet("B", width=16), 0.0, 1)
@@ -101,6 +103,28 @@ def test_rates_meet_a_target(structure: str, key: str, share: float) -> None:
     rates = {la.name: 1 - la.density for la in resolved}
     assert rates["layer1.1.conv1"] == max(rates.values()) <= 0.95 + 1e-6
     assert "conv1" not in rates and "fc" not in rates
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("key", ["weights", "macs"])
+def test_what_is_left_of_filters_meets_a_target(key: str, evaluated: bool) -> None:
+    """Input channels that go with the filters before them count; coupled layers have one rate."""
+    model = randomise(ResNet("B", width=16), 0.0, 1)
+    with torch.no_grad():  # constants, which could keep a filter
+        for m in model.modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.running_mean.zero_()
+                m.bias.zero_()
+    evaluate = (lambda m: -float((m.layer1[1].conv1.weight == 0).sum())) if evaluated else None
+    plan = sa.plan_for(model, images(1), "filter", **{key: 0.5}, evaluate=evaluate)
+    sa.ADMM(model, plan, coupled=sa.coupled_layers(model, images(1))).harden_()
+    report = sa.compact(model, images(1), columns="never").report
+    left = getattr(report, f"{key}_after") / getattr(report, f"{key}_before")
+    assert 0.45 < left <= 0.5
+    for layer in plan.resolve(model):
+        assert model.get_submodule(layer.name).weight.flatten(1).any(1).sum() == layer.constraints[0].keep
+        row = next(r for r in report.layers if r.name == layer.name)
+        assert row.shape_after[0] == layer.constraints[0].keep, "what is pruned is removed"
 
 
 def test_targets_out_of_reach_are_refused() -> None:

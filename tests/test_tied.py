@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -628,3 +630,65 @@ def test_what_stays_whole_says_why() -> None:
     found = whole(Formed())
     assert found["conv"] == "its weight is tied to other, which takes it for weights of another form"
     assert found["other"] == "its weight is tied to conv, which takes it for weights of another form"
+
+
+class Foreign(nn.Module):
+    """A layer by a class of its own."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dim() == 4:
+            return F.conv2d(x, self.weight, self.bias, padding=1)
+        return F.linear(x, self.weight, self.bias)
+
+
+# Ways to say the product with an embedding's weight.
+HEADS = {
+    "linear": lambda h, w, b: F.linear(h, w),
+    "linear with a bias": lambda h, w, b: F.linear(h, w, b),
+    "t": lambda h, w, b: h @ w.t(),
+    "T": lambda h, w, b: torch.matmul(h, w.T) + b,
+    "mT": lambda h, w, b: h @ w.mT,
+    "transpose": lambda h, w, b: h.matmul(w.transpose(0, -1)),
+    "permute": lambda h, w, b: h @ w.permute(1, 0),
+}
+
+
+@pytest.mark.parametrize("via", [None, "export"])
+@pytest.mark.parametrize("how", HEADS)
+def test_heads_that_are_the_embedding(how: str, via: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        h = m.embed(x)
+        return HEADS[how](h + m.back(F.relu(m.hidden(h))), m.embed.weight, m.shift)
+
+    shift = nn.Parameter(torch.ones(23))
+    parts = {"embed": nn.Embedding(23, 12), "hidden": nn.Linear(12, 9), "back": Foreign(12, 9), "shift": shift}
+    model: Any = filled(Custom(function, **parts))
+    with torch.no_grad():
+        model.embed.weight[:, :4] = 0
+        model.back.weight[:4], model.back.bias[:4] = 0, 0
+        model.hidden.weight[7:], model.hidden.bias[7:] = 0, 0
+    module: Any = importlib.import_module("structadmm.compact")
+    monkeypatch.setattr(module, "trace", partial(module.trace, via=via))
+    small = sa.compact(model, words(2))
+    agree(model, small, words(3), 1e-10)
+    assert small.embed.weight.shape == (23, 8) and small.embed_linear.weight is small.embed.weight
+    assert type(small.back) is nn.Linear and small.back.weight.shape == (8, 7) and small.hidden.weight.shape == (7, 8)
+    assert small.report.whole == {}
+    optimizer = sa.carry_state(torch.optim.Adam(model.parameters()), model, small)
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in small.parameters()}
+
+
+def test_a_convolution_by_another_class() -> None:
+    model: Any = filled(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Foreign(6, 8, 3, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    )
+    with torch.no_grad():
+        model[0].weight[:3], model[0].bias[:3] = 0, 0
+        model[2].weight[:, 5:] = 0
+    small = sa.compact(model, maps(2), columns="never")
+    agree(model, small, maps(3), 1e-10)
+    assert small.get_submodule("2").weight.shape == (6, 2, 3, 3) and small.report.whole == {}

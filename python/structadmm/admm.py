@@ -87,8 +87,9 @@ class ADMM:
     rho: a number or a Schedule. A rule's own rho is that layer's first rho; it then follows the schedule in proportion.
     masks: weights that are zero already, from the former progressive round: Z stays zero there, and a layer that meets
     its constraints already is finished: its rho is 0. The weights themselves are held by masks.hold(optimizer).
-    coupled: sets of layers whose filters are kept or removed together (structure.coupled_layers finds them); those
-    of a set that are planned have one constraint, on filters, of one size. abs_tol, rel_tol: of the stopping rule.
+    coupled: sets of layers whose filters are kept or removed together (structure.coupled_layers finds them); either
+    none of a set is planned, or all are, each with one constraint, on filters, of one size. abs_tol,
+    rel_tol: of the stopping rule.
     Z and U are f32 in the weight's memory layout, and follow it when the model moves to another device; the weights
     are f32, bf16 or f16. The start is Z = Proj(W), U = 0.
 
@@ -319,6 +320,12 @@ class ADMM:
         member: dict[str, tuple[str, ...]] = {}
         for names in coupled:
             unit = tuple(name for name in names if name in self._layers)
+            if unit and len(unit) < len(names):
+                alone = next(name for name in names if name not in self._layers)
+                raise PlanError(
+                    f"ADMM: coupled layer {alone!r} got no constraint, wanted the one of {unit[0]!r}, whose filters "
+                    f"can only go with its own, or both left alone"
+                )
             for name in unit:
                 wanted = [(c.structure, c.keep) for c in self._layers[unit[0]].plan.constraints]
                 got = [(c.structure, c.keep) for c in self._layers[name].plan.constraints]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from .analysis import Analysis
+from .carry import tensors_of
 from .copies import clone, hollow, own
 from .errors import CompactError, TraceError
 from .layout import Layouts, settle
 from .nn import CompactConv2d, CompactLinear
 from .paths import assert_same, check_weights, fold, remarks_text, render, tolerance_for
 from .recurrent import RECURRENT, matrices
-from .rewrite import cut, edit_graph
+from .rewrite import Kept, cut, edit_graph
 from .symbolic import first_line
 from .trace import Shape, Traced, as_inputs, rebatch, trace
 from .tracking import attribute
@@ -177,6 +178,8 @@ def compact(
     dense = hollow(traced.module)
 
     small = traced.module
+    before = {name: t.detach() for name, t in small.named_parameters(remove_duplicate=False)}  # the model's memory
+    before |= {name: t.clone() for name, t in small.named_buffers()}
     own(small)
     fold(analysis, small)
     kept = cut(layouts)
@@ -186,6 +189,7 @@ def compact(
     small.delete_all_unused_submodules()
     _drop_unread(small)
     small.recompile()
+    folded = _folded(before, small, kept)
     positions = _positions(traced)
     if columns != "never":
         _compact_columns(small, positions, _origins(layouts), columns == "always")
@@ -217,8 +221,20 @@ def compact(
         "inputs": [((None, *t.shape[1:]), t.dtype) for t in traced.inputs],
         "original": _original(model) or dense,
         "kept": kept,  # for carry_state
+        "folded": folded,
     }
     return small
+
+
+def _folded(before: Mapping[str, Tensor], small: nn.Module, kept: dict[str, Kept]) -> dict[str, Tensor]:
+    """What compact added to the values that stay, by name: constants in biases and means, merged channels' weights."""
+    out = {}
+    for name, now in tensors_of(small):
+        if name in before and now.is_floating_point():
+            was = kept[name].take(before[name]) if name in kept else before[name]
+            if was.shape == now.shape and not torch.equal(was, now):
+                out[name] = now.detach() - was
+    return out
 
 
 def _drop_unread(small: fx.GraphModule) -> None:

@@ -29,7 +29,14 @@ def _flat(source: Mapping[str, Any]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, value in source.items():
         if isinstance(value, Mapping):
-            masks = {inner: t for inner, t in value.items() if isinstance(t, Tensor)}
+            masks = {}
+            for inner, t in value.items():
+                if not isinstance(t, Tensor) and t is not None:
+                    raise PlanError(
+                        f"import_masks_: {name}.{inner} got {type(t).__name__}, wanted a tensor of zeros and ones"
+                    )
+                if t is not None:
+                    masks[inner.removesuffix("_mask")] = t
             # NNI can mask what goes in and out of a layer too; such a mask that lets everything pass says nothing.
             passing = {i for i, t in masks.items() if i.startswith(_TRAFFIC) and bool((t == 1).all())}
             out.update({f"{name}.{inner}": t for inner, t in masks.items() if inner not in passing})
@@ -59,8 +66,13 @@ def import_masks_(model: nn.Module, source: Mapping[str, Any]) -> Masks:
     state dict that has `*_mask` entries (others are ignored then). None stands for no mask. Raises PlanError for a mask
     that fits no parameter, or whose values are others, and before anything is changed.
     """
+    if not isinstance(source, Mapping):
+        raise PlanError(f"import_masks_: source got {type(source).__name__}, wanted masks by name")
     if any(name.endswith("_mask") for name in source):
-        source = {name: value for name, value in source.items() if name.endswith("_mask")}
+        # Beside the masks of pruning hooks a state dict may have others, such as those of attention.
+        hooked = {name for name in source if f"{name.removesuffix('_mask')}_orig" in source}
+        masks = [name for name in source if name.endswith("_mask") and (not hooked or name in hooked)]
+        source = {name: source[name] for name in masks}
     found: dict[str, Tensor] = {}
     for name, mask in _flat(source).items():
         target = _named(model, name, mask)
@@ -83,8 +95,11 @@ def load_masked_(model: nn.Module, state: Mapping[str, Tensor]) -> Masks:
     """Load a checkpoint of a masked model into a plain one, in place; the pattern of zeros of its layers.
 
     state: a state dict, also of a model under torch.nn.utils.prune (`weight_orig` times `weight_mask` is the weight)
-    or wrapped (`module.`). Raises PlanError where names or shapes are not those of the model.
+    or wrapped (`module.`, `_orig_mod.`, `model.`, also one in the other).
+    Raises PlanError where names or shapes are not those of the model.
     """
+    if not isinstance(state, Mapping):
+        raise PlanError(f"load_masked_: state got {type(state).__name__}, wanted a state dict")
     plain: dict[str, Tensor] = {}
     for name, t in state.items():
         if name.endswith("_orig") and f"{name[:-5]}_mask" in state:
@@ -92,9 +107,17 @@ def load_masked_(model: nn.Module, state: Mapping[str, Tensor]) -> Masks:
         elif not (name.endswith("_mask") and f"{name[:-5]}_orig" in state):
             plain[name] = t
     wanted = model.state_dict()
-    for prefix in _PREFIXES:
-        if not set(plain) & set(wanted) and all(n.startswith(prefix) for n in plain):
-            plain = {n[len(prefix) :]: t for n, t in plain.items()}
+    while not set(plain) & set(wanted):
+        prefix = next((p for p in _PREFIXES if plain and all(n.startswith(p) for n in plain)), None)
+        if prefix is None:
+            break
+        plain = {n[len(prefix) :]: t for n, t in plain.items()}
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    for tied in names.values():  # a checkpoint may have one of them only
+        saved = next((n for n in tied if n in plain), None)
+        plain |= {n: plain[saved] for n in tied if n not in plain} if saved is not None else {}
     missing = sorted(n for n in set(plain) ^ set(wanted) if not n.endswith("num_batches_tracked"))
     if missing:
         side = "no tensor of the model" if missing[0] in plain else "nothing in the checkpoint"

@@ -112,8 +112,10 @@ def remarks_text(notes: Mapping[str, Mapping[str, int]], whole: Mapping[str, str
 
 
 def check_weights(model: nn.Module, who: str) -> None:
-    """Raises CompactError when a parameter or buffer is not finite, naming it."""
+    """Raises CompactError when a parameter or buffer is not finite or has no values (meta), naming it."""
     for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if t.is_meta:
+            raise CompactError(f"{who}: {name} got device meta, wanted values to look at")
         if t.is_floating_point() and not torch.isfinite(t).all():
             raise CompactError(f"{who}: {name} got NaN or infinite values, wanted finite ones")
 

@@ -60,17 +60,27 @@ def _instance_norm(owner: Any, a: dict[str, Any]) -> nn.Module | None:
     return cls(owner.num_features, a["eps"], owner.momentum, a["weight"] is not None, a["running_mean"] is not None)
 
 
+def _is_layer(owner: Any, cls: type[nn.Module], dims: int) -> bool:
+    """Whether a module is a layer of this kind, be it by a class that is not torch's: it has a weight of so many
+    dimensions, perhaps a bias, and nothing else."""
+    foreign = not type(owner).__module__.startswith("torch.") and not owner._modules and not owner._buffers
+    weight = owner._parameters.get("weight")
+    named = foreign and set(owner._parameters) <= {"weight", "bias"} and weight is not None
+    return isinstance(owner, cls) or bool(named and weight.dim() == dims)
+
+
 def _linear(owner: Any, a: dict[str, Any]) -> nn.Module | None:
-    if not isinstance(owner, nn.Linear):
+    if not _is_layer(owner, nn.Linear, 2):
         return None
-    return nn.Linear(owner.in_features, owner.out_features, a["bias"] is not None)
+    n_filters, channels = owner.weight.shape
+    return nn.Linear(channels, n_filters, a["bias"] is not None)
 
 
 def _conv(owner: Any, a: dict[str, Any]) -> nn.Module | None:
     cls = _CONVS[a["function"]]
     fields = [a[name] for name in ("stride", "padding", "dilation", "groups")]
     numbers = all(isinstance(v, (int, str)) or all(isinstance(i, int) for i in v) for v in fields)
-    if not isinstance(owner, cls) or not numbers:
+    if not _is_layer(owner, cls, int(cls.__name__[-2]) + 2) or not numbers:
         return None
     weight: Any = owner.weight
     make: Any = cls
@@ -110,6 +120,7 @@ def in_plain_terms(root: nn.Module, *graphs: fx.Graph) -> None:
             if node.op in ("call_function", "call_method") and node.target in _REWRITES:
                 _REWRITES[node.target](graph, node)
     _zeros_in_parameters(root, graphs)
+    _tied_heads(root, graphs)
     _computed_biases(root, graphs)
     _modules_for_functions(root, graphs)
     own: dict[nn.Module, nn.Module] = {}
@@ -258,6 +269,70 @@ def _zeros_in_parameters(root: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
                     user.replace_input_with(copied, new)
             graph.erase_node(node)
             graph.erase_node(part)
+
+
+def _tied_heads(root: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
+    """A product with the weight of an embedding, said as a function or with @, is a linear layer beside the embedding
+    that shares the weight."""
+    made: dict[str, str] = {}
+    for graph in graphs:
+        for node in list(graph.nodes):
+            found = _product(node)
+            if found is None:
+                continue
+            x, weight, bias = found
+            path, _, name = str(weight.target).rpartition(".")
+            embedding = root.get_submodule(path)
+            if type(embedding) is not nn.Embedding or name != "weight":
+                continue
+            if path not in made:
+                parent, _, last = path.rpartition(".")
+                owner, new = root.get_submodule(parent), f"{last}_linear"
+                while hasattr(owner, new):
+                    new += "_"
+                with torch.device("meta"):
+                    head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
+                head.weight = embedding.weight
+                owner.add_module(new, head.train(embedding.training))
+                made[path] = f"{parent}.{new}" if parent else new
+            with graph.inserting_before(node):
+                called = graph.call_module(made[path], (x,))
+                called.meta = dict(node.meta)
+                if bias is not None:
+                    called = graph.call_function(operator.add, (called, bias))
+            _swap(graph, node, called)
+
+
+def _product(node: fx.Node) -> tuple[fx.Node, fx.Node, Any] | None:
+    """Input, weight and bias of x @ weight.T + bias, where the weight is a parameter."""
+    args: Any = node.args
+    if node.op == "call_function" and node.target is F.linear:
+        a = _arguments(node)
+        x, weight, bias = (a["input"], a["weight"], a["bias"]) if a else (None, None, None)
+    elif node.target in (torch.matmul, operator.matmul, "matmul") and len(args) == 2 and not node.kwargs:
+        x, turned = args
+        if not isinstance(turned, fx.Node) or not _swaps_axes(turned):
+            return None
+        weight, bias = turned.args[0], None
+    else:
+        return None
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return None
+    return x, weight, bias
+
+
+def _swaps_axes(node: fx.Node) -> bool:
+    """Whether a node transposes a matrix."""
+    target: Any = node.target
+    rest: Any = node.args[1:]
+    if target is getattr:
+        return rest[0] in ("T", "mT")
+    name = str(target if isinstance(target, str) else target.__name__)
+    if name in ("transpose", "swapaxes"):
+        return len(rest) == 2 and {d % 2 for d in rest} == {0, 1}
+    if name == "permute":
+        return tuple(rest[0] if len(rest) == 1 else rest) == (1, 0)
+    return name in ("t", "numpy_T.default") and not rest
 
 
 def _computed_biases(root: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:

@@ -129,6 +129,11 @@ def purify(
     unknown = [s for s in structures if s not in STRUCTURES]
     if unknown:
         raise CompactError(f"{who}: structures got {unknown[0]!r}, wanted some of {', '.join(STRUCTURES)}")
+    for name, count, least in (("trials", trials, 1), ("block", block, 1)):
+        if type(count) is not int or count < least:
+            raise CompactError(f"{who}: {name} got {count!r}, wanted an integer of at least {least}")
+    if evaluate is not None and not callable(evaluate):
+        raise CompactError(f"{who}: evaluate got {type(evaluate).__name__}, wanted a function of a model")
     check_weights(model, who)
     before = zeros_of(clone(model))
     analysis = Analysis(trace(model, example, who, share=True), create_bias=False, elide=False)
@@ -180,7 +185,13 @@ def _dropped(groups: list[_Groups], scale: float) -> dict[str, dict[str, int]]:
 
 
 def _score(evaluate: Callable[[nn.Module], float], candidate: nn.Module) -> float:
-    score = float(evaluate(candidate.eval()))
+    found = evaluate(candidate.eval())
+    try:
+        score = float(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise CompactError(
+            f"purify: evaluate got {type(found).__name__}, wanted a function that returns a number"
+        ) from None
     if not math.isfinite(score):
         raise CompactError(f"purify: evaluate got {score}, wanted a function that returns a finite number")
     return score

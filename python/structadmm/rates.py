@@ -36,6 +36,7 @@ from .latency import (
     approach,
     latency_table,
 )
+from .layers import layer_table
 from .masks import weight_of
 from .plan import LayerPlan, Plan, ResolvedPlan, Rule, Spec
 from .structure import Reads, filter_sets
@@ -73,10 +74,12 @@ def plan_for(
 ) -> Plan:
     """A plan with a rate for every layer that meets one target.
 
-    weights, macs: keep this share of all weights, or of multiply-adds. What is counted is what Plan.resolve counts:
-    masks, not what compact makes of them (with filters it removes more). speedup: run so many times faster than the
-    dense network at the batch size of `example`, both by optimize: the result is a LatencyPlan, whose `prediction`
-    prints; measure_speedup measures what became of it.
+    weights, macs: keep this share of the weights, or of the multiply-adds, of all convolutions and linear layers. With
+    filters this is what compact leaves, input channels that go with them included (an estimate: a filter that stays for
+    a constant, or for rows or conv groups of one size, makes it more). With other structures it is what Plan.resolve
+    counts: masks, of which compact removes more where they leave channels without a reader. speedup: run so many times
+    faster than the dense network at the batch size of `example`, both by optimize: the result is a LatencyPlan, whose
+    `prediction` prints; measure_speedup measures what became of it.
 
     A plan for a speed-up is tried in planning, on a copy pruned one-shot: what is found corrects the latency table, and
     rates are chosen anew, at most `trials` times. The result is the plan of least cost among those tried that came to
@@ -87,14 +90,14 @@ def plan_for(
 
     evaluate: accuracy on held-out data of a model in eval mode, larger is better. With it, each layer (or set of
     coupled filters) is projected at a few rates by itself, and the rates are those for which the sum of the drops is
-    the least that meets the target. Without it, a speed-up is bought with the least sum of the energy that goes (sum of
-    squares of the groups that go over the layer's); and weights or macs with one threshold for the whole network on the
-    norm of a group, relative to the root mean square of its layer's: layers whose groups differ most lose most.
+    the least that meets the target. Without it, a speed-up, and all that filters save, is bought with the least sum of
+    the energy that goes (sum of squares of the groups that go over the layer's); and weights or macs by other
+    structures with one threshold for the whole network on the norm of a group, relative to the root mean square of its
+    layer's: layers whose groups differ most lose most.
 
     block: of block_column. max_rate: the largest rate of a layer. skip: name patterns left alone, beside the first
     convolution and the classifier. round_to: layers keep a multiple of so many groups, or all. Filters that go together
-    (coupled_layers) get one rate, and none where one of their layers is left alone, but for the threshold, which knows
-    no sets.
+    (coupled_layers) get one rate, and none where one of their layers is left alone or where they can't go at all.
     dtype, threads: as for optimize. budget: seconds to measure for, about. The latency table is kept on this machine,
     so a second call only tries. table: one from elsewhere, such as an earlier plan's `prediction.table`; then nothing
     is measured nor tried. progress: tell
@@ -120,9 +123,12 @@ def plan_for(
         raise PlanError(f"{_WHO}: structure got 'element' for a speed-up, wanted one that the kernels are made for")
     if type(round_to) is not int or round_to < 1:
         raise PlanError(f"{_WHO}: round_to got {round_to!r}, wanted an integer of at least 1")
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise PlanError(f"{_WHO}: {name} got device meta, wanted values to look at")
     left_alone = tuple(Rule(pattern, skip="skipped on request") for pattern in skip)
     base = Plan((*left_alone, Rule("*", (Spec(structure, 0.5, block),)))).resolve(model, example)
-    if key != "speedup" and evaluate is None and round_to == 1:
+    if key != "speedup" and evaluate is None and round_to == 1 and structure != "filter":
         return _by_threshold(model, example, base, left_alone, Spec(structure, 0.5, block), key, target, max_rate)
 
     sets = _Sets(model, example, base, Spec(structure, 0.5, block), max_rate, round_to)
@@ -130,7 +136,10 @@ def plan_for(
     if evaluate is not None:
         costs = sets.drops(model, evaluate, costs)
     if key != "speedup":
-        choice = sets.allocate_share(costs, base, key, target)
+        if structure == "filter":
+            choice = sets.allocate_left(costs, base, _sizes(model, example, key), key, target)
+        else:
+            choice = sets.allocate_share(costs, base, key, target)
         return Plan((*left_alone, *sets.rules(choice)))
     if type(trials) is not int or trials < 0:
         raise PlanError(f"{_WHO}: trials got {trials!r}, wanted an integer of at least 0")
@@ -412,6 +421,21 @@ class _Sets:
             raise _out_of_reach(key, target, least, self.max_rate)
         return choice
 
+    def allocate_left(
+        self, costs: Sequence[Floats], base: ResolvedPlan, sizes: Mapping[str, int], key: str, target: float
+    ) -> list[int]:
+        """Choices with which the layers keep `target` of all weights or multiply-adds once channels went with filters.
+
+        sizes: layer -> weights or multiply-adds."""
+        total = base.totals()[key]
+        assert total is not None
+        fixed = total - sum(sizes.get(n, 0) for n in self.layers)
+        left = _Sum(self, lambda name, share: sizes.get(name, 0) * share)
+        choice = descend(costs, left, target * total - fixed)
+        if choice is None:
+            raise _out_of_reach(key, target, (fixed + left(self.last)) / total, self.max_rate)
+        return choice
+
     @property
     def last(self) -> list[int]:
         """As much as may go of every set."""
@@ -424,7 +448,7 @@ class _Sets:
         """Choices whose predicted time is the baseline's over `target`; None where the table has none."""
         limit = table.baseline / target
         if any(len(self.depends(n)) > 1 for n in self.layers):
-            return descend(costs, _Time(self, table), limit)
+            return descend(costs, _Sum(self, table.at), limit)
         # Each layer's time depends on its own choice alone.
         zero = [0] * len(self.kept)
         expenses = []
@@ -457,11 +481,11 @@ class _Sets:
         return Prediction(target, sum(r.after for r in rows), drop, evaluated, tuple(rows), table, tried)
 
 
-class _Time:
-    """Predicted seconds of a choice; a layer's are kept by the choices that they depend on."""
+class _Sum:
+    """What the layers spend with a choice, value(layer, share) each; kept by the choices that it depends on."""
 
-    def __init__(self, sets: _Sets, table: LatencyTable) -> None:
-        self.sets, self.table = sets, table
+    def __init__(self, sets: _Sets, value: Callable[[str, float], float]) -> None:
+        self.sets, self.value = sets, value
         self.known: dict[tuple[Any, ...], float] = {}
         self.depends = {n: sets.depends(n) for n in sets.layers}
 
@@ -471,9 +495,14 @@ class _Time:
             key = (name, *(choice[s] for s in on))
             t = self.known.get(key)
             if t is None:
-                t = self.known[key] = self.table.at(name, self.sets.share(name, choice))
+                t = self.known[key] = self.value(name, self.sets.share(name, choice))
             total += t
         return total
+
+
+def _sizes(model: nn.Module, example: Any, key: str) -> dict[str, int]:
+    """Weights or multiply-adds of each convolution and linear layer that runs."""
+    return {row.name: getattr(row, key) for row in layer_table(model, example)}
 
 
 def _density(layer: LayerPlan, c: Constraint) -> float:
