@@ -1099,6 +1099,36 @@ def test_a_comparison_that_rounding_decides_is_not_constant() -> None:
     assert weight(small, "0")[0] == 7
 
 
+class OwnNorm(nn.Module):
+    """A norm of the user's around a function of torch."""
+
+    def __init__(self, how: str, c: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.how = nn.Parameter(torch.ones(c)), nn.Parameter(torch.zeros(c)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "groups":
+            return F.group_norm(x, 4, self.weight, self.bias, 1e-5)
+        return F.rms_norm(x.movedim(1, -1), self.weight.shape, self.weight).movedim(-1, 1) + self.bias[:, None, None]
+
+
+class OwnInstanceNorm(nn.InstanceNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.instance_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
+
+
+@VIAS
+@pytest.mark.parametrize("how, left", [("groups", 6), ("rms", 8), ("instance", 5)])
+def test_norms_of_the_users_around_functions(how: str, left: int, via: str) -> None:
+    norm = OwnInstanceNorm(8, affine=True, track_running_stats=True) if how == "instance" else OwnNorm(how, 8)
+    layers = [filled(m) for m in (nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten())]
+    with torch.no_grad():
+        layers[0].weight[:3] = 0
+        layers[0].bias[:3] = 0
+    small, sizes = shrunk(via, maps(2), maps(3), layers)
+    assert sizes == [(left, 3), (4, left)] and small.report.whole == {}
+
+
 # Reasons
 
 
