@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import structadmm as sa
 from networks import ResNet, randomise
@@ -73,6 +76,100 @@ def test_what_is_pruned_together_is_removed() -> None:
     small = sa.compact(model, images(2), columns="never")
     halves = {n: m.out_channels for n, m in small.named_modules() if isinstance(m, torch.nn.Conv2d)}
     assert halves["conv1"] == 4 and all(v == 8 for n, v in halves.items() if n.startswith(("layer1.1", "layer1.2")))
+
+
+class Net(nn.Module):
+    def __init__(self, function: Any, **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.function(self, x)
+        return out
+
+
+def grouped(m: Any, x: Tensor) -> Tensor:
+    return m.last(F.relu(m.b(F.relu(m.a(x)))).mean((2, 3)))
+
+
+def attention(m: Any, x: Tensor) -> Tensor:
+    x = m.a(x.flatten(2).transpose(1, 2))
+    q, k, v = m.qkv(x).view(x.shape[0], -1, 3, 4, 6).permute(2, 0, 3, 1, 4).unbind(0)
+    return m.last(F.relu(m.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))).mean(1)
+
+
+def gated(m: Any, x: Tensor) -> Tensor:
+    return m.last(F.glu(m.a(x.mean((2, 3)))))
+
+
+def shuffled(m: Any, x: Tensor) -> Tensor:
+    y = torch.cat((F.relu(m.a(x)), F.relu(m.b(x))), 1)
+    return m.last(F.relu(m.depthwise(F.channel_shuffle(y, 2))).mean((2, 3)))
+
+
+# What plain filters would not leave: conv groups and heads of one size, rows of q and k that are multiplied, halves of
+# a gate, channels of a concatenation that one layer filters.
+NETWORKS = {
+    "grouped": lambda: Net(grouped, a=nn.Conv2d(3, 16, 3), b=nn.Conv2d(16, 24, 3, groups=4), last=nn.Linear(24, 3)),
+    "attention": lambda: Net(
+        attention, a=nn.Linear(3, 10), qkv=nn.Linear(10, 72), o=nn.Linear(24, 8), last=nn.Linear(8, 3)
+    ),
+    "gated": lambda: Net(gated, a=nn.Linear(3, 24), last=nn.Linear(12, 3)),
+    "shuffled": lambda: Net(
+        shuffled, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(3, 8, 3), depthwise=nn.Conv2d(16, 16, 3, groups=16),
+        last=nn.Linear(16, 3),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.3])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_filters_that_are_pruned_are_removed_whatever_ties_them(name: str, rate: float) -> None:
+    torch.manual_seed(0)
+    model = NETWORKS[name]().eval()
+    with torch.no_grad():  # constants, which could keep a filter
+        for n, p in model.named_parameters():
+            if n.endswith("bias"):
+                p.zero_()
+    x = torch.randn(2, 3, 8, 8)
+    sets = sa.coupled_layers(model, x)
+    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and n != "last"]
+    plan = sa.Plan.from_dict({"rule": [{"match": n, "structure": "filter", "rate": rate} for n in layers]})
+    wanted = {layer.name: layer.constraints[0].keep for layer in plan.resolve(model)}
+
+    def left(coupled: Any) -> tuple[dict[str, tuple[int, int]], bool]:
+        """Filters that are not zero, and those that compact leaves; whether some stay that do nothing."""
+        pruned = copy.deepcopy(model)
+        admm = sa.ADMM(pruned, plan, rho=0.1, coupled=coupled)
+        admm.step()
+        admm.harden_()
+        small = sa.compact(pruned, x, columns="never")
+        out = {}
+        for n in layers:
+            filled = int(pruned.get_submodule(n).weight.flatten(1).any(1).sum())
+            assert filled == int(admm.z(n).flatten(1).any(1).sum()) <= wanted[n]
+            out[n] = (filled, small.get_submodule(n).weight.shape[0])
+        return out, bool(small.report.notes)
+
+    together, idle = left(sets)
+    assert not idle and all(filled == kept for filled, kept in together.values()), "what is pruned is removed, no more"
+    if rate == 0.5:
+        assert {n: kept for n, (_, kept) in together.items()} == wanted
+        assert left(()) != (together, False), "the network shows nothing"
+
+
+def test_filters_of_conv_groups_meet_a_target() -> None:
+    model = NETWORKS["grouped"]().eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        for layer in (model.a, model.b):
+            layer.bias.zero_()  # type: ignore[union-attr, operator]
+    plan = sa.plan_for(model, x, "filter", weights=0.5)
+    sa.ADMM(model, plan, coupled=sa.coupled_layers(model, x)).harden_()
+    report = sa.compact(model, x, columns="never").report
+    assert 0.35 < report.weights_after / report.weights_before <= 0.5
 
 
 def test_coupled_layers_are_planned_alike() -> None:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .constraints import coupled_masks, fits, holds, project_mask, project_update_
+from .constraints import Coupled, coupled_masks, fits, holds, project_mask, project_update_
 from .errors import PlanError
 from .masks import Hold, MaskReport, Masks, weight_of
 from .plan import LayerPlan, Plan, ResolvedPlan
@@ -87,9 +87,9 @@ class ADMM:
     rho: a number or a Schedule. A rule's own rho is that layer's first rho; it then follows the schedule in proportion.
     masks: weights that are zero already, from the former progressive round: Z stays zero there, and a layer that meets
     its constraints already is finished: its rho is 0. The weights themselves are held by masks.hold(optimizer).
-    coupled: sets of layers whose filters are kept or removed together (structure.coupled_layers finds them); either
-    none of a set is planned, or all are, each with one constraint, on filters, of one size. abs_tol,
-    rel_tol: of the stopping rule.
+    coupled: sets of layers whose filters are kept or removed together, as structure.coupled_layers finds them (names
+    alone: filter by filter); either none of a set is planned, or all are, each with one constraint, on filters, of one
+    rate. abs_tol, rel_tol: of the stopping rule.
     Z and U are f32 in the weight's memory layout, and follow it when the model moves to another device; the weights
     are f32, bf16 or f16. The start is Z = Proj(W), U = 0.
 
@@ -191,7 +191,7 @@ class ADMM:
         for unit in self._units:
             for name in unit:
                 self._follow(self._layers[name], self._weight(self._layers[name].plan))
-            if len(unit) > 1:
+            if len(unit) > 1 or unit in self._structured:
                 found.update(zip(unit, self._coupled_masks(unit, with_u=False), strict=True))
                 continue
             layer = self._layers[unit[0]]
@@ -299,7 +299,7 @@ class ADMM:
         sums: dict[str, Tensor] = {}
         for unit in self._units:
             layers = [self._layers[name] for name in unit]
-            if len(unit) == 1:
+            if len(unit) == 1 and unit not in self._structured:
                 layer, lp = layers[0], layers[0].plan
                 w = self._weight(lp).detach()
                 sums[unit[0]] = project_update_(w, layer.z, layer.u, lp.constraints, lp.conv_groups, layer.mask)[1]
@@ -313,11 +313,12 @@ class ADMM:
         ws = [self._weight(layer.plan).detach() for layer in layers]
         us = [layer.u for layer in layers] if with_u else None
         groups, masks = [layer.plan.conv_groups for layer in layers], [layer.mask for layer in layers]
-        return coupled_masks(ws, us, layers[0].plan.constraints[0], groups, masks)
+        return coupled_masks(ws, us, layers[0].plan.constraints[0], groups, masks, self._structured.get(unit))
 
     def _couple(self, coupled: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
         """The planned layers in units that are projected together."""
         member: dict[str, tuple[str, ...]] = {}
+        self._structured: dict[tuple[str, ...], Coupled] = {}
         for names in coupled:
             unit = tuple(name for name in names if name in self._layers)
             if unit and len(unit) < len(names):
@@ -326,15 +327,22 @@ class ADMM:
                     f"ADMM: coupled layer {alone!r} got no constraint, wanted the one of {unit[0]!r}, whose filters "
                     f"can only go with its own, or both left alone"
                 )
+            structured = unit and isinstance(names, Coupled) and not names.plain
             for name in unit:
-                wanted = [(c.structure, c.keep) for c in self._layers[unit[0]].plan.constraints]
-                got = [(c.structure, c.keep) for c in self._layers[name].plan.constraints]
-                if name in member or got != wanted or len(got) != 1 or got[0][0] != "filter":
-                    what = "in two sets" if name in member else " + ".join(f"{k} {s}s kept" for s, k in got)
+                wanted, got = (self._layers[n].plan.constraints for n in (unit[0], name))
+                alike = [c.structure for c in got] == ["filter"] and (
+                    got[0].keep == wanted[0].keep if not structured else math.isclose(got[0].rate, wanted[0].rate)
+                )
+                if name in member or not alike or len(wanted) != 1:
+                    kept = " + ".join(f"{c.keep} {c.structure}s kept" for c in got)
                     raise PlanError(
-                        f"ADMM: coupled layer {name!r} got {what}, wanted one constraint on filters, as {unit[0]!r} has"
+                        f"ADMM: coupled layer {name!r} got {'in two sets' if name in member else kept}, wanted one "
+                        f"constraint on filters, as {unit[0]!r} has"
                     )
                 member[name] = unit
+            if structured:
+                assert isinstance(names, Coupled)
+                self._structured[unit] = names
         return list(dict.fromkeys(member.get(name, (name,)) for name in self._layers))
 
     def _residuals(self, sums: Mapping[str, list[float]]) -> StepReport:

@@ -7,7 +7,7 @@ columns) hold at the same time. Both are sets of masks, so projecting is choosin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -32,6 +32,29 @@ class Constraint:
 
     def __str__(self) -> str:
         return self.structure + (f"({self.block})" if self.structure == "block_column" else "")
+
+
+class Coupled(tuple[str, ...]):
+    """Names of layers whose filters go together.
+
+    classes: layer -> int64 [filters] the class of each filter: classes go as a whole, in all layers that have filters
+    of them. cells: int64 [classes] the cell of each class: of all cells the same share is kept, which keeps conv
+    groups, and heads, of one size, and takes from every layer what its rate says.
+    """
+
+    classes: dict[str, Tensor]
+    cells: Tensor
+
+    def __new__(cls, names: Iterable[str], classes: dict[str, Tensor], cells: Tensor) -> Coupled:
+        self = super().__new__(cls, names)
+        self.classes, self.cells = classes, cells
+        return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether filter i of all layers is class i, and any may be kept."""
+        same = torch.arange(len(self.cells))
+        return not self.cells.any() and all(torch.equal(c, same) for c in self.classes.values())
 
 
 def _all(masks: Sequence[Tensor | None]) -> Tensor | None:
@@ -119,21 +142,50 @@ def coupled_masks(
     constraint: Constraint,
     conv_groups: Sequence[int],
     masks: Sequence[Tensor | None],
+    coupled: Coupled | None = None,
 ) -> list[Tensor]:
     """Bool masks of several weights whose filters go together: the exact projection on "the same k filters of all are
-    nonzero", which keeps the k whose sums over all weights are the largest."""
-    scores: Tensor | None = None
-    for i, w in enumerate(ws):
-        own = ops.group_sumsq(w, "filter", conv_groups[i], u=None if us is None else us[i], mask=masks[i])
-        scores = own if scores is None else scores + own.to(scores.device)
-    assert scores is not None
-    keep = ops.topk_keep(scores, constraint.keep)
+    nonzero", which keeps the k whose sums over all weights are the largest.
+
+    coupled: the set, of filters that do not simply go by their numbers; then `constraint` is that of the first weight,
+    and of every cell the same share of classes is kept, rounded down, but one at least.
+    """
+    own = [
+        ops.group_sumsq(w, "filter", groups, u=None if us is None else us[i], mask=masks[i])
+        for i, (w, groups) in enumerate(zip(ws, conv_groups, strict=True))
+    ]
+    device = own[0].device
+    if coupled is None:
+        scores = own[0]
+        for more in own[1:]:
+            scores = scores + more.to(device)
+        keep = ops.topk_keep(scores, constraint.keep)
+        keeps = [keep] * len(ws)
+    else:
+        at = [coupled.classes[name].to(device) for name in coupled]
+        total = torch.zeros(len(coupled.cells), dtype=torch.float64, device=device)
+        for c, s in zip(at, own, strict=True):
+            total.index_add_(0, c, s.to(device).double())
+        keep = _largest_of_cells(total, coupled.cells.to(device), constraint.keep / ws[0].shape[0])
+        keeps = [keep[c] for c in at]
     out = []
-    for w, groups, mask in zip(ws, conv_groups, masks, strict=True):
-        on = _all([mask, expand_keep(keep.to(w.device), "filter", w.shape, groups)])
-        assert on is not None
-        out.append(on)
+    for w, groups, mask, on in zip(ws, conv_groups, masks, keeps, strict=True):
+        found = _all([mask, expand_keep(on.to(w.device), "filter", w.shape, groups)])
+        assert found is not None
+        out.append(found)
     return out
+
+
+def _largest_of_cells(scores: Tensor, cells: Tensor, share: float) -> Tensor:
+    """Bool [n]: in every cell the largest `share` of it, rounded down, at least one; of equal scores the first."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    order = order[torch.argsort(cells[order], stable=True)]
+    sizes = torch.bincount(cells)
+    rank = torch.arange(len(cells), device=cells.device) - (sizes.cumsum(0) - sizes)[cells[order]]
+    most = (sizes.double() * share + 1e-6).floor().clamp(min=1)
+    keep = torch.zeros(len(cells), dtype=torch.bool, device=cells.device)
+    keep[order] = rank < most[cells[order]]
+    return keep
 
 
 def project_mask(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .allocate import Floats, descend, knapsack
-from .constraints import Constraint, coupled_masks, project_mask
+from .constraints import Constraint, Coupled, coupled_masks, project_mask
 from .copies import clone
 from .errors import PlanError
 from .groups import DEFAULT_BLOCK, STRUCTURES
@@ -258,16 +258,16 @@ class _Sets:
         self.layers = list(reads)
         planned = {la.name for la in base}
         if spec.structure == "filter":
-            self.names = [names for names in found if planned.issuperset(names)]
+            self.names: list[tuple[str, ...]] = [names for names in found if planned.issuperset(names)]
         else:
             self.names = [(name,) for name in reads if name in planned]
         if not self.names:
             raise PlanError(f"{_WHO}: model got no layer whose {spec.structure} groups can go, wanted at least one")
         self.of = {name: s for s, names in enumerate(self.names) for name in names}
-        self.groups = [base[names[0]].groups(base[names[0]].constraints[0]) for names in self.names]
+        self.groups = [len(c.cells) if (c := self.coupled(s)) else self._count(n[0]) for s, n in enumerate(self.names)]
         self.kept = [_choices(n, max_rate, round_to) for n in self.groups]
-        self.sums = [[self._sums(model, name) for name in names] for names in self.names]
-        self.order = [np.argsort(-sum(sums), kind="stable") for sums in self.sums]
+        self.sums = [[self._sums(model, name, s) for name in names] for s, names in enumerate(self.names)]
+        self.order = [self._order(s) for s in range(len(self.names))]
         # layer -> {set: share of the layer's input channels}
         self.fed: dict[str, dict[int, float]] = {name: {} for name in reads}
         # layer -> its readers' sets, and [readers, filters] how many groups a reader keeps at most without reading it.
@@ -281,10 +281,33 @@ class _Sets:
             for f, names in enumerate(found):
                 self._unread(f, names, reads)
 
-    def _sums(self, model: nn.Module, name: str) -> Floats:
+    def coupled(self, s: int) -> Coupled | None:
+        """A set whose filters do not simply go by their numbers."""
+        names = self.names[s]
+        return names if isinstance(names, Coupled) and not names.plain else None
+
+    def _count(self, name: str) -> int:
+        return self.base[name].groups(self.base[name].constraints[0])
+
+    def _sums(self, model: nn.Module, name: str, s: int) -> Floats:
+        """[groups], or of filters that go together [classes]."""
         w = weight_of(model, name, _WHO).detach().float()
-        sums = ops.group_sumsq(w, self.spec.structure, self.base[name].conv_groups, self.spec.block)
-        return sums.double().cpu().numpy()
+        own = ops.group_sumsq(w, self.spec.structure, self.base[name].conv_groups, self.spec.block)
+        sums: Floats = own.double().cpu().numpy()
+        c = self.coupled(s)
+        return sums if c is None else np.bincount(c.classes[name].numpy(), sums, len(c.cells)).astype(np.float64)
+
+    def _order(self, s: int) -> npt.NDArray[np.int64]:
+        """The groups of a set, those that stay longest first: of every cell the same share."""
+        total = np.sum(self.sums[s], axis=0)
+        c = self.coupled(s)
+        if c is None:
+            return np.argsort(-total, kind="stable")
+        cells = c.cells.numpy()
+        order = np.lexsort((-total, cells))
+        sizes = np.bincount(cells)
+        rank = np.arange(len(cells)) - (np.cumsum(sizes) - sizes)[cells[order]]
+        return order[np.argsort((rank + 1) / sizes[cells[order]], kind="stable")]
 
     def _unread(self, f: int, names: Sequence[str], reads: dict[str, Reads]) -> None:
         """When the filters of the layers `names`, set f of the network, are read by nothing any more."""
@@ -348,10 +371,13 @@ class _Sets:
         """(weight, mask) of the layers of one set with so many groups kept."""
         layers = [self.base[n] for n in self.names[s]]
         ws = [weight_of(model, la.name, _WHO).detach() for la in layers]
+        coupled = self.coupled(s)
+        if coupled is not None:  # of the first layer's filters
+            keep = max(1, keep * self._count(layers[0].name) // self.groups[s])
         c = Constraint(self.spec.structure, 0.0, self.spec.block, keep)
-        if len(ws) == 1:
+        if len(ws) == 1 and coupled is None:
             return [(ws[0], project_mask(ws[0], (c,), layers[0].conv_groups))]
-        on = coupled_masks(ws, None, c, [la.conv_groups for la in layers], [None] * len(ws))
+        on = coupled_masks(ws, None, c, [la.conv_groups for la in layers], [None] * len(ws), coupled)
         return list(zip(ws, on, strict=True))
 
     def project_(self, model: nn.Module, choice: Sequence[int]) -> None:
