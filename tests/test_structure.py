@@ -224,6 +224,15 @@ def test_what_is_left_of_filters_meets_a_target(key: str, evaluated: bool) -> No
         assert row.shape_after[0] == layer.constraints[0].keep, "what is pruned is removed"
 
 
+def test_plans_of_models_in_double_precision() -> None:
+    model = randomise(ResNet("B"), 0.0, 1)
+    plans = []
+    for m in (model, copy.deepcopy(model).double()):
+        x = images(1).to(next(m.parameters()))
+        plans.append(sa.plan_for(m, x, "filter", weights=0.5, evaluate=lambda net: -float((net.fc.weight == 0).sum())))
+    assert plans[0] == plans[1]
+
+
 def test_targets_out_of_reach_are_refused() -> None:
     model = ResNet("B")
     for arguments, message in (

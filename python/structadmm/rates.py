@@ -375,9 +375,10 @@ class _Sets:
         if coupled is not None:  # of the first layer's filters
             keep = max(1, keep * self._count(layers[0].name) // self.groups[s])
         c = Constraint(self.spec.structure, 0.0, self.spec.block, keep)
+        read = [w.float() if w.dtype == torch.float64 else w for w in ws]  # as the kernels take them
         if len(ws) == 1 and coupled is None:
-            return [(ws[0], project_mask(ws[0], (c,), layers[0].conv_groups))]
-        on = coupled_masks(ws, None, c, [la.conv_groups for la in layers], [None] * len(ws), coupled)
+            return [(ws[0], project_mask(read[0], (c,), layers[0].conv_groups))]
+        on = coupled_masks(read, None, c, [la.conv_groups for la in layers], [None] * len(ws), coupled)
         return list(zip(ws, on, strict=True))
 
     def project_(self, model: nn.Module, choice: Sequence[int]) -> None:
