@@ -28,6 +28,7 @@ _PARTS = {
     "LatencyPlan": "latency",
     "measure_speedup": "latency",
     "remove_unused_paths": "paths",
+    "report_of": "paths",
     "compact": "compact",
     "optimize": "optimize",
     "import_history_": "importers",
