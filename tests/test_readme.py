@@ -26,12 +26,14 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
     )  # fmt: skip
+    images = torch.randn(8, 3, 12, 12)
     names = {
         "model": model,
         "optimizer": torch.optim.Adam(model.parameters()),
         "loader": [(torch.randn(8, 3, 12, 12), torch.randint(10, (8,))) for _ in range(3)],
         "loss_fn": nn.CrossEntropyLoss(),
         "example": torch.randn(1, 3, 12, 12),
+        "accuracy": lambda m: -float(m(images).detach().square().mean()),
     }
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
