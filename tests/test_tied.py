@@ -692,3 +692,83 @@ def test_a_convolution_by_another_class() -> None:
     small = sa.compact(model, maps(2), columns="never")
     agree(model, small, maps(3), 1e-10)
     assert small.get_submodule("2").weight.shape == (6, 2, 3, 3) and small.report.whole == {}
+
+
+def dilated(m: Any, x: Tensor) -> Tensor:
+    y = F.relu(m.a(x))
+    z = F.relu(m.c(y)) + F.relu(F.conv2d(y, m.c.weight, m.c.bias, padding=2, dilation=2))
+    return m.last(z + F.conv2d(y, m.c.weight, padding=2, dilation=2)).mean((2, 3))
+
+
+class Unbiased(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight, None, self.eps)
+
+
+class Adapted(nn.Linear):
+    """With a small term beside it, of parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.down, self.up = nn.Parameter(torch.empty(2, 8)), nn.Parameter(torch.empty(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) + x @ self.down.t() @ self.up.t()
+
+
+# Functions that take a module's parameters otherwise than the module, or another function, does; its parts, the inputs,
+# and the layer and its shape that is left.
+OTHERWISE: dict[str, tuple[Any, dict[str, Any], Any, tuple[int, ...]]] = {
+    "dilations": (dilated, {"a": nn.Conv2d(3, 8, 3), "c": nn.Conv2d(8, 8, 3, padding=1), "last": nn.Conv2d(8, 3, 1)},
+                  maps, (7, 7, 3, 3)),
+    "no bias": (lambda m, x: m.last(F.relu(F.linear(F.relu(m.a(x)), m.c.weight))),
+                {"a": nn.Linear(16, 8), "c": nn.Linear(8, 8), "last": nn.Linear(8, 3)}, tokens, (7, 7)),
+    "a bias once": (lambda m, x: m.last(F.relu(F.linear(m.a(x), m.c.weight)) * F.linear(m.a(x), m.c.weight, m.c.bias)),
+                    {"a": nn.Linear(16, 8), "c": nn.Linear(8, 8), "last": nn.Linear(8, 3)}, tokens, (7, 7)),
+    "called too": (lambda m, x: m.last(F.relu(F.linear(m.a(x), m.c.weight)) * m.c(m.a(x))),
+                   {"a": nn.Linear(16, 8), "c": nn.Linear(8, 8), "last": nn.Linear(8, 3)}, tokens, (7, 7)),
+    "a computed bias": (lambda m, x: m.last(F.relu(F.linear(m.a(x), m.c.weight, m.c.bias * 2)) * m.c(m.a(x))),
+                        {"a": nn.Linear(16, 8), "c": nn.Linear(8, 8), "last": nn.Linear(8, 3)}, tokens, ()),
+    "norm without its bias": (lambda m, x: m.last(m.norm(m.a(x))),
+                              {"a": nn.Linear(16, 8), "norm": Unbiased(8), "last": nn.Linear(8, 3)}, tokens, ()),
+    "adapted": (lambda m, x: m.last(F.relu(m.c(F.relu(m.a(x))))),
+                {"a": nn.Linear(16, 8), "c": Adapted(), "last": nn.Linear(8, 3)}, tokens, ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("via", [None, "export"])
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_functions_that_take_parameters_otherwise(name: str, via: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, parts, inputs, shape = OTHERWISE[name]
+    model: Any = filled(Custom(function, **copy.deepcopy(parts)))
+    with torch.no_grad():
+        model.a.weight[3], model.a.bias[3], model.last.weight[:, 5] = 0, 0, 0
+    module: Any = importlib.import_module("structadmm.compact")
+    monkeypatch.setattr(module, "trace", partial(module.trace, via=via))
+    small = sa.compact(model, inputs(2), columns="never", verify=False)
+    agree(model, small, inputs(3), 1e-10)
+    if shape:
+        assert small.c.weight.shape == shape and small.report.whole == {}
+    small.train()(inputs(3)).square().mean().backward()
+    sa.carry_state(torch.optim.Adam(model.parameters()), model, small)
+    for clean in (sa.remove_unused_paths(model, inputs(2)), sa.purify(model, inputs(2), structures=("filter",))):
+        agree(model, clean, inputs(3), 1e-10)
+        assert type(clean) is type(model) and (not shape or not clean.c.weight[:, 3].any())
+    names = {n for n, _ in model.named_modules()}
+    assert all(set(c) <= names for c in sa.coupled_layers(model, inputs(2)))
+
+
+def test_paths_and_purify_see_heads_that_are_functions() -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        h = m.embed(x)
+        return F.linear(h + m.back(F.relu(m.hidden(h))), m.embed.weight)
+
+    parts = {"embed": nn.Embedding(23, 12), "hidden": Foreign(9, 12), "back": nn.Linear(9, 12)}
+    model: Any = filled(Custom(function, **parts))
+    with torch.no_grad():
+        model.back.weight[:, 4] = 0
+        model.hidden.weight[2] *= 1e-6
+    clean, pure = sa.remove_unused_paths(model, words(2)), sa.purify(model, words(2), structures=("filter",))
+    agree(model, clean, words(3), 1e-10)
+    assert not clean.hidden.weight[4].any() and not pure.hidden.weight[2].any()
+    assert model.hidden.weight[[2, 4]].all(), "the model is left as it is"

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from .analysis import Analysis
 from .errors import PlanError
 from .masks import Masks
+from .paths import homes
 from .trace import trace
 from .tracking import Ints, filters
 
@@ -145,7 +146,7 @@ def import_history_(
     """
     who = "import_history_"
     analysis = Analysis(trace(model, example, who, share=True), create_bias=False, elide=False)
-    sides = _sides(analysis)
+    sides, home = _sides(analysis), homes(model, analysis)
     locked = {int(label): why for ids, why in analysis.locks for label in np.unique(analysis.label[ids])}
     gone = np.zeros(analysis.n_ids, bool)  # by label
     for i, (name, out, numbers) in enumerate(history):
@@ -163,7 +164,7 @@ def import_history_(
         gone[left[at]] = True
     weights: dict[str, Tensor] = {}
     for node, layer in analysis.layers.items():
-        m: Any = model.get_submodule(str(node.target))
+        m: Any = analysis.module.get_submodule(str(node.target))  # with the model's memory
         weight = filters(m, layer.groups)  # [groups, O/groups, Cg, *K], a view
         rows, columns = (
             torch.from_numpy(gone[analysis.label[f.ids]]).to(weight.device) for f in (layer.outs, layer.ins)
@@ -172,11 +173,12 @@ def import_history_(
         weight.transpose(1, 2)[columns.reshape(layer.groups, -1)] = 0
         if m.bias is not None:
             m.bias[rows] = 0
-        if rows.any() or columns.any():
-            weights[str(node.target)] = m.weight != 0
+        name = home[str(node.target)]
+        if (rows.any() or columns.any()) and not isinstance(model.get_submodule(name), nn.Embedding):
+            weights[name] = m.weight != 0
     for node in (*analysis.norms, *analysis.affine):
         idle = torch.from_numpy(gone[analysis.label[analysis.facts[node].ids]].reshape(-1))
-        m = model.get_submodule(str(node.target))
+        m = analysis.module.get_submodule(str(node.target))
         for p in (getattr(m, "weight", None), getattr(m, "bias", None)):
             if p is not None:
                 p[idle.to(p.device)] = 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .analysis import Analysis
-from .copies import clone
+from .copies import clone, own
 from .errors import CompactError
 from .recurrent import RECURRENT, matrices
 from .recurrent import fold as fold_recurrent
@@ -282,13 +282,38 @@ def report_of(model: nn.Module) -> Any:
     return getattr(model, "_structadmm_report", None)
 
 
+def homes(model: nn.Module, analysis: Analysis) -> dict[str, str]:
+    """Layers of the graph -> modules of `model` that have their weights. The graph may have layers that the model has
+    not, in the place of functions of weights. analysis: of `model`, traced with its memory shared."""
+    there = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    held: dict[int, str] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        held.setdefault(p.data_ptr(), name.rpartition(".")[0])
+    found = {}
+    for node in (*analysis.layers, *analysis.recurrent):
+        path = str(node.target)
+        weight: Any = analysis.module.get_submodule(path)._parameters.get("weight")
+        found[path] = path if path in there or weight is None else held.get(weight.data_ptr(), path)
+    return found
+
+
 def remove_paths(model: nn.Module, example: Tensor | Sequence[Tensor], who: str) -> nn.Module:
     """A copy of `model` in which paths without effect are zero; see remove_unused_paths."""
-    traced = trace(model, example, who, share=True)
-    analysis = Analysis(traced, create_bias=False, elide=False)
     out = clone(model)
     before = zeros_of(out)
-    fold(analysis, out)
+    traced = trace(out, example, who, share=True)
+    analysis = Analysis(traced, create_bias=False, elide=False)
+    # The graph may have layers that the model has not, of the same parameters.
+    memory = [(p, p.data) for p in traced.module.parameters()]
+    own(traced.module)
+    fold(analysis, traced.module)
+    kept = dict((*out.named_parameters(remove_duplicate=False), *out.named_buffers()))
+    with torch.no_grad():
+        for p, held in memory:
+            held.copy_(p)
+        for name, t in (*traced.module.named_parameters(), *traced.module.named_buffers()):
+            if name in kept:
+                kept[name].copy_(t)
     report = zeros_report(before, zeros_of(out))
     report.notes, report.whole, report.remarks = analysis.notes(), analysis.whole, traced.notes
     out._structadmm_report = report  # type: ignore[assignment]

@@ -351,7 +351,7 @@ def _computed_biases(root: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
             owner = root.get_submodule(path)
             if not isinstance(owner, nn.Linear) or not str(weight.target).endswith(".weight"):
                 continue
-            if owner.bias is not None:  # what it is computed from goes beside the layer
+            if owner.bias is not None and not _takes(graphs, path):  # what it is computed from goes beside the layer
                 parent, _, last = path.rpartition(".")
                 root.get_submodule(parent).register_parameter(f"{last}_bias", owner.bias)
                 moved[f"{path}.bias"] = f"{parent}.{last}_bias" if parent else f"{last}_bias"
@@ -364,6 +364,18 @@ def _computed_biases(root: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
         for node in graph.nodes:
             if node.op == "get_attr":
                 node.target = moved.get(str(node.target), node.target)
+
+
+def _takes(graphs: tuple[fx.Graph, ...], path: str) -> bool:
+    """Whether a layer is called with its bias, as a module or by a function."""
+    for node in (n for graph in graphs for n in graph.nodes):
+        if node.op == "call_module" and node.target == path:
+            return True
+        if node.op == "call_function" and node.target is F.linear:
+            bias: Any = (_arguments(node) or {}).get("bias")
+            if isinstance(bias, fx.Node) and bias.op == "get_attr" and bias.target == f"{path}.bias":
+                return True
+    return False
 
 
 # Modules without tensors or modes -> the function, and its arguments by the names that the module has them under.
@@ -417,16 +429,23 @@ def _drop_path(m: nn.Module) -> DropPath | None:
 def _modules_for_functions(root: nn.Module, graphs: tuple[fx.Graph, ...]) -> None:
     """Modules are replaced where a function took their parameters."""
     made: dict[str, nn.Module] = {}
+    others: dict[str, list[str]] = {}
     for graph in graphs:
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target in _RULES:
-                _replace(root, graph, node, made)
+                _replace(root, graphs, node, made, others)
         if made:
             _drop_counters(graph, made)
     _move_children(root, graphs, made)
 
 
-def _replace(root: nn.Module, graph: fx.Graph, node: fx.Node, made: dict[str, nn.Module]) -> None:
+def _replace(
+    root: nn.Module,
+    graphs: tuple[fx.Graph, ...],
+    node: fx.Node,
+    made: dict[str, nn.Module],
+    others: dict[str, list[str]],
+) -> None:
     rule, names = _RULES[node.target]
     arguments = _arguments(node)
     if arguments is None or not isinstance(arguments["input"], fx.Node):
@@ -440,30 +459,82 @@ def _replace(root: nn.Module, graph: fx.Graph, node: fx.Node, made: dict[str, nn
         return
     path = owners.pop()
     owner = root.get_submodule(path)
-    if path not in made:
-        with torch.device("meta"):
-            plain = rule(owner, arguments)
-        if plain is None:
-            return
-        for name, value in (*owner._parameters.items(), *owner._buffers.items()):
-            if hasattr(plain, name) and value is not None:
-                setattr(plain, name, value)
-        if any(t.is_meta and not getattr(owner, n).is_meta for n, t in plain.state_dict(keep_vars=True).items()):
-            return
-        for name, child in owner.named_children():
-            plain.add_module(name, child)
-        plain.training = owner.training
-        parent, _, last = path.rpartition(".")
-        setattr(root.get_submodule(parent), last, plain)
-        made[path] = plain
-    with graph.inserting_before(node):
-        new = graph.call_module(path, (arguments["input"],))
+    with torch.device("meta"):
+        plain = rule(owner, arguments)
+    if plain is None or not _filled(plain, owner, set(own)):
+        return
+    called = _settled(root, graphs, path, owner, plain, made, others)
+    if called is None:
+        return
+    with node.graph.inserting_before(node):
+        new = node.graph.call_module(called, (arguments["input"],))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    node.graph.erase_node(node)
     for v in own.values():
         if isinstance(v, fx.Node) and not v.users:
-            graph.erase_node(v)
+            v.graph.erase_node(v)
+
+
+def _filled(plain: nn.Module, owner: nn.Module, own: set[str]) -> bool:
+    """Give a layer the tensors that the function took, and the counter of a normalisation; whether it has all then."""
+    for name, value in (*owner._parameters.items(), *owner._buffers.items()):
+        if value is not None and (name in own or name not in ("weight", "bias")) and _tensor(plain, name) is not None:
+            setattr(plain, name, value)
+    mine = plain.state_dict(keep_vars=True)
+    return own <= set(mine) and all(t is _tensor(owner, name) for name, t in mine.items())
+
+
+def _tensor(m: nn.Module, name: str) -> Any:
+    return m._parameters.get(name, m._buffers.get(name))
+
+
+def _settled(
+    root: nn.Module,
+    graphs: tuple[fx.Graph, ...],
+    path: str,
+    owner: nn.Module,
+    plain: nn.Module,
+    made: dict[str, nn.Module],
+    others: dict[str, list[str]],
+) -> str | None:
+    """The path of a layer like `plain`: in the place of the module that owns its tensors, or, where the graph calls
+    that with other arguments, beside it."""
+    for known in (path, *others.get(path, ())):
+        if _alike(root.get_submodule(known), plain):
+            return known
+    parent, _, last = path.rpartition(".")
+    place = root.get_submodule(parent)
+    called = any(n.op == "call_module" and n.target == path for g in graphs for n in g.nodes)
+    plain.training = owner.training
+    if not called and path not in made:
+        left = [n for n in (*owner._parameters, *owner._buffers) if _tensor(plain, n) is not _tensor(owner, n)]
+        read = {str(n.target) for g in graphs for n in g.nodes if n.op == "get_attr"}
+        if not any(f"{path}.{n}" in read for n in left):
+            for name, child in owner.named_children():
+                plain.add_module(name, child)
+            setattr(place, last, plain)
+            made[path] = plain
+            return path
+    if any(True for _ in plain.buffers()):
+        return None  # counted and averaged in two places
+    new = f"{last}_other"
+    while hasattr(place, new):
+        new += "_"
+    place.add_module(new, plain)
+    others.setdefault(path, []).append(f"{parent}.{new}" if parent else new)
+    return others[path][-1]
+
+
+def _alike(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two layers do the same with the same tensors."""
+    return (
+        type(a) is type(b)
+        and a.extra_repr() == b.extra_repr()
+        and a._parameters.keys() == b._parameters.keys()
+        and all(a._parameters[n] is p for n, p in b._parameters.items())
+        and all(_tensor(a, n) is t for n, t in b.named_buffers(recurse=False))
+    )
 
 
 def _move_children(root: nn.Module, graphs: tuple[fx.Graph, ...], made: dict[str, nn.Module]) -> None:

@@ -29,7 +29,7 @@ from .analysis import Analysis
 from .copies import clone
 from .errors import CompactError
 from .groups import DEFAULT_BLOCK, expand_keep, group_ids, n_groups
-from .paths import ZerosReport, check_weights, remove_paths, report_of, zeros_of, zeros_report
+from .paths import ZerosReport, check_weights, homes, remove_paths, report_of, zeros_of, zeros_report
 from .trace import trace
 from .tracking import given
 
@@ -137,11 +137,11 @@ def purify(
     check_weights(model, who)
     before = zeros_of(clone(model))
     analysis = Analysis(trace(model, example, who, share=True), create_bias=False, elide=False)
-    names = {str(n.target) for n in (*analysis.layers, *analysis.recurrent)}
+    home = homes(model, analysis)
     for pattern in skip:
-        if not any(fnmatch(n, pattern) for n in names):
+        if not any(fnmatch(n, pattern) for n in home.values()):
             raise CompactError(f"{who}: skip got {pattern!r}, which matches no layer, wanted a pattern of layer names")
-    groups = _candidates(analysis, sigma, eta, structures, block, skip)
+    groups = _candidates(analysis, home, sigma, eta, structures, block, skip)
 
     tried: list[Trial] = []
     baseline = None
@@ -231,19 +231,25 @@ def _nonzeros(model: nn.Module) -> int:
 
 
 def _candidates(
-    analysis: Analysis, sigma: float, eta: float, structures: Sequence[str], block: int, skip: Sequence[str]
+    analysis: Analysis,
+    home: dict[str, str],
+    sigma: float,
+    eta: float,
+    structures: Sequence[str],
+    block: int,
+    skip: Sequence[str],
 ) -> list[_Groups]:
     out: list[_Groups] = []
     final = _feeds_output(analysis)
     shared: dict[tuple[fx.Node, str], _Groups] = {}
     for node, layer in analysis.layers.items():
         users = analysis.users(node, "weight")
-        if any(fnmatch(str(n.target), pattern) for n in users for pattern in skip):
+        if any(fnmatch(home.get(str(n.target), ""), pattern) for n in users for pattern in skip):
             continue
         if node not in users or not analysis.layers.keys() >= set(users):  # a dead call; what is an embedding too
             continue
-        name = str(users[0].target)
-        m: Any = analysis.module.get_submodule(name)
+        name = home[str(users[0].target)]
+        m: Any = analysis.module.get_submodule(str(users[0].target))
         w = m.weight.detach().double().cpu()
         shape, groups = w.shape, layer.groups
         read = _size(analysis, layer.source) if layer.direct else np.ones(layer.ins.ids.size)
@@ -358,7 +364,8 @@ def _feeds_output(analysis: Analysis) -> set[fx.Node]:
 def _cut(model: nn.Module, chosen: list[_Groups], analysis: Analysis, block: int, scale: float) -> nn.Module:
     """A copy of `model` without the groups that go at `scale`."""
     out = clone(model)
-    nodes = {str(node.target): node for node in analysis.layers}
+    home = homes(model, analysis)
+    nodes = {home[str(node.target)]: node for node in analysis.layers}
     recurrent = {str(node.target): layer for node, layer in analysis.recurrent.items()}
     with torch.no_grad():
         for g in chosen:
@@ -370,7 +377,8 @@ def _cut(model: nn.Module, chosen: list[_Groups], analysis: Analysis, block: int
                 node = nodes[g.name]
                 for user in analysis.users(node, "weight") if g.structure == "filter" else ():
                     if (behind := _norm_behind(analysis, user)) is not None:
-                        _leave_mean(out.get_submodule(str(user.target)), out.get_submodule(str(behind.target)), gone)
+                        maker = analysis.module.get_submodule(str(user.target))
+                        _leave_mean(maker, out.get_submodule(str(behind.target)), gone)
                 weight: Any = out.get_submodule(g.name).weight
                 groups = analysis.layers[node].groups
                 weight.mul_(expand_keep(~gone.to(weight.device), g.structure, weight.shape, groups, block))

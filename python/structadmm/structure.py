@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .analysis import Analysis, components
 from .constraints import Coupled
+from .paths import homes
 from .trace import trace
 
 Ints = npt.NDArray[np.int64]
@@ -50,12 +51,13 @@ def filter_sets(
     locked = np.zeros(analysis.n_ids, bool)
     for ids, _ in analysis.locks:
         locked[label[ids]] = True
-    names = {str(node.target) for node in analysis.layers}
+    home = homes(model, analysis)
+    names = set(home.values())
     first: dict[int, str] = {}
     owner = {n: first.setdefault(id(m._parameters.get("weight", m)), n) for n, m in model.named_modules() if n in names}
     labels: dict[str, Ints] = {}
     for node, layer in analysis.layers.items():
-        name = str(node.target)
+        name = home[str(node.target)]
         mine = label[layer.outs.ids].reshape(-1)
         if not locked[mine].any():
             labels.setdefault(owner.get(name, name), mine)
@@ -83,7 +85,7 @@ def filter_sets(
     for node, layer in analysis.layers.items():
         depthwise = layer.groups > 1 and layer.weight.shape[1] == 1
         ins = label[layer.ins.ids].reshape(-1)[: 0 if depthwise else None]
-        reads[str(node.target)] = (number[ins], np.where(number[ins] < 0, 0, place[ins]))
+        reads[home[str(node.target)]] = (number[ins], np.where(number[ins] < 0, 0, place[ins]))
     return sets, reads
 
 
