@@ -261,6 +261,41 @@ def test_bfloat16_inside() -> None:
     assert_same(lowered(model.to(torch.bfloat16), x.bfloat16()), model, x.bfloat16(), 5e-2)
 
 
+class Words(nn.Module):
+    """Integers in, and out with its numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down, self.head = (
+            nn.Embedding(30, 16),
+            nn.Linear(16, 64),
+            nn.Linear(64, 16),
+            nn.Linear(16, 30, bias=False),
+        )
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.embed(x)
+        y = self.head(h + self.down(F.relu(self.up(h))))
+        return y, y.argmax(-1)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_integers_go_in_and_out(dtype: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    model, x = Words().eval(), torch.randint(30, (2, 5), generator=torch.Generator().manual_seed(0))
+    small = sa.compact(model, x)
+    fast = sa.optimize(small, x, budget=0.1, report=False, dtype=dtype)
+    for n in (1, 3):
+        words = torch.randint(30, (n, 5), generator=torch.Generator().manual_seed(n))
+        with torch.no_grad():
+            (y, best), (wanted, first) = fast(words), model(words)
+        assert y.dtype is torch.float32 and best.dtype is torch.int64
+        assert (y - wanted).abs().max() <= (1e-4 if dtype is None else 0.05) * wanted.abs().max()
+        if dtype is None:
+            assert torch.equal(best, first)
+
+
 def test_float64_stays_with_torch() -> None:
     model, x = make("B").double(), example().double()
     fast = lowered(model, x)

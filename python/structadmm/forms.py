@@ -50,7 +50,7 @@ class Form(nn.Module):
         super().train(False)
 
     def forward(self, *inputs: Tensor) -> Any:
-        dtypes = [x.dtype for x in inputs]
+        own = next((x.dtype for x in inputs if x.is_floating_point()), torch.float32)
         inputs = tuple(self._enter(x) for x in inputs)
         body: Any = self.body
         if self.name == COMPILED and not torch.compiler.is_compiling():
@@ -59,9 +59,9 @@ class Form(nn.Module):
             body = self._compiled
         with torch.no_grad():
             out = body(*inputs)
-        if dtypes[0] is self.dtype:
+        if not self.cast:
             return out
-        return fx.node.map_aggregate(out, lambda t: t.to(dtypes[0]) if isinstance(t, Tensor) else t)
+        return fx.node.map_aggregate(out, lambda t: t.to(own) if isinstance(t, Tensor) and t.is_floating_point() else t)
 
     def _enter(self, x: Tensor) -> Tensor:
         if x.is_floating_point() and x.dtype is not self.dtype:
