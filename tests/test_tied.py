@@ -751,12 +751,17 @@ def test_functions_that_take_parameters_otherwise(name: str, via: str | None, mo
     if shape:
         assert small.c.weight.shape == shape and small.report.whole == {}
     small.train()(inputs(3)).square().mean().backward()
-    sa.carry_state(torch.optim.Adam(model.parameters()), model, small)
     for clean in (sa.remove_unused_paths(model, inputs(2)), sa.purify(model, inputs(2), structures=("filter",))):
         agree(model, clean, inputs(3), 1e-10)
         assert type(clean) is type(model) and (not shape or not clean.c.weight[:, 3].any())
     names = {n for n, _ in model.named_modules()}
     assert all(set(c) <= names for c in sa.coupled_layers(model, inputs(2)))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(inputs(3)).square().mean().backward()
+    optimizer.step()
+    small = sa.compact(model, inputs(2), columns="never")
+    carried = sa.carry_state(optimizer, model, small)
+    assert all(p in carried.state for n, p in small.named_parameters() if not n.endswith("c_other.bias"))
 
 
 def test_paths_and_purify_see_heads_that_are_functions() -> None:
