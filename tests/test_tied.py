@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import structadmm as sa
 from structadmm.paths import report_of
+from structadmm.structure import filter_sets
 from test_operators import filled, maps, tokens
 
 torch.set_num_threads(1)  # tiny networks
@@ -750,12 +751,17 @@ def test_functions_that_take_parameters_otherwise(name: str, via: str | None, mo
     if shape:
         assert small.c.weight.shape == shape and small.report.whole == {}
     small.train()(inputs(3)).square().mean().backward()
-    sa.carry_state(torch.optim.Adam(model.parameters()), model, small)
     for clean in (sa.remove_unused_paths(model, inputs(2)), sa.purify(model, inputs(2), structures=("filter",))):
         agree(model, clean, inputs(3), 1e-10)
         assert type(clean) is type(model) and (not shape or not clean.c.weight[:, 3].any())
     names = {n for n, _ in model.named_modules()}
     assert all(set(c) <= names for c in sa.coupled_layers(model, inputs(2)))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(inputs(3)).square().mean().backward()
+    optimizer.step()
+    small = sa.compact(model, inputs(2), columns="never")
+    carried = sa.carry_state(optimizer, model, small)
+    assert all(p in carried.state for n, p in small.named_parameters() if not n.endswith("c_other.bias"))
 
 
 def test_paths_and_purify_see_heads_that_are_functions() -> None:
@@ -772,3 +778,18 @@ def test_paths_and_purify_see_heads_that_are_functions() -> None:
     agree(model, clean, words(3), 1e-10)
     assert not clean.hidden.weight[4].any() and not pure.hidden.weight[2].any()
     assert model.hidden.weight[[2, 4]].all(), "the model is left as it is"
+
+
+def test_filters_are_coupled_only_where_they_can_go() -> None:
+    """Not with columns of an embedding, nor with layers that no plan prunes."""
+
+    def function(m: Any, x: Tensor) -> Tensor:
+        h = m.embed(x)
+        h = h + m.back(F.relu(m.hidden(h)))
+        return m.last(h + m.more(F.relu(m.plain(h)) * torch.sigmoid(m.gate(h))))
+
+    layers = {"back": nn.Linear(9, 12), "plain": nn.Linear(12, 8), "gate": nn.Linear(12, 8), "more": nn.Linear(8, 12)}
+    parts = {"embed": nn.Embedding(23, 12), "hidden": Foreign(9, 12), "last": nn.Linear(12, 3)}
+    model = filled(Custom(function, **layers, **parts)).float()
+    assert sa.coupled_layers(model, words(2)) == [("plain", "gate")]
+    assert [list(s) for s in filter_sets(model, words(2))[0]] == [["plain", "gate"]]

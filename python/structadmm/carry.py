@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -26,12 +27,15 @@ _PACKED |= {f"{x}_proj.weight": f"{x}_proj_weight" for x in "qkv"}
 
 
 def _former(name: str) -> str | None:
-    """The name that a part of an attention module had, or a bias that was moved out of its layer."""
+    """The name that a part of an attention module had, a bias that was moved out of its layer, or what a layer beside a
+    module has of it."""
     head, _, last = name.rpartition(".")
     path, _, part = head.rpartition(".")
     old = _PACKED.get(f"{part}.{last}")
     if old is None and last.endswith("_bias"):
         path, old = head, f"{last.removesuffix('_bias')}.bias"
+    if old is None and (beside := re.fullmatch(r"(.+)_(other|linear)_*", part)):
+        old = f"{beside[1]}.{last}"
     return None if old is None else f"{path}.{old}" if path else old
 
 

@@ -52,6 +52,16 @@ def filter_sets(
     for ids, _ in analysis.locks:
         locked[label[ids]] = True
     home = homes(model, analysis)
+    # Channels that something else fills too stay, whatever the filters are: columns of an embedding, units of a
+    # recurrent layer, filters of a layer by a class that a plan knows nothing of.
+    for node, facts in analysis.facts.items():
+        if node in analysis.tables:
+            locked[label[facts.ids[~facts.const]]] = True
+    for recurrent in analysis.recurrent.values():
+        locked[label[recurrent.outs.ids]] = True
+    for node, layer in analysis.layers.items():
+        if not isinstance(model.get_submodule(home[str(node.target)]), (nn.Linear, nn.modules.conv._ConvNd)):
+            locked[label[layer.outs.ids]] = True
     names = set(home.values())
     first: dict[int, str] = {}
     owner = {n: first.setdefault(id(m._parameters.get("weight", m)), n) for n, m in model.named_modules() if n in names}
