@@ -31,10 +31,10 @@ def ends() -> Iterator[None]:
     still while others have the machine."""
 
     def stop(*_: object) -> None:
-        raise TimeoutError("no end after a minute")
+        raise TimeoutError("no end in sight")
 
     before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, 60)
+    signal.setitimer(signal.ITIMER_PROF, 40)
     yield
     signal.setitimer(signal.ITIMER_PROF, 0)
     signal.signal(signal.SIGPROF, before)
@@ -266,21 +266,26 @@ def test_collected_blocks_and_areas() -> None:
     assert weight(small, "back.a.0") == (16, 45, 1, 1) and weight(small, "heads.1") == (5, 29, 1, 1)
 
 
-@pytest.mark.parametrize("side", [32, 64])
-def test_memory_is_that_of_the_channels(side: int) -> None:
+def test_memory_is_that_of_the_channels() -> None:
     """tp #525: memory ran out on YOLOv12. The analysis keeps for a channel of a tensor an id, a value and its place in
-    what the tensor is made from, of 8 bytes each, and whether it is constant and needed: 26 bytes. Twice that leaves
-    room for ties, and for what is on the way between two passes; how large the maps are does not matter."""
-    model = filled(Yolo(32, 2))
-    traced = trace(model, maps(2, 3, side), "test", unpacked=True, share=True)
-    settle(Analysis(traced))  # what is loaded and cached at first use is not the network's
-    tensors = sum(isinstance(shape, tuple) for shape in traced.shapes.values())
-    widest = max(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    tracemalloc.start()
-    settle(Analysis(traced))
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 52 * tensors * widest
+    what the tensor is made from, of 8 bytes each, and whether it is constant and needed: 26 bytes, of which there are
+    two at most while a pass makes new ones of old ones. For a tensor it keeps some dozens of small objects: 4 KiB. How
+    large the maps are does not matter."""
+
+    def peak(side: int) -> tuple[int, int]:
+        traced = trace(model, maps(2, 3, side), "test", unpacked=True, share=True)
+        settle(Analysis(traced))  # what is loaded and cached at first use is not the network's
+        tracemalloc.start()
+        analysis = Analysis(traced)
+        settle(analysis)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most, sum(2 * 26 * facts.ids.size + 4096 for facts in analysis.facts.values())
+
+    model = filled(Yolo(96, 2))
+    small, bound = peak(32)
+    large, _ = peak(64)
+    assert small < bound and large < 1.1 * small
 
 
 class Window(nn.Module):
@@ -421,23 +426,27 @@ def test_conv_groups_behind_a_shuffle(aligned: bool) -> None:
 
 
 def test_a_module_called_many_times() -> None:
-    """nni #4664: a layer that is shared."""
+    """nni #4664: a layer that is shared is cut once, to what any of its calls needs."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.head, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+            self.a, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+            self.large, self.small = nn.Conv2d(8, 2, 1), nn.Conv2d(8, 2, 1)
 
         def forward(self, x: Tensor) -> Tensor:
             x = F.relu(self.a(x))
-            return torch.cat([self.out(self.head(x)), self.out(self.head(F.max_pool2d(x, 2)))[:, :, :3, :3].repeat(
-                1, 1, 2, 2)], 1).flatten(1)  # fmt: skip
+            y = self.head(F.relu(self.head(x)))
+            return torch.cat([self.large(y).flatten(1), self.small(self.head(F.max_pool2d(x, 2))).flatten(1)], 1)
 
     model = filled(Net())
     with torch.no_grad():
         model.a.weight[:3] = model.head.weight[:2] = 0
+        model.a.bias[:3] = model.head.bias[:2] = -1
+        model.head.weight[:, 4:6] = 0  # what reads its filters 4 and 5 is itself
+        model.large.weight[:, [2, 4, 5]] = model.small.weight[:, [3, 4]] = 0  # of these only 4 is read by nobody
     small = compacted(model, maps(2), maps(3))
-    assert weight(small, "head") == (6, 5, 1, 1) and "head" not in small.report.whole
+    assert weight(small, "head") == (5, 5, 1, 1) and "head" not in small.report.whole
 
 
 def test_a_graph_that_is_a_loop() -> None:
@@ -486,8 +495,10 @@ def test_what_batchnorm_leaves_of_a_zero_filter(activation, padding: int) -> Non
     assert small.get_submodule("0").out_channels == (3 if padding == 0 else 4)
 
 
-def test_a_shortcut_that_still_feeds_a_channel() -> None:
-    """tp #468: the last convolution of a block loses filters, the stream that it adds to does not."""
+@pytest.mark.parametrize("read", [True, False])
+def test_a_shortcut_that_still_feeds_a_channel(read: bool) -> None:
+    """tp #468: the last convolution of a block loses filters, or nobody reads what they are added to (not read), but
+    the stream is read before."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -501,8 +512,12 @@ def test_a_shortcut_that_still_feeds_a_channel() -> None:
 
     model = filled(Net())
     with torch.no_grad():
-        model.b.weight[:4] = 0
-        model.stem.weight[0] = 0
+        if read:
+            model.b.weight[:4] = 0
+            model.stem.weight[0] = 0
+        else:
+            model.fc.weight[:, :4] = 0
+            model.a.weight[:, 0] = 0
     small = compacted(model, maps(2), maps(3))
     assert small.b.out_channels == small.stem.out_channels == 7
     assert any("residual stream" in why for why in small.report.notes["b"])
