@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +17,7 @@ from .analysis import Analysis, components
 from .constraints import Coupled
 from .paths import homes
 from .trace import trace
-
-Ints = npt.NDArray[np.int64]
+from .tracking import Ints
 
 
 def coupled_layers(model: nn.Module, example: Tensor | Sequence[Tensor]) -> list[Coupled]:
