@@ -10,6 +10,8 @@
 //   taps_bf16   the same in bf16 with f32 accumulation; x and y are bf16 planes
 //   depthwise   one input channel per conv group, f32 or bf16
 //   nonzeros    single weights, for non-structured sparsity, f32
+//   winograd    3x3 of stride 1 with a quarter of the multiply-adds, for few or no pruned taps, f32. Its rounding errors
+//               are a few times those of a plain sum, and an infinity makes NaN of the outputs beside it too
 #pragma once
 
 #include <cstdint>
@@ -71,5 +73,11 @@ std::shared_ptr<const PackedConv> pack_conv_taps_f32(const ConvSpec& spec, Isa i
 std::shared_ptr<const PackedConv> pack_conv_taps_bf16(const ConvSpec& spec, Isa isa);
 std::shared_ptr<const PackedConv> pack_conv_depthwise(const ConvSpec& spec, Dtype dtype, Isa isa);
 std::shared_ptr<const PackedConv> pack_conv_nonzeros(const ConvSpec& spec, Isa isa);
+std::shared_ptr<const PackedConv> pack_conv_winograd(const ConvSpec& spec, Isa isa);
+
+// Whether the family winograd can run it; and whether it should be faster than taps_f32 on maps of these outputs, by an
+// estimate that is the same for any number of images.
+bool can_winograd(const ConvSpec& spec);
+bool winograd_pays(const ConvSpec& spec, int64_t height, int64_t width, Isa isa);
 
 }  // namespace structadmm

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/check.h"
 #include "base/div_up.h"
 
 namespace structadmm {
@@ -25,6 +26,7 @@ class Outputs {
     oy_ = 0;
     ++n_;
   }
+  void to(int64_t image, int64_t row, int64_t column) { n_ = image, oy_ = row, ox_ = column; }
   int64_t image() const { return n_; }
   // Whether kernel position (i, j) is inside x.
   bool inside(int64_t i, int64_t j) const {
@@ -82,6 +84,28 @@ void for_vectors(Outputs o, const Cut& cut, int lanes, const Begins& begins, con
 }
 
 }  // namespace
+
+void check_planes(const char* op, const ConvPlanes& p, int64_t in_channels, int64_t out_channels,
+                  const KernelSize& kernel) {
+  const ConvGeometry& g = p.geometry;
+  const int64_t in[] = {p.x.height, p.x.width}, out[] = {p.y.height, p.y.width};
+  SADMM_CHECK(p.x.dtype == Dtype::kF32 && p.y.dtype == Dtype::kF32 && p.residual.dtype == Dtype::kF32, op,
+              ": planes got ", dtype_name(p.x.dtype), " and ", dtype_name(p.y.dtype), ", wanted f32");
+  SADMM_CHECK(p.x.channels == in_channels, op, ": x has ", p.x.channels, " channels, wanted ", in_channels);
+  SADMM_CHECK(p.y.channels == out_channels, op, ": y has ", p.y.channels, " channels, wanted ", out_channels);
+  SADMM_CHECK(p.residual.channels == p.y.channels && p.residual.height == p.y.height && p.residual.width == p.y.width,
+              op, ": residual got other sizes than y");
+  for (const int axis : {0, 1}) {
+    SADMM_CHECK(g.stride[axis] >= 1 && g.dilation[axis] >= 1 && g.padding[axis] >= 0, op,
+                ": stride, dilation, padding got ", g.stride[axis], ", ", g.dilation[axis], ", ", g.padding[axis],
+                ", wanted at least 1, 1, 0");
+    const int64_t reach = in[axis] + 2 * g.padding[axis] - g.dilation[axis] * (kernel[axis] - 1) - 1;
+    SADMM_CHECK(reach >= 0 && out[axis] == reach / g.stride[axis] + 1, op, ": y got ", out[axis],
+                " pixels on an axis, wanted those of the convolution of ", in[axis]);
+  }
+  SADMM_CHECK(p.x.pitch >= 0 && p.x.image_stride >= 0 && p.x.channel_stride >= 0, op,
+              ": x got negative strides, wanted none");
+}
 
 // How vectors of a window can be read, by the lanes of all of them.
 class ReadsOf {
@@ -186,6 +210,58 @@ PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::
     for (int64_t i = 0; i < tiles; ++i) {
       t.tiles[c].push_back({i * count / tiles, static_cast<int>((i + 1) * count / tiles - i * count / tiles)});
     }
+  }
+  return t;
+}
+
+SquareTiles cut_squares(const ConvPlanes& planes, int64_t period, int64_t most, int pixel_lanes, int run_lanes) {
+  constexpr int kSide = 4;
+  const int64_t height = planes.y.height, width = planes.y.width;
+  const int64_t high = div_up(height, int64_t{kSide}), wide = div_up(width, int64_t{kSide});
+  const int64_t per_group = pixel_lanes / kSide;
+  // Whole rows of tiles, or even parts of one, so that runs and groups are long.
+  const int64_t rows = period * high, parts = div_up(wide, most);
+  const int64_t blocks = parts > 1 ? rows * parts : div_up(rows, most / std::max<int64_t>(wide, 1));
+  const auto begin_of = [&](int64_t b) {
+    return parts > 1 ? b / parts * wide + b % parts * wide / parts : b * rows / blocks * wide;
+  };
+  const auto row_of = [&](int64_t tile) { return tile / wide % high * kSide; };
+  const auto column_of = [&](int64_t tile) { return tile % wide * kSide; };
+  SquareTiles t;
+  t.period = period;
+  Outputs o(planes, period);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t begin = begin_of(b), end = begin_of(b + 1);
+    SquareTiles::Block block{.first_run = static_cast<int64_t>(t.runs.size()),
+                             .runs = 0,
+                             .first_group = static_cast<int64_t>(t.groups.size()),
+                             .groups = 0,
+                             .tiles = static_cast<int>(end - begin)};
+    for (int64_t tile = begin; tile < end; ++block.runs) {
+      const int64_t n = std::min({wide - tile % wide, end - tile, int64_t{run_lanes}});
+      t.runs.push_back(
+          {tile / wide / high, row_of(tile), column_of(tile), static_cast<int>(tile - begin), static_cast<int>(n)});
+      tile += n;
+    }
+    for (int64_t tile = begin; tile < end; ++block.groups) {
+      // Where a row has tiles enough, none of the next: its pixels would be stored in pieces.
+      const int64_t in_row = wide < per_group ? per_group : wide - tile % wide,
+                    n = std::min({per_group, end - tile, in_row});
+      SquareTiles::Group group{static_cast<int>(tile - begin), static_cast<int>(n), {}};
+      for (int r = 0; r < kSide; ++r) {
+        const size_t first = t.stores.size();
+        for (int64_t i = 0; i < n * kSide; ++i) {
+          const int64_t at = tile + i / kSide, row = row_of(at) + r, column = column_of(at) + i % kSide;
+          if (row >= height || column >= width) continue;
+          o.to(at / wide / high, row, column);
+          add_to_stores(o, static_cast<int>(i), pixel_lanes, first, t.stores);
+        }
+        group.rows[r] = {static_cast<int64_t>(first), static_cast<int>(t.stores.size() - first)};
+      }
+      t.groups.push_back(group);
+      tile += n;
+    }
+    t.blocks.push_back(block);
   }
   return t;
 }

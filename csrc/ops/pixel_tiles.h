@@ -24,6 +24,10 @@ struct ConvPlanes {
   int64_t outputs() const { return y.height * y.width; }
 };
 
+// Throws Error, worded for `op`, where the planes do not fit the weight, the geometry or each other.
+void check_planes(const char* op, const ConvPlanes& planes, int64_t in_channels, int64_t out_channels,
+                  const KernelSize& kernel);
+
 // The outputs of `period` images as vectors of pixels, and those in tiles.
 struct PixelTiles {
   struct Tile {
@@ -48,6 +52,29 @@ struct FilterTiles {
   std::vector<kernels::StoreRange> vectors;
 };
 
+// The outputs of `period` images as squares of 4 x 4, the last of a row or column going over the edge: in blocks that
+// are done at a time. The squares of a block that stand side by side in x are a run; a group is as many as make whole
+// vectors of pixels, vector r of it the r-th rows of its squares one behind the other.
+struct SquareTiles {
+  struct Run {
+    int64_t image, row, column;  // of the first output
+    int first, tiles;            // in its block
+  };
+  struct Group {
+    int first, tiles;  // in its block
+    kernels::StoreRange rows[4];
+  };
+  struct Block {
+    int64_t first_run, runs, first_group, groups;
+    int tiles;
+  };
+  int64_t period = 1;
+  std::vector<Run> runs;
+  std::vector<Group> groups;
+  std::vector<Block> blocks;
+  std::vector<kernels::PixelStore> stores;
+};
+
 // In a window of one vector are consecutive places of x, those between outputs included: stride 1. In a larger one
 // consecutive outputs. limit: the last offset in x from which a window may be read.
 struct Cut {
@@ -65,6 +92,9 @@ struct CutSize {
 };
 CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes);
 PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::GemmCompact& kernels);
+
+// most: tiles in a block. lanes: of a vector of pixels, of a run of tiles.
+SquareTiles cut_squares(const ConvPlanes& planes, int64_t period, int64_t most, int pixel_lanes, int run_lanes);
 
 FilterTiles cut_pixels(const ConvPlanes& planes, int64_t period, int lanes);
 

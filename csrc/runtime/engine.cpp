@@ -138,9 +138,16 @@ std::shared_ptr<const PackedConv> pack_conv(const Node& n, Dtype dtype, Isa isa)
   const std::string family = family_of(n, dtype);
   if (family == "depthwise") return pack_conv_depthwise(c, dtype, isa);
   if (family == "nonzeros" && dtype == Dtype::kF32) return pack_conv_nonzeros(c, isa);
-  SADMM_CHECK(family == "taps" || family == "nonzeros", "engine: ", n.name, ": family got '", n.family,
-              "', wanted taps, depthwise or nonzeros");
+  SADMM_CHECK(family == "taps" || family == "nonzeros" || family == "winograd", "engine: ", n.name, ": family got '",
+              n.family, "', wanted taps, winograd, depthwise or nonzeros");
   return dtype == Dtype::kBf16 ? pack_conv_taps_bf16(c, isa) : pack_conv_taps_f32(c, isa);
+}
+
+// Whether a convolution with outputs of these sizes runs by Winograd's algorithm: asked for, or where it pays.
+bool by_winograd(const Node& n, Dtype dtype, const std::vector<int64_t>& y, Isa isa) {
+  if (dtype != Dtype::kF32 || y.size() != 3) return false;
+  if (!n.family.empty()) return n.family == "winograd";
+  return family_of(n, dtype) == "taps" && winograd_pays(*n.conv, y[1], y[2], isa);
 }
 
 }  // namespace
@@ -152,7 +159,7 @@ struct Engine::State {
 
   std::mutex mutex;  // guards what follows
   std::deque<std::shared_ptr<Prepared>> plans;
-  std::vector<std::shared_ptr<const PackedConv>> convs;
+  std::vector<std::shared_ptr<const PackedConv>> convs, winograds;
   std::vector<std::shared_ptr<const PackedLinear>> linears;
 
   std::vector<std::vector<int64_t>> shapes(std::span<const TensorView> inputs) const {
@@ -186,9 +193,12 @@ struct Engine::State {
     return sizes;
   }
 
-  const PackedConv& conv(int node) {
-    auto& packed = convs[node];
-    if (!packed) packed = pack_conv(graph.nodes[node], options.dtype, isa);
+  // Packed for outputs of these sizes.
+  const PackedConv& conv(int node, const std::vector<int64_t>& y) {
+    const Node& n = graph.nodes[node];
+    const bool winograd = by_winograd(n, options.dtype, y, isa);
+    auto& packed = (winograd ? winograds : convs)[node];
+    if (!packed) packed = winograd ? pack_conv_winograd(*n.conv, isa) : pack_conv(n, options.dtype, isa);
     return *packed;
   }
 
@@ -231,7 +241,7 @@ struct Engine::State {
       made->key.tensors.insert(made->key.tensors.end(), views->begin(), views->end());
     }
     made->plan = make_plan(graph, all, ins, outs, options.dtype, isa, threads,
-                           {.conv = [this](int n) -> const PackedConv& { return conv(n); },
+                           {.conv = [&](int n) -> const PackedConv& { return conv(n, all[n]); },
                             .linear = [this](int n) -> const PackedLinear& { return linear(n); }});
     plans.push_front(made);
     if (plans.size() > kPlans) plans.pop_back();
@@ -311,6 +321,7 @@ Engine::Engine(Graph graph, EngineOptions options) : state_(std::make_unique<Sta
   // Also asks the system for the tile registers, where the instruction set has them.
   SADMM_CHECK(isa_supported(state_->isa), "engine: isa got ", isa_name(state_->isa), ", which this CPU lacks");
   state_->convs.resize(state_->graph.nodes.size());
+  state_->winograds.resize(state_->graph.nodes.size());
   state_->linears.resize(state_->graph.nodes.size());
 }
 

@@ -48,6 +48,7 @@ struct Family {
 constexpr Family kFamilies[] = {
     {"taps_f32", [](const ConvSpec& spec, Dtype, Isa isa) { return pack_conv_taps_f32(spec, isa); }},
     {"nonzeros", [](const ConvSpec& spec, Dtype, Isa isa) { return pack_conv_nonzeros(spec, isa); }},
+    {"winograd", [](const ConvSpec& spec, Dtype, Isa isa) { return pack_conv_winograd(spec, isa); }},
     {"linear_nonzeros",
      [](const ConvSpec& s, Dtype, Isa isa) -> std::shared_ptr<const PackedConv> {
        return std::make_shared<LinearAsConv>(pack_linear_nonzeros(
