@@ -39,7 +39,7 @@ struct Node {
   int64_t features = 0;      // of kFlatten: how many the network expects, 0 where it does not say
   std::vector<float> scale, shift;
   Epilogue epilogue;   // of kCopy, kMultiply, kScaleShift
-  std::string family;  // of kConv: "" lets the runtime choose; else "taps", "depthwise", "nonzeros"
+  std::string family;  // of kConv: "" lets the runtime choose; else "taps", "winograd", "depthwise", "nonzeros"
 };
 
 struct Graph {

@@ -40,6 +40,8 @@ NOISE = 0.01
 BF16_ERROR = 0.1
 # Elements left, of the weights that the taps hold, below which single weights are tried.
 _NONZEROS = 0.5
+# Density of the taps above which a 3x3 convolution may run faster by Winograd's algorithm, for which all are there.
+_WINOGRAD = 0.3
 
 
 @dataclass
@@ -435,7 +437,7 @@ class _Work:
             y = m(x.to(m.weight.dtype))
         shapes = {inner: x.shape, node: y.shape}
         calls: dict[str, Callable[[], object]] = {}
-        for family in _families(row, m):
+        for family in _families(row, m, self.dtype):
             made = segments.lower(alone, [[node]], shapes, self.inside, {"layer": family} if family else {})
             segment: Any = made.segment_0
             try:
@@ -565,13 +567,16 @@ class _Work:
         )
 
 
-def _families(row: LayerChoice, m: Any) -> list[str]:
+def _families(row: LayerChoice, m: Any, dtype: torch.dtype) -> list[str]:
     """Families worth trying; "" lets the runtime choose."""
     if not isinstance(m, (nn.Conv2d, CompactConv2d)):
         return [""]
     if m.groups == m.in_channels and m.groups > 1:
         return ["", "taps"]
-    return ["", "nonzeros"] if row.nonzero < _NONZEROS * row.density else [""]
+    if row.nonzero < _NONZEROS * row.density:
+        return ["", "nonzeros"]
+    squares = m.kernel_size == (3, 3) and m.stride == m.dilation == (1, 1) and m.groups == 1
+    return ["", "taps", "winograd"] if squares and row.density > _WINOGRAD and dtype == torch.float32 else [""]
 
 
 def _family(row: LayerChoice) -> str:
