@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import structadmm as sa
-from structadmm import _core, container, reference
+from structadmm import _core, container, reference, segments
 from structadmm.trace import trace
 from test_conv_steps import CASE, curves, inputs, make_spec, run
 
@@ -225,6 +225,30 @@ def test_the_runtime_takes_it_where_it_pays() -> None:
         wide.weight.view(64, -1)[:, torch.rand(576) < 0.5] = 0
     few = sa.compact(nn.Sequential(wide), torch.randn(1, 64, 28, 28))
     assert not taken(few, 1, 64, 28, 28), "columns"
+
+
+@pytest.mark.parametrize(
+    ("layer", "family", "wanted"),
+    [
+        (conv(64, 64), "taps", False),
+        (conv(512, 512), "winograd", True),
+        (conv(64, 64, 5), "winograd", False),  # as far as it can
+        (conv(64, 64, stride=2), "winograd", False),
+    ],
+)
+def test_a_file_can_ask_for_a_family(layer: nn.Conv2d, family: str, wanted: bool) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_module("layer", (x,))
+    graph.output(y)
+    root, example = nn.Module().eval(), torch.randn(1, layer.in_channels, 8, 8)
+    root.add_module("layer", layer.eval())
+    shapes = {x: example.shape, y: layer(example).shape}
+    made: Any = segments.lower(fx.GraphModule(root, graph), [[y]], shapes, "float32", {"layer": family})
+    engine = sa.Engine(bytes(made.segment_0.program.numpy()))
+    assert any("winograd" in step["kernel"] for step in engine.describe(example.shape)) == wanted
+    want = layer(example).detach().numpy()
+    np.testing.assert_allclose(engine.run(example.numpy()), want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 def test_batches_give_the_same_bits() -> None:

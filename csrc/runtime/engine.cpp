@@ -146,7 +146,7 @@ std::shared_ptr<const PackedConv> pack_conv(const Node& n, Dtype dtype, Isa isa)
 // Whether a convolution with outputs of these sizes runs by Winograd's algorithm: asked for, or where it pays.
 bool by_winograd(const Node& n, Dtype dtype, const std::vector<int64_t>& y, Isa isa) {
   if (dtype != Dtype::kF32 || y.size() != 3) return false;
-  if (!n.family.empty()) return n.family == "winograd";
+  if (!n.family.empty()) return n.family == "winograd" && can_winograd(*n.conv);
   return family_of(n, dtype) == "taps" && winograd_pays(*n.conv, y[1], y[2], isa);
 }
 
