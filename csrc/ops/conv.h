@@ -55,6 +55,9 @@ class PackedConv {
   // Whether plan() also takes an x without any halo, and runs faster on it than on a padded copy.
   virtual bool takes_edges() const { return false; }
 
+  // What a run reads of weights, where that is not what the specification has; else 0.
+  virtual int64_t weight_bytes() const { return 0; }
+
   // Of a vector, where the family takes planes in lanes; else 0.
   virtual int64_t lanes() const { return 0; }
 };

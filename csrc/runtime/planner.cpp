@@ -235,11 +235,13 @@ class Planner {
     return p;
   }
 
-  // Lanes of the convolution's planes, if its family has any; else 0.
-  int64_t lanes_of(int i) const {
+  bool is_conv(int i) const {
     const Node& n = g_.nodes[i];
-    return n.kind == Kind::kConv && !as_linear(*n.conv, shapes_[n.inputs[0]]) ? weights_.conv(i).lanes() : 0;
+    return n.kind == Kind::kConv && !as_linear(*n.conv, shapes_[n.inputs[0]]);
   }
+
+  // Lanes of the convolution's planes, if its family has any; else 0.
+  int64_t lanes_of(int i) const { return is_conv(i) ? weights_.conv(i).lanes() : 0; }
 
   // Images at a time that leave each lane a tile of the map.
   int64_t images_for_lanes(int i) const {
@@ -260,6 +262,7 @@ class Planner {
       const auto& w = n.conv->weight;
       return 8 * static_cast<int64_t>(w.size() - std::count(w.begin(), w.end(), 0.0f));
     }
+    if (const int64_t own = is_conv(i) ? weights_.conv(i).weight_bytes() : 0) return own;
     const auto size = n.conv ? n.conv->weight.size() : n.linear ? n.linear->weight.size() : 0;
     return static_cast<int64_t>(size) * dtype_size(dtype_);
   }
