@@ -112,6 +112,21 @@ bool isa_supported(Isa isa) {
 #endif
 }
 
+bool halves_avx512() {
+#if SADMM_X86
+  static const bool halves = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx) return false;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+    const unsigned family = (eax >> 8 & 0xF) + (eax >> 20 & 0xFF);
+    return family == 0x19;  // Zen 3, which has none of it, and Zen 4
+  }();
+  return halves;
+#else
+  return false;
+#endif
+}
+
 Isa current_isa() {
   if (const int isa = override_isa.load(std::memory_order_relaxed); isa >= 0) return static_cast<Isa>(isa);
   // A throwing initialiser is run again at the next call, so a bad STRUCTADMM_ISA is an error every time.

@@ -20,6 +20,10 @@ std::string isa_names();  // all, separated by commas
 // the process's permission to use them.
 bool isa_supported(Isa isa);
 
+// Whether this CPU runs 512-bit arithmetic in two halves (AMD Zen 4): then one such instruction costs what two of 256
+// bits do, and loads and shuffles beside it cost little.
+bool halves_avx512();
+
 // The one in use. Throws Error if STRUCTADMM_ISA names one that does not exist or that this CPU lacks.
 Isa current_isa();
 

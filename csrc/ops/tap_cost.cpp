@@ -36,8 +36,7 @@ double filters_cost(const kernels::GemmCompact& k, int width_class, int panels, 
 double pixels_cost(const kernels::GemmCompact& k, int width, int64_t vectors, int window, double taps) {
   const int c = kernels::width_class(width);
   const double cycles = over_tiles(vectors, k.nr[c], [&](int64_t count) { return k.pixels_cycles[c][count - 1]; });
-  constexpr double kGather = 1.5;  // a second load and a permutation per vector
-  return (cycles * (window > 1 ? kGather : 1.0) * taps + 35.0 * static_cast<double>(vectors)) * (width / k.mr[c]);
+  return (cycles * (window > 1 ? k.gather : 1.0) * taps + 35.0 * static_cast<double>(vectors)) * (width / k.mr[c]);
 }
 
 double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {

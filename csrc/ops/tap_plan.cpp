@@ -160,7 +160,7 @@ class Chooser {
     const auto by_pixels = [&](const CutSize& size, int window) {
       return pixels_cost(k_, 8, size.vectors, window, mean_taps_);
     };
-    const bool gather = k_.gather && (g_.stride[1] != 1 || plan_.planes.y.width < 4 * k_.lanes);
+    const bool gather = k_.gather > 0 && (g_.stride[1] != 1 || plan_.planes.y.width < 4 * k_.lanes);
     if (!edges_) pixels_ = gather ? cheapest({1, 2}, by_pixels) : cheapest({1}, by_pixels);
     // The panel kernel needs enough filters of a block: the largest one chooses.
     int64_t widest = 0;

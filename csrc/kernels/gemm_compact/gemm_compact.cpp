@@ -5,6 +5,9 @@
 namespace structadmm::kernels {
 
 const GemmCompact& gemm_compact(Isa isa) {
+#if SADMM_X86
+  if (isa >= Isa::kAvx512 && halves_avx512()) return gemm_compact_avx512_halves;
+#endif
   static constexpr IsaRow<const GemmCompact*> kRows[] = {
       {Isa::kScalar, &gemm_compact_scalar},
 #if SADMM_X86

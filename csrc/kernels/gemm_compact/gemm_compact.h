@@ -185,7 +185,7 @@ struct GemmCompact {
   int mr[3];                  // filters in a pixels kernel: a panel takes width / mr of them
   int nr[3];                  // largest NR
   int nv[3];                  // largest NV
-  bool gather;                // whether there are pixels kernels with Gather
+  double gather;              // what Gather multiplies the cycles of a pixels kernel by; 0: there is none with it
   // Measured cycles per tap of a full tile, by which the kernel for a shape is chosen: [width class][NR - 1], [NV - 1].
   double pixels_cycles[3][kMaxVectors];
   double filters_cycles[3][kMaxPanels];
@@ -221,7 +221,7 @@ inline void run_rows(const GemmCompact& k, int panels, FiltersArgs a, int width,
   }
 }
 
-// A pure function of the instruction set, which need not be this CPU's.
+// The kernels are those of the instruction set, which need not be this CPU's; their cycles may be this CPU's.
 const GemmCompact& gemm_compact(Isa isa);
 
 }  // namespace structadmm::kernels

@@ -63,7 +63,7 @@ constexpr GemmCompact make() {
                 .mr = {4, 4, 4},
                 .nr = {2, 2, 2},
                 .nv = {1, 1, 1},
-                .gather = false,
+                .gather = 0,
                 .pixels_cycles = {{5, 9}, {5, 9}, {5, 9}},
                 .filters_cycles = {{9}, {6}, {4}},
                 .pixels_kernel = {},

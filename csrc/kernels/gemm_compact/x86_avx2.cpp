@@ -140,7 +140,7 @@ constexpr GemmCompact make() {
                 .mr = {4, 4, 4},
                 .nr = {3, 3, 3},
                 .nv = {1, 1, 1},
-                .gather = false,
+                .gather = 0,
                 .pixels_cycles = {{2.8, 4.5, 6.5}, {2.8, 4.5, 6.5}, {2.8, 4.5, 6.5}},
                 .filters_cycles = {{9}, {6.5}, {6.5}},
                 .pixels_kernel = {},
