@@ -301,8 +301,28 @@ def test_nan_and_infinity_propagate() -> None:
         ("scalar", (1, 64, 32, 32), [8] * 8, {"pixels_4x8__scalar"}),
     ],
 )
-def test_selection(isa: str, x: tuple[int, ...], blocks: list[int], kernels: set[str]) -> None:
+def test_selection(isa: str, x: tuple[int, ...], blocks: list[int], kernels: set[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("STRUCTADMM_AVX512_HALVES", "0")
     names = _core.conv2d_kernels(isa, x, blocks, (3, 3), padding=(1, 1))
+    assert {n.removeprefix("gemm_compact_f32_") for n in names} == kernels
+
+
+@pytest.mark.parametrize(
+    "x,blocks,kernels",
+    [
+        ((1, 128, 28, 28), [64], {"filters_6x64__avx512"}),
+        ((1, 64, 32, 32), [8] * 8, {"pixels_8x48__avx512"}),
+        ((1, 64, 8, 8), [8] * 8, {"pixels_8x32_gather__avx512"}),
+        ((1, 64, 4, 4), [8] * 8, {"pixels_8x16_gather__avx512"}),
+        ((1, 64, 1, 1), [8] * 8, {"filters_8x8__avx512"}),
+    ],
+)
+def test_selection_where_512_bits_are_two_halves(
+    x: tuple[int, ...], blocks: list[int], kernels: set[str], monkeypatch: Any
+) -> None:
+    """Lanes without an output cost as much as any there, a gather little."""
+    monkeypatch.setenv("STRUCTADMM_AVX512_HALVES", "1")
+    names = _core.conv2d_kernels("avx512", x, blocks, (3, 3), padding=(1, 1))
     assert {n.removeprefix("gemm_compact_f32_") for n in names} == kernels
 
 

@@ -113,6 +113,7 @@ bool isa_supported(Isa isa) {
 }
 
 bool halves_avx512() {
+  if (const char* given = std::getenv("STRUCTADMM_AVX512_HALVES"); given && *given) return *given == '1';
 #if SADMM_X86
   static const bool halves = [] {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;

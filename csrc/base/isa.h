@@ -21,7 +21,8 @@ std::string isa_names();  // all, separated by commas
 bool isa_supported(Isa isa);
 
 // Whether this CPU runs 512-bit arithmetic in two halves (AMD Zen 4): then one such instruction costs what two of 256
-// bits do, and loads and shuffles beside it cost little.
+// bits do, and loads and shuffles beside it cost little. STRUCTADMM_AVX512_HALVES (0 or 1) stands in for what the CPU
+// says, so that a test sees the plans of other machines.
 bool halves_avx512();
 
 // The one in use. Throws Error if STRUCTADMM_ISA names one that does not exist or that this CPU lacks.
