@@ -202,6 +202,9 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
   // The first jobs fetch one vector of the tile each.
   const int64_t fetches = &job - plan.jobs.data();
   const bool far = plan.position.size() == 1 && share.far() && fetches < k.nr[c];
+  // The next panel's weights, which the first strip is the first to read.
+  const bool more = share.begin == 0 && job.panel + 1 < static_cast<int64_t>(packed.panels.size());
+  const float* const behind = more ? packed.weights + packed.panels[job.panel + 1].weight : nullptr;
   for (int64_t u = share.begin; u < share.end; ++u) {
     const int64_t image = u / tiles * t.period, images = std::min(t.period, data.images - image);
     const auto [vectors, n] = there(t, t.tiles[c][u % tiles], images);
@@ -221,6 +224,7 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
       a.w = packed.weights + panel.weight + filter;
       a.bias = packed.bias + panel.first_filter + filter;
       a.filters = std::min(panel.filters - filter, k.mr[c]);
+      a.next = u + 1 == share.end && filter + k.mr[c] >= panel.filters ? behind : nullptr;
       kernel[n - 1](a);
       a.ahead = 0;
       a.out.y += k.mr[c] * out.y_stride;

@@ -78,10 +78,11 @@ struct PixelsArgs {
   const float* w;    // [n_taps][w_stride], the first MR of each row are used
   int64_t w_stride;  // panel width
   const float* bias;
-  int filters;                 // 1 to MR: those that exist
-  const PixelVector* vectors;  // [NR]
-  int64_t ahead = 0;           // if given, what each tap reads at this offset in x is fetched into L2 meanwhile
-  Output out;                  // its stores are those that the vectors count
+  int filters;                  // 1 to MR: those that exist
+  const PixelVector* vectors;   // [NR]
+  int64_t ahead = 0;            // if given, what each tap reads at this offset in x is fetched into L2 meanwhile
+  const float* next = nullptr;  // otherwise, if given, a line per tap from here on: the weights of the next call
+  Output out;                   // its stores are those that the vectors count
 };
 
 // Planes without the halo that the kernel reaches: at its edges are zeros.

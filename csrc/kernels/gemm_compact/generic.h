@@ -1,6 +1,9 @@
 // The two micro-kernels over a type V of vectors. Included by the ISA files inside their anonymous namespaces, so that
 // nothing compiled for one instruction set can be called by another.
 
+constexpr int kFloatsPerLine = 16;
+enum Fetch { kNothing, kWeights, kAhead };
+
 // Some vectors of sums, one per filter, to where a PixelStore says.
 template <class V>
 struct Placed {
@@ -127,12 +130,16 @@ void pixels(const PixelsArgs& a) {
   const Tap* const end = a.taps + a.n_taps;
   // In a version of its own: on what is there already, a fetch per tap cost up to a seventh.
   const auto run = [&](auto fetch) {
-    const float* w = a.w;
+    const float *w = a.w, *next = a.next;
     const float* const ahead = a.x + a.ahead;
     for (const Tap* t = a.taps; t != end; ++t, w += a.w_stride) {
       // Scalar units are idle here, so the offset is worked out per tile instead of kept per size of map.
       const int64_t offset = t->channel * a.channel_stride + a.position_offset[t->position];
-      if constexpr (decltype(fetch)::value) __builtin_prefetch(ahead + offset, 0, 2);
+      if constexpr (decltype(fetch)::value == kAhead) __builtin_prefetch(ahead + offset, 0, 2);
+      if constexpr (decltype(fetch)::value == kWeights) {
+        __builtin_prefetch(next);
+        next += kFloatsPerLine;
+      }
       typename V::Reg px[NR];
 #pragma GCC unroll 8
       for (int v = 0; v < NR; ++v) {
@@ -151,9 +158,11 @@ void pixels(const PixelsArgs& a) {
     }
   };
   if (!Gather && a.ahead != 0) {
-    run(std::true_type{});
+    run(std::integral_constant<Fetch, kAhead>{});
+  } else if (a.next) {
+    run(std::integral_constant<Fetch, kWeights>{});
   } else {
-    run(std::false_type{});
+    run(std::integral_constant<Fetch, kNothing>{});
   }
   put_tile<V, MR, NR>(acc, a.vectors, a.filters, a.out);
 }

@@ -66,9 +66,6 @@ void collect(const CollectArgs& a) {
   }
 }
 
-constexpr int kFloatsPerLine = 16;
-enum Fetch { kNothing, kWeights, kAhead };
-
 // MR filters at a time, and Tail where no more are left: enough sums to keep two units of multiply-adds busy, whatever
 // NR. Weights and biases of filters that are not there are read (a packed weight has its biases, and zeros, behind it).
 template <class V, From F, int MR, int Tail, int NR>
