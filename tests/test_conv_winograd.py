@@ -143,6 +143,18 @@ def test_threads_batch_and_layouts_give_the_same_bits(isa: str, c: dict[str, Any
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("y_halo", [(0, 0, 0, 0), (1, 1, 1, 1)])
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_vectors_that_hold_tiles_of_several_rows(isa: str, y_halo: tuple[int, ...], width: int) -> None:
+    """Between the rows that share a vector are outputs, even where a vector reaches from one to the next."""
+    for height in (5, 6, 12):
+        c = {**CASE, "size": (height, width), "y_halo": y_halo, "residual": "y"}
+        spec, dense, bias = make_spec(c)
+        x, residual = inputs(c, spec, dense)
+        check_close(run("winograd", isa, c, spec, x, residual), c, x, dense, bias, residual)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("channels", "filters", "size"), [(300, 200, (13, 27)), (48, 40, (9, 150)), (512, 20, (4, 4))])
 def test_blocks_and_weights_beyond_the_cache(isa: str, channels: int, filters: int, size: tuple[int, int]) -> None:
     """Several blocks of tiles, rows that are more than one block, weights that are fetched ahead."""
