@@ -143,7 +143,22 @@ def test_threads_batch_and_layouts_give_the_same_bits(isa: str, c: dict[str, Any
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("channels", "filters", "size"), [(300, 200, (13, 27)), (48, 40, (9, 150)), (512, 20, (4, 4))])
+@pytest.mark.parametrize("y_halo", [(0, 0, 0, 0), (1, 1, 1, 1)])
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_vectors_that_hold_tiles_of_several_rows(isa: str, y_halo: tuple[int, ...], width: int) -> None:
+    """Between the rows that share a vector are outputs, even where a vector reaches from one to the next."""
+    for height in (5, 6, 12):
+        c = {**CASE, "size": (height, width), "y_halo": y_halo, "residual": "y"}
+        spec, dense, bias = make_spec(c)
+        x, residual = inputs(c, spec, dense)
+        check_close(run("winograd", isa, c, spec, x, residual), c, x, dense, bias, residual)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("channels", "filters", "size"),
+    [(300, 200, (13, 27)), (48, 40, (9, 150)), (20, 20, (5, 571)), (512, 20, (4, 4))],
+)
 def test_blocks_and_weights_beyond_the_cache(isa: str, channels: int, filters: int, size: tuple[int, int]) -> None:
     """Several blocks of tiles, rows that are more than one block, weights that are fetched ahead."""
     c = {**CASE, "channels": channels, "filters": filters, "size": size, "block": 1000, "threads": 3}
@@ -227,6 +242,19 @@ def test_the_runtime_takes_it_where_it_pays() -> None:
     assert not taken(few, 1, 64, 28, 28), "columns"
 
 
+def engine_of(layer: nn.Conv2d, family: str, example: Tensor) -> sa.Engine:
+    """From a file that asks for a family."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_module("layer", (x,))
+    graph.output(y)
+    root = nn.Module().eval()
+    root.add_module("layer", layer.eval())
+    shapes = {x: example.shape, y: layer(example).shape}
+    made: Any = segments.lower(fx.GraphModule(root, graph), [[y]], shapes, "float32", {"layer": family})
+    return sa.Engine(bytes(made.segment_0.program.numpy()))
+
+
 @pytest.mark.parametrize(
     ("layer", "family", "wanted"),
     [
@@ -237,18 +265,24 @@ def test_the_runtime_takes_it_where_it_pays() -> None:
     ],
 )
 def test_a_file_can_ask_for_a_family(layer: nn.Conv2d, family: str, wanted: bool) -> None:
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    y = graph.call_module("layer", (x,))
-    graph.output(y)
-    root, example = nn.Module().eval(), torch.randn(1, layer.in_channels, 8, 8)
-    root.add_module("layer", layer.eval())
-    shapes = {x: example.shape, y: layer(example).shape}
-    made: Any = segments.lower(fx.GraphModule(root, graph), [[y]], shapes, "float32", {"layer": family})
-    engine = sa.Engine(bytes(made.segment_0.program.numpy()))
+    example = torch.randn(1, layer.in_channels, 8, 8)
+    engine = engine_of(layer, family, example)
     assert any("winograd" in step["kernel"] for step in engine.describe(example.shape)) == wanted
     want = layer(example).detach().numpy()
     np.testing.assert_allclose(engine.run(example.numpy()), want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_stages_are_cut_by_the_weights_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four times those of the file, which more images share."""
+    monkeypatch.setenv("STRUCTADMM_L2_BYTES", str(256 << 10))
+    layer, example = conv(64, 64), torch.randn(8, 64, 12, 12)
+    threads = _core.get_num_threads()
+    try:
+        _core.set_num_threads(1)
+        steps = {f: engine_of(layer, f, example).describe(example.shape)[-1] for f in ("taps", "winograd")}
+    finally:
+        _core.set_num_threads(threads)
+    assert steps["taps"]["images"] < steps["winograd"]["images"], steps
 
 
 def test_batches_give_the_same_bits() -> None:

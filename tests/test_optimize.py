@@ -321,6 +321,20 @@ def test_decides_by_measuring_and_remembers(cache, monkeypatch) -> None:
     json.dumps(second.report.to_dict())
 
 
+def test_families_that_are_measured(monkeypatch) -> None:
+    layers = [nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2), nn.Conv2d(8, 8, 3, groups=2)]
+    layers += [nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=8)]
+    with torch.no_grad():
+        layers[4].weight[torch.arange(576).view(8, 8, 3, 3) % 3 > 0] = 0
+    monkeypatch.setattr(optimize_module, "perf_counter", lambda: 0.0)
+    wanted = [["taps", "winograd"], [], [], [], ["nonzeros"], ["taps"]]
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(1, 8, 12, 12)
+        report = sa.optimize(nn.Sequential(*layers).eval(), x, dtype=dtype, budget=0.1, report=False).report
+        measured = [[n.partition(" ")[2] for n in r.seconds if n.startswith("segments ")] for r in report.layers]
+        assert measured == [f if dtype == torch.float32 or "winograd" not in f else [] for f in wanted]
+
+
 def test_layers_that_the_budget_leaves_out_stay_in_their_segments(cache, monkeypatch) -> None:
     model, x = sa.compact(make("B"), example(), columns="always"), example()
     hours = iter(range(0, 10**6, 3600))

@@ -80,7 +80,7 @@ struct Artefact {
   bool has_inputs = false;
   std::vector<Input> inputs;  // of the first placeholders
   std::string metadata;       // the user's object, JSON
-  // Layer -> family of kernels ("taps", "nonzeros") that `optimize` measured to be the fastest:
+  // Layer -> family of kernels ("taps", "winograd", "nonzeros") that `optimize` measured to be the fastest:
   // metadata.optimize.families.
   std::map<std::string, std::string> families;
 };

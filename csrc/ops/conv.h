@@ -10,8 +10,8 @@
 //   taps_bf16   the same in bf16 with f32 accumulation; x and y are bf16 planes
 //   depthwise   one input channel per conv group, f32 or bf16
 //   nonzeros    single weights, for non-structured sparsity, f32
-//   winograd    3x3 of stride 1 with a quarter of the multiply-adds, for few or no pruned taps, f32. Its rounding errors
-//               are a few times those of a plain sum, and an infinity makes NaN of the outputs beside it too
+//   winograd    3x3 of stride 1 with a quarter of the multiply-adds, for few or no pruned taps, f32. Its rounding
+//               errors are a few times those of a plain sum, and an infinity makes NaN of the outputs beside it too
 #pragma once
 
 #include <cstdint>

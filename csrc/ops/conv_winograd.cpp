@@ -29,7 +29,7 @@ constexpr auto kOp = "conv_winograd";
 constexpr int64_t kLine = 16;                       // floats
 constexpr int64_t kBlockFloats = 96 * 1024;         // of transformed squares and sums, which stay in L2
 constexpr int64_t kFewTiles = 16, kManyTiles = 48;  // in a block: fewer read the weights too often
-constexpr int64_t kFarWeights = 128 * 1024;  // floats, with more of which they come from beyond L2
+constexpr int64_t kFarWeights = 128 * 1024;         // floats, with more of which they come from beyond L2
 constexpr int64_t kSerialMacs = 1 << 20;            // ten microseconds of work: a parallel region costs as much
 
 // Some panels of filters, as many as one kernel takes.
@@ -84,16 +84,15 @@ Weights transformed(const ConvSpec& spec, const kernels::GemmCompact& k) {
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = g * panels / groups, count = (g + 1) * panels / groups - first;
     w.groups.push_back({first, count, kWinogradPlaces * first * panel_floats});
-    const int64_t end = std::min(w.filters, (first + count) * kMaxPanel);
-    for (int64_t f = first * kMaxPanel; f < end; ++f) {
-      const int64_t panel = f / kMaxPanel - first;
-      for (int64_t c = 0; c < channels; ++c) {
-        double u[kWinogradSquare][kWinogradSquare];
-        transform(dense.data() + (f * channels + c) * 9, u);
-        float* const to = w.u.data() + w.groups.back().at + panel * panel_floats + c * kMaxPanel + f % kMaxPanel;
-        for (int64_t i = 0; i < kWinogradPlaces; ++i) {
-          to[i * count * panel_floats] = static_cast<float>(u[i / kWinogradSquare][i % kWinogradSquare]);
-        }
+    // A line in each place is written at a time.
+    for (int64_t i = 0; i < count * panel_floats; ++i) {
+      const int64_t f = first * kMaxPanel + i / panel_floats * kMaxPanel + i % kMaxPanel;
+      if (f >= w.filters) continue;
+      double u[kWinogradSquare][kWinogradSquare];
+      transform(dense.data() + (f * channels + i % panel_floats / kMaxPanel) * 9, u);
+      float* const to = w.u.data() + w.groups.back().at + i;
+      for (int64_t j = 0; j < kWinogradPlaces; ++j) {
+        to[j * count * panel_floats] = static_cast<float>(u[j / kWinogradSquare][j % kWinogradSquare]);
       }
     }
   }

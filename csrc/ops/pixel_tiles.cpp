@@ -38,8 +38,11 @@ class Outputs {
   int64_t x() const { return base_ + n_ * p_.x.image_stride + oy_ * row_ + ox_ * p_.geometry.stride[1]; }
   int64_t y() const { return p_.y.at(n_, 0, oy_, ox_); }
   int64_t residual() const { return p_.residual.at(n_, 0, oy_, ox_); }
-  // Whether what lies between two rows of y is halo, not somebody else's.
-  bool halo_between() const { return p_.y.pitch - p_.y.width == std::max(p_.y.halo.left, p_.y.halo.right); }
+  // Whether so many places of y between two outputs are the halo between two rows, not other outputs or somebody
+  // else's.
+  bool halo_between(int64_t places) const {
+    return places == p_.y.pitch - p_.y.width && places == std::max(p_.y.halo.left, p_.y.halo.right);
+  }
 
  private:
   const ConvPlanes& p_;
@@ -51,7 +54,7 @@ class Outputs {
 void add_to_stores(const Outputs& o, int lane, int lanes, size_t first, std::vector<PixelStore>& stores) {
   const auto fits = [&](const PixelStore& s) {
     const int64_t at = o.y() - s.y;
-    return s.image == o.image() && at >= s.count && at < lanes && (at == s.count || o.halo_between()) &&
+    return s.image == o.image() && at >= s.count && at < lanes && (at == s.count || o.halo_between(at - s.count)) &&
            o.residual() - s.residual == at;
   };
   if (stores.size() == first || !fits(stores.back())) {

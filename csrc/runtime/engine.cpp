@@ -133,9 +133,8 @@ std::string family_of(const Node& n, Dtype dtype) {
   return dtype == Dtype::kF32 && scattered(c) ? "nonzeros" : "taps";
 }
 
-std::shared_ptr<const PackedConv> pack_conv(const Node& n, Dtype dtype, Isa isa) {
+std::shared_ptr<const PackedConv> pack_conv(const Node& n, const std::string& family, Dtype dtype, Isa isa) {
   const ConvSpec& c = *n.conv;
-  const std::string family = family_of(n, dtype);
   if (family == "depthwise") return pack_conv_depthwise(c, dtype, isa);
   if (family == "nonzeros" && dtype == Dtype::kF32) return pack_conv_nonzeros(c, isa);
   SADMM_CHECK(family == "taps" || family == "nonzeros" || family == "winograd", "engine: ", n.name, ": family got '",
@@ -144,10 +143,10 @@ std::shared_ptr<const PackedConv> pack_conv(const Node& n, Dtype dtype, Isa isa)
 }
 
 // Whether a convolution with outputs of these sizes runs by Winograd's algorithm: asked for, or where it pays.
-bool by_winograd(const Node& n, Dtype dtype, const std::vector<int64_t>& y, Isa isa) {
+bool by_winograd(const Node& n, const std::string& family, Dtype dtype, const std::vector<int64_t>& y, Isa isa) {
   if (dtype != Dtype::kF32 || y.size() != 3) return false;
-  if (!n.family.empty()) return n.family == "winograd" && can_winograd(*n.conv);
-  return family_of(n, dtype) == "taps" && winograd_pays(*n.conv, y[1], y[2], isa);
+  if (!n.family.empty()) return family == "winograd" && can_winograd(*n.conv);
+  return family == "taps" && winograd_pays(*n.conv, y[1], y[2], isa);
 }
 
 }  // namespace
@@ -156,6 +155,7 @@ struct Engine::State {
   Graph graph;
   EngineOptions options;
   Isa isa;
+  std::vector<std::string> families;  // of convolutions: a plan asks often, and counting the zeros takes a while
 
   std::mutex mutex;  // guards what follows
   std::deque<std::shared_ptr<Prepared>> plans;
@@ -196,9 +196,10 @@ struct Engine::State {
   // Packed for outputs of these sizes.
   const PackedConv& conv(int node, const std::vector<int64_t>& y) {
     const Node& n = graph.nodes[node];
-    const bool winograd = by_winograd(n, options.dtype, y, isa);
+    const std::string& family = families[node];
+    const bool winograd = by_winograd(n, family, options.dtype, y, isa);
     auto& packed = (winograd ? winograds : convs)[node];
-    if (!packed) packed = winograd ? pack_conv_winograd(*n.conv, isa) : pack_conv(n, options.dtype, isa);
+    if (!packed) packed = winograd ? pack_conv_winograd(*n.conv, isa) : pack_conv(n, family, options.dtype, isa);
     return *packed;
   }
 
@@ -320,6 +321,9 @@ Engine::Engine(Graph graph, EngineOptions options) : state_(std::make_unique<Sta
   state_->isa = options.isa.value_or(current_isa());
   // Also asks the system for the tile registers, where the instruction set has them.
   SADMM_CHECK(isa_supported(state_->isa), "engine: isa got ", isa_name(state_->isa), ", which this CPU lacks");
+  for (const Node& n : state_->graph.nodes) {
+    state_->families.push_back(n.kind == Kind::kConv ? family_of(n, options.dtype) : "");
+  }
   state_->convs.resize(state_->graph.nodes.size());
   state_->winograds.resize(state_->graph.nodes.size());
   state_->linears.resize(state_->graph.nodes.size());

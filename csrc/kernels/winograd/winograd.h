@@ -8,7 +8,7 @@
 // +-2 (winograd_points.h). What lies between the transforms is 36 products of matrices, which the filters kernels of
 // kernels/gemm_compact run: [tiles][channels] by [channels][filters], one for each place of the 6x6 square.
 //
-// Kernels check nothing. An infinity or NaN in x makes NaN of all outputs of its tile.
+// Kernels check nothing. Where a square holds an infinity or NaN, any output of its tile may be one.
 #pragma once
 
 #include <cstdint>

@@ -8,12 +8,12 @@ namespace {
 using namespace structadmm::avx512;
 using avx512::Vec;
 
-// x holds lanes 4 i and 4 i + 1 of 64, two by two: lanes 4 i of all below, lanes 4 i + 1 above.
-inline void halves(const float* p, __m512i pick, Vec& even, Vec& odd) {
+// pick: j, j + 4 to j + 28, and the same plus one. d0 lane i = p[4 * i + j], d1 lane i = p[4 * i + j + 1].
+inline void halves(const float* p, __m512i pick, Vec& d0, Vec& d1) {
   const __m512 a = _mm512_permutex2var_ps(_mm512_loadu_ps(p), pick, _mm512_loadu_ps(p + 16));
   const __m512 b = _mm512_permutex2var_ps(_mm512_loadu_ps(p + 32), pick, _mm512_loadu_ps(p + 48));
-  even.v = _mm512_shuffle_f32x4(a, b, 0x44);
-  odd.v = _mm512_shuffle_f32x4(a, b, 0xEE);
+  d0.v = _mm512_shuffle_f32x4(a, b, 0x44);
+  d1.v = _mm512_shuffle_f32x4(a, b, 0xEE);
 }
 
 // d[j] lane i = p[4 * i + j].
