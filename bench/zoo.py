@@ -11,8 +11,9 @@ of trace, analysis and layout. The set "dense" is networks for segmentation, det
 of a language model of seven billion parameters, on the meta device.
 
 Results are added to results/zoo.json one by one, models that have one are skipped, so the sweep goes on where it
-stopped; each process is single-threaded, and several share the work with --part. Needs torchvision and timm; beside a
-CPU build of torch they can be installed with --no-deps.
+stopped; each process is single-threaded, and several share the work with --part. In 24 GB of memory the largest fit
+where the C library gives back what is freed (MALLOC_MMAP_THRESHOLD_=1048576, with glibc). Needs torchvision and timm;
+beside a CPU build of torch they can be installed with --no-deps.
 """
 
 from __future__ import annotations
