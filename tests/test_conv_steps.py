@@ -124,26 +124,31 @@ def run(
     return torch.from_numpy(y)
 
 
-def check_close(got: Tensor, c: dict[str, Any], x: Tensor, dense: Tensor, bias: Tensor | None, residual: Any) -> None:
-    """|error of the sum| <= (T + 3) 2^-23 (|w| . |x| + |b| + |r|), T rounded products and sums in a row, fused or not.
+def check_within(got: Tensor, curve: dict[str, Any], before: Tensor, bound: Tensor) -> None:
+    """got is the curve of sums `before`, each within its bound.
 
     No curve is steeper than 1.5, and each is good to 4 units in the last place; GELU, which ends as e^(-v^2 / 2), to
     v^2 of them.
     """
+    want = reference.epilogue(before, **curve)
+    if "activation" in curve:
+        bound = 1.5 * bound + (4 + before.square()) * 2.0**-23 * want.abs() + 1e-37
+    assert got.shape == want.shape
+    worst = ((got.double() - want).abs() - bound).max()
+    assert bool(worst <= 0), worst
+
+
+def check_close(got: Tensor, c: dict[str, Any], x: Tensor, dense: Tensor, bias: Tensor | None, residual: Any) -> None:
+    """|error of the sum| <= (T + 3) 2^-23 (|w| . |x| + |b| + |r|), T rounded products and sums in a row, fused or
+    not."""
     sizes = (c["stride"], c["padding"], c["dilation"], c["groups"])
     wide = [None if t is None else t.double() for t in (bias, residual)]
     size = reference.conv_step(
         x.double().abs(), dense.double().abs(), *(None if t is None else t.abs() for t in wide), sizes
     )
     before = reference.conv_step(x.double(), dense.double(), *wide, sizes)
-    want = reference.epilogue(before, **c["curve"])
     terms = int((dense.flatten(1) != 0).sum(1).max())
-    bound = (terms + 3) * 2.0**-23 * size
-    if "activation" in c["curve"]:
-        bound = 1.5 * bound + (4 + before.square()) * 2.0**-23 * want.abs() + 1e-37
-    assert got.shape == want.shape
-    worst = ((got.double() - want).abs() - bound).max()
-    assert bool(worst <= 0), worst
+    check_within(got, c["curve"], before, (terms + 3) * 2.0**-23 * size)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -530,8 +530,9 @@ std::map<std::string, std::string> families_of(const json& metadata) {
   const json rows = optimize.is_object() ? optimize.value("families", json()) : json();
   if (!rows.is_object()) return families;
   for (const auto& [path, family] : rows.items()) {
-    if (family == "taps" || family == "winograd" || family == "nonzeros")
+    if (family == "taps" || family == "winograd" || family == "nonzeros") {
       families.emplace(path, family.get<std::string>());
+    }
   }
   return families;
 }
