@@ -55,6 +55,11 @@ class PackedConv {
   // Whether plan() also takes an x without any halo, and runs faster on it than on a padded copy.
   virtual bool takes_edges() const { return false; }
 
+  // bf16: whether plan() also takes an x of f32 of this size, without any halo or gaps between its rows, and runs
+  // faster on it than on a converted copy; and whether y may be f32.
+  virtual bool takes_f32([[maybe_unused]] int64_t height, [[maybe_unused]] int64_t width) const { return false; }
+  virtual bool gives_f32() const { return false; }
+
   // What a run reads of weights, where that is not what the specification has; else 0.
   virtual int64_t weight_bytes() const { return 0; }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 #include <string>
@@ -28,6 +29,7 @@ using kernels::kTile;
 using kernels::PanelPair;
 using kernels::PanelVector;
 using kernels::PlaneWindow;
+using kernels::Read;
 using kernels::WeightLayout;
 
 constexpr auto kOp = "conv_taps_bf16";
@@ -90,6 +92,8 @@ struct Weights {
   Bytes packed;
   int32_t units = 0;
   int64_t most_steps = 0, macs = 0;  // multiply-adds of an output pixel
+
+  bool tiles() const { return kernel->layout == WeightLayout::kTiles; }
 };
 
 std::shared_ptr<const Weights> pack_weights(const ConvSpec& spec, Isa isa) {
@@ -112,7 +116,7 @@ std::shared_ptr<const Weights> pack_weights(const ConvSpec& spec, Isa isa) {
   for (auto* v : {&w->spec.weight, &w->spec.bias}) *v = {};
   for (auto* v : {&w->spec.taps, &w->spec.block_filters, &w->spec.block_taps}) *v = {};
   w->kernel = &kernels::gemm_bf16(isa);
-  const bool tiles = w->kernel->layout == WeightLayout::kTiles;
+  const bool tiles = w->tiles();
   const int64_t positions = spec.kernel[0] * spec.kernel[1], per_group = filters / spec.groups;
   const int64_t group_channels = spec.in_channels / spec.groups;
   int64_t filter = 0, bytes = 0, bias = 0;
@@ -234,6 +238,7 @@ void cut_windows(const Pixel* p, const int* lane, int n, int64_t Pixel::* place,
     for (; i < n && p[i].image == w.image && p[i].*place - w.offset < kWindow; ++i) {
       const int64_t element = p[i].*place - w.offset;
       w.elements |= 1u << element;
+      w.filled |= 1u << element;
       w.pixels |= 1u << lane[i];
       w.to[element] = static_cast<int16_t>(lane[i]);
       w.from[lane[i]] = static_cast<int16_t>(element);
@@ -248,34 +253,86 @@ struct Tables {
   std::vector<int32_t> first_image;  // of each pair
   std::vector<PanelVector> vectors;
   std::vector<PlaneWindow> windows, residual_windows;
+  std::vector<uint32_t> inside;  // [pair][position], where x is the caller's f32
 };
 
-// All elements of y's planes from an image's first pixel to its last are taken for pixels, in windows that are lines of
-// memory: x is read in whole rows, and no store crosses lines. Wants planes of x and y whose rows lie alike, and writes
-// zeros into the halo between rows. Sets nothing and returns false where that is not so, or where the halo is too much
-// of the planes.
-bool make_straight_tables(const ConvSpec& s, const Planes& x, const Planes& y, const Planes* residual, int64_t images,
-                          int64_t readable, Tables& t) {
-  const int64_t between = y.pitch - y.width, count = (y.height - 1) * y.pitch + y.width;
-  if (s.stride[0] != 1 || s.stride[1] != 1 || x.pitch != y.pitch || (residual && residual->pitch != y.pitch) ||
-      between > std::max(y.halo.left, y.halo.right) || between < 0) {
-    return false;
+// What a table is made for.
+struct Lies {
+  const Planes &x, &y;
+  const Planes* residual;
+  int64_t images;
+  int64_t nearest, furthest;  // offsets of taps
+  bool rows;                  // whether the kernel reads rows of 32 pixels
+
+  // Elements that a tap at offset 0 may load from the first images on.
+  int64_t readable(int64_t period) const { return x.readable - furthest - (images - period) * x.image_stride; }
+};
+
+int lane_of(int pixel, const PanelPair& pair) {
+  return pair.read != Read::kVectors && pair.vectors == 2 ? kernels::row_order(pixel) : pixel;
+}
+
+PanelPair next_pair(const Tables& t) {
+  PanelPair pair{};
+  pair.first_vector = static_cast<int32_t>(t.vectors.size());
+  pair.first_window = static_cast<int32_t>(t.windows.size());
+  pair.first_residual = static_cast<int32_t>(t.residual_windows.size());
+  return pair;
+}
+
+// The pair of the vectors and windows that were added since it began.
+void add_pair(PanelPair pair, int32_t image, Tables& t) {
+  pair.windows = static_cast<int32_t>(t.windows.size()) - pair.first_window;
+  pair.residuals = static_cast<int32_t>(t.residual_windows.size()) - pair.first_residual;
+  t.pairs.push_back(pair);
+  t.first_image.push_back(image);
+}
+
+// Which of the caller's pixels the taps find, `taken` outputs from the `first` on; and how they can be read.
+Read find_edges(const ConvSpec& s, const Lies& l, int64_t x0, int64_t first, int taken, int vectors, Tables& t) {
+  const uint32_t all = taken == kPairPixels ? 0xFFFFFFFF : (1u << taken) - 1;
+  bool edges = false;
+  for (int64_t ky = 0; ky < s.kernel[0]; ++ky) {
+    for (int64_t kx = 0; kx < s.kernel[1]; ++kx) {
+      uint32_t inside = 0;
+      for (int j = 0; j < taken; ++j) {
+        const int64_t y = (first + j) / l.x.width + ky * s.dilation[0] - s.padding[0];
+        const int64_t x = (first + j) % l.x.width + kx * s.dilation[1] - s.padding[1];
+        if (y >= 0 && y < l.x.height && x >= 0 && x < l.x.width) inside |= 1u << j;
+      }
+      edges = edges || inside != all;
+      t.inside.push_back(inside);
+    }
   }
-  int64_t period = 1;  // images lie alike in lines
-  while (images % period != 0 || (period < images && period * y.image_stride % kWindow != 0)) ++period;
+  if (x0 + first + l.nearest < 0 || x0 + first + vectors * kTile > l.readable(1)) return Read::kEnds;
+  return edges ? Read::kEdges : Read::kRow;
+}
+
+// Rows of x with their halo are taken for pixels, 32 at a time: x is read in whole vectors. Where the planes of y lie
+// alike and have room for zeros between their rows, so are they written, and no store crosses lines of memory. Sets
+// nothing and returns false where rows can't be read so, or where the halo is too much of them.
+bool make_row_tables(const ConvSpec& s, const Lies& l, Tables& t) {
+  const Planes &x = l.x, &y = l.y;
+  const bool caller = x.dtype == Dtype::kF32;
+  // Padding can make rows of outputs that are longer than those of x and overlap in it.
+  if (s.stride[0] != 1 || s.stride[1] != 1 || x.pitch < y.width) return false;
+  const int64_t between = y.pitch - y.width, count = (y.height - 1) * x.pitch + y.width;
+  const bool alike = x.pitch == y.pitch && (!l.residual || l.residual->pitch == y.pitch) && !caller && between >= 0 &&
+                     between <= std::max(y.halo.left, y.halo.right) && y.dtype == Dtype::kBf16;
   Tables made;
-  made.period = period;
-  readable -= (images - period) * x.image_stride;
-  for (int64_t n = 0; n < period; ++n) {
+  // Images lie alike in lines.
+  while (alike &&
+         (l.images % made.period != 0 || (made.period < l.images && made.period * y.image_stride % kWindow != 0))) {
+    ++made.period;
+  }
+  for (int64_t n = 0; n < made.period; ++n) {
     const int64_t x0 = x.at(n, 0, -s.padding[0], -s.padding[1]), y0 = y.at(n, 0, 0, 0);
     for (int64_t i = 0; i < count;) {
-      const auto taken = static_cast<int>(std::min(kWindow - (y0 + i) % kWindow, count - i));
-      PanelPair pair{};
-      pair.first_vector = static_cast<int32_t>(made.vectors.size());
+      const int64_t line = alike ? kWindow - (y0 + i) % kWindow : kWindow;
+      const auto taken = static_cast<int>(std::min(line, count - i));
+      PanelPair pair = next_pair(made);
       pair.vectors = static_cast<int32_t>(div_up(taken, kTile));
-      pair.first_window = static_cast<int32_t>(made.windows.size());
-      pair.first_residual = static_cast<int32_t>(made.residual_windows.size());
-      pair.windows = pair.straight = 1;
+      pair.read = caller ? find_edges(s, l, x0, i, taken, pair.vectors, made) : l.rows ? Read::kRow : Read::kVectors;
       for (int k = 0; k < pair.vectors; ++k) {
         PanelVector v{};
         v.gather = Gather::kRow;
@@ -285,80 +342,95 @@ bool make_straight_tables(const ConvSpec& s, const Planes& x, const Planes& y, c
           v.index[2 * j + 1] = static_cast<int16_t>(j + kTile);
         }
         v.piece[0] = v.lane[0];
-        if (v.lane[kTile - 1] >= readable) return false;
+        if (!caller && v.lane[kTile - 1] >= l.readable(made.period)) return false;
         made.vectors.push_back(v);
       }
-      PlaneWindow w{};
-      w.offset = y0 + i;
-      w.image = static_cast<int32_t>(n);
-      for (int16_t j = 0; j < kWindow; ++j) w.to[j] = w.from[j] = j;
+      Pixel pixels[kPairPixels];
+      int lane[kPairPixels], found = 0;
       for (int j = 0; j < taken; ++j) {
-        w.elements |= 1u << j;
-        if ((i + j) % y.pitch < y.width) w.pixels |= 1u << j;
+        const int64_t oy = (i + j) / x.pitch, ox = (i + j) % x.pitch;
+        if (ox >= y.width) continue;
+        lane[found] = lane_of(j, pair);
+        pixels[found++] = {0, y.at(n, 0, oy, ox), l.residual ? l.residual->at(n, 0, oy, ox) : 0,
+                           static_cast<int32_t>(n)};
       }
-      made.windows.push_back(w);
-      if (residual) {
-        w.offset = residual->at(n, 0, 0, 0) + i;
-        made.residual_windows.push_back(w);
-        pair.residuals = pair.straight_residual = 1;
+      if (alike) {
+        PlaneWindow w{};
+        w.offset = y0 + i;
+        w.image = static_cast<int32_t>(n);
+        for (int j = 0; j < taken; ++j) {
+          const int to = lane_of(j, pair);
+          w.to[j] = static_cast<int16_t>(to);
+          w.from[to] = static_cast<int16_t>(j);
+          w.elements |= 1u << j;
+          if ((i + j) % y.pitch >= y.width) continue;
+          w.filled |= 1u << j;
+          w.pixels |= 1u << to;
+        }
+        made.windows.push_back(w);
+        if (l.residual) {
+          w.offset = l.residual->at(n, 0, 0, 0) + i;
+          made.residual_windows.push_back(w);
+        }
+      } else if (found > 0) {
+        cut_windows(pixels, lane, found, &Pixel::y, made.windows);
+        if (l.residual) cut_windows(pixels, lane, found, &Pixel::residual, made.residual_windows);
       }
-      made.pairs.push_back(pair);
-      made.first_image.push_back(static_cast<int32_t>(n));
+      add_pair(pair, static_cast<int32_t>(n), made);
       i += taken;
     }
   }
   constexpr int64_t kMost = 5, kOf = 4;  // vectors
-  if (static_cast<int64_t>(made.vectors.size()) * kOf > div_up(period * y.height * y.width, kTile) * kMost)
+  if (!caller &&
+      static_cast<int64_t>(made.vectors.size()) * kOf > div_up(made.period * y.height * y.width, kTile) * kMost) {
     return false;
+  }
   t = std::move(made);
   return true;
 }
 
-Tables make_tables(const ConvSpec& s, const Planes& x, const Planes& y, const Planes* residual, int64_t images,
-                   int64_t readable) {
+Tables make_tables(const ConvSpec& s, const Lies& l) {
   Tables t;
-  if (make_straight_tables(s, x, y, residual, images, readable, t)) return t;
+  if (make_row_tables(s, l, t)) return t;
+  const Planes &x = l.x, &y = l.y;
   // Images are cut together until whole pairs are nearly filled, for tables are read along with x; a divisor of all
   // images, so that no pair reads an image that has no place.
   const int64_t outputs = y.height * y.width;
-  for (t.period = 1; t.period < images; ++t.period) {
+  for (t.period = 1; t.period < l.images; ++t.period) {
     const int64_t all = t.period * outputs;
-    if (images % t.period == 0 && div_up(all, kPairPixels) * kPairPixels - all <= all / 32) break;
+    if (l.images % t.period == 0 && div_up(all, kPairPixels) * kPairPixels - all <= all / 32) break;
   }
-  readable -= (images - t.period) * x.image_stride;
   std::vector<Pixel> pixels;
   for (int64_t n = 0; n < t.period; ++n) {
     for (int64_t oy = 0; oy < y.height; ++oy) {
       for (int64_t ox = 0; ox < y.width; ++ox) {
         pixels.push_back({x.at(n, 0, oy * s.stride[0] - s.padding[0], ox * s.stride[1] - s.padding[1]),
-                          y.at(n, 0, oy, ox), residual ? residual->at(n, 0, oy, ox) : 0, static_cast<int32_t>(n)});
+                          y.at(n, 0, oy, ox), l.residual ? l.residual->at(n, 0, oy, ox) : 0, static_cast<int32_t>(n)});
       }
     }
   }
   const auto count = static_cast<int64_t>(pixels.size());
   for (int64_t i = 0; i < count;) {
     const Pixel* p = pixels.data() + i;
-    PanelPair pair{};
-    pair.first_vector = static_cast<int32_t>(t.vectors.size());
-    pair.first_window = static_cast<int32_t>(t.windows.size());
-    pair.first_residual = static_cast<int32_t>(t.residual_windows.size());
+    PanelPair pair = next_pair(t);
     int lane[kPairPixels], n = 0;
     while (pair.vectors < 2 && i < count) {
       PanelVector v;
-      const int taken = next_vector(pixels.data() + i, count - i, readable, v);
+      const int taken = next_vector(pixels.data() + i, count - i, l.readable(t.period), v);
       for (int k = 0; k < taken; ++k) lane[n++] = pair.vectors * kTile + k;
       t.vectors.push_back(v);
       ++pair.vectors;
       i += taken;
     }
+    const auto is_row = [&](int k) { return t.vectors[pair.first_vector + k].gather == Gather::kRow; };
+    const auto piece = [&](int k) { return t.vectors[pair.first_vector + k].piece[0]; };
+    if (l.rows && pair.vectors == 2 && is_row(0) && is_row(1) && piece(1) == piece(0) + kTile) {
+      pair.read = Read::kRow;
+      for (int k = 0; k < n; ++k) lane[k] = lane_of(lane[k], pair);
+    }
     cut_windows(p, lane, n, &Pixel::y, t.windows);
-    if (residual) cut_windows(p, lane, n, &Pixel::residual, t.residual_windows);
-    pair.windows = static_cast<int32_t>(t.windows.size()) - pair.first_window;
-    pair.residuals = static_cast<int32_t>(t.residual_windows.size()) - pair.first_residual;
-    pair.straight = pair.windows == 1 && t.windows.back().elements == 0xFFFFFFFF;
-    pair.straight_residual = pair.residuals == 1 && t.residual_windows.back().elements == 0xFFFFFFFF;
-    t.pairs.push_back(pair);
-    t.first_image.push_back(p->image);
+    if (l.residual) cut_windows(p, lane, n, &Pixel::residual, t.residual_windows);
+    add_pair(pair, p->image, t);
   }
   return t;
 }
@@ -369,18 +441,21 @@ class TapsStep final : public Step {
            int64_t images)
       : weights_(std::move(weights)) {
     const ConvSpec& s = weights_->spec;
-    int64_t furthest = 0;
+    int64_t furthest = 0, nearest = weights_->taps.empty() ? 0 : std::numeric_limits<int64_t>::max();
     std::vector<int32_t> offset(weights_->taps.size());
     for (size_t i = 0; i < offset.size(); ++i) {
       const TapPlace& t = weights_->taps[i];
       const int64_t at = t.channel * x.channel_stride + t.y * s.dilation[0] * x.pitch + t.x * s.dilation[1];
       offset[i] = static_cast<int32_t>(at);
       furthest = std::max(furthest, at);
+      nearest = std::min(nearest, at);
     }
-    tables_ = make_tables(s, x, y, residual, images, x.readable - furthest);
+    tables_ = make_tables(s, {x, y, residual, images, nearest, furthest, weights_->tiles()});
     for (const Block& b : weights_->blocks) {
       for (int64_t k = 0; k < b.steps * kStepTaps; ++k) {
-        offset_.push_back(offset[b.first_tap + std::min(k, b.taps - 1)]);
+        const int64_t tap = b.first_tap + std::min(k, b.taps - 1);
+        offset_.push_back(offset[tap]);
+        position_.push_back(static_cast<int32_t>(weights_->taps[tap].y * s.kernel[1] + weights_->taps[tap].x));
       }
     }
     int64_t at = 0;
@@ -391,12 +466,15 @@ class TapsStep final : public Step {
                          .steps = static_cast<int32_t>(b.steps),
                          .first_unit = b.first_unit,
                          .offset = offset_.data() + at,
+                         .position = position_.data() + at,
                          .w = weights_->packed.get() + b.weight,
                          .bias = weights_->bias.data() + b.bias});
       at += b.steps * kStepTaps;
     }
     args_ = {.x = nullptr,
              .y = nullptr,
+             .x_f32 = x.dtype == Dtype::kF32,
+             .y_f32 = y.dtype == Dtype::kF32,
              .residual = nullptr,
              .y_channel_stride = y.channel_stride,
              .residual_channel_stride = residual ? residual->channel_stride : 0,
@@ -408,6 +486,8 @@ class TapsStep final : public Step {
              .images = 0,
              .pairs = tables_.pairs.data(),
              .vectors = tables_.vectors.data(),
+             .inside = tables_.inside.data(),
+             .positions = tables_.inside.empty() ? 0 : static_cast<int32_t>(s.kernel[0] * s.kernel[1]),
              .windows = tables_.windows.data(),
              .residual_windows = tables_.residual_windows.data(),
              .blocks = blocks_.data(),
@@ -424,8 +504,8 @@ class TapsStep final : public Step {
 
   void run(std::span<const void* const> inputs, void* output, int64_t images, Parallel& parallel) const override {
     GemmBf16Args all = args_;
-    all.x = static_cast<const Bf16*>(inputs[0]);
-    all.y = static_cast<Bf16*>(output);
+    all.x = inputs[0];
+    all.y = output;
     if (weights_->spec.epilogue.residual) all.residual = static_cast<const Bf16*>(inputs[1]);
     all.images = static_cast<int32_t>(images);
     const int64_t rest = images % tables_.period;
@@ -453,7 +533,7 @@ class TapsStep final : public Step {
  private:
   std::shared_ptr<const Weights> weights_;
   Tables tables_;
-  std::vector<int32_t> offset_;
+  std::vector<int32_t> offset_, position_;
   std::vector<GemmBf16Block> blocks_;
   GemmBf16Args args_{};
   int64_t outputs_ = 0;
@@ -465,10 +545,27 @@ class PackedTaps final : public PackedConv {
 
   const char* family() const override { return "taps_bf16"; }
 
+  // Where the map keeps its size, so that rows of x are rows of outputs. Each block rounds what it reads, a cycle or
+  // two for 32 pixels of a tap; an import writes each channel once, at ten.
+  bool takes_f32(int64_t height, int64_t width) const override {
+    constexpr int64_t kPositions = 64, kTapsOfChannel = 5;
+    const ConvSpec& s = weights_->spec;
+    const bool same =
+        s.stride[0] == 1 && s.stride[1] == 1 && s.out_size(0, height) == height && s.out_size(1, width) == width;
+    const auto taps = static_cast<int64_t>(weights_->taps.size());
+    return weights_->tiles() && same && s.kernel[0] * s.kernel[1] <= kPositions &&
+           taps <= kTapsOfChannel * s.in_channels;
+  }
+  bool gives_f32() const override { return true; }
+
   std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual, int64_t images) const override {
     const ConvSpec& s = weights_->spec;
-    SADMM_CHECK(x.dtype == Dtype::kBf16 && y.dtype == Dtype::kBf16 && (!residual || residual->dtype == Dtype::kBf16),
+    const bool caller = x.dtype == Dtype::kF32 && takes_f32(x.height, x.width);
+    SADMM_CHECK((caller || x.dtype == Dtype::kBf16) && (y.dtype == Dtype::kBf16 || y.dtype == Dtype::kF32) &&
+                    (!residual || residual->dtype == Dtype::kBf16),
                 kOp, ": planes got another dtype, wanted bf16");
+    SADMM_CHECK(!caller || (x.halo == Halo{} && x.pitch == x.width), kOp,
+                ": x of f32 got a halo or gaps between its rows, wanted none");
     SADMM_CHECK(x.channels == s.in_channels, kOp, ": x has ", x.channels, " channels, wanted ", s.in_channels);
     SADMM_CHECK(images >= 1, kOp, ": images got ", images, ", wanted at least 1");
     SADMM_CHECK((residual != nullptr) == s.epilogue.residual, kOp, ": residual got ", residual ? "planes" : "none",
@@ -484,8 +581,8 @@ class PackedTaps final : public PackedConv {
     const auto reach = [&](int axis, int64_t out, int64_t in) {
       return (out - 1) * s.stride[axis] + (s.kernel[axis] - 1) * s.dilation[axis] - s.padding[axis] - (in - 1);
     };
-    SADMM_CHECK(x.halo.top >= s.padding[0] && x.halo.left >= s.padding[1] &&
-                    x.halo.bottom >= reach(0, y.height, x.height) && x.halo.right >= reach(1, y.width, x.width),
+    SADMM_CHECK(caller || (x.halo.top >= s.padding[0] && x.halo.left >= s.padding[1] &&
+                           x.halo.bottom >= reach(0, y.height, x.height) && x.halo.right >= reach(1, y.width, x.width)),
                 kOp, ": x got a halo of ", x.halo.top, ", ", x.halo.left, ", ", x.halo.bottom, ", ", x.halo.right,
                 ", wanted what the kernel reads");
     // Offsets in the tables are 32 bits wide.

@@ -167,9 +167,9 @@ class Planner {
     return as_linear(*n.conv, shapes_[n.inputs[0]]) && std::all_of(n.inputs.begin(), n.inputs.end(), rows) && rows(i);
   }
 
-  // Whether planes can describe a tensor of the caller's as it is.
+  // Whether planes can describe a tensor of the caller's as it is, but for its dtype.
   bool describes(const TensorView& t, const Value& v) const {
-    if (t.dtype != dtype_ || v.halo != Halo{}) return false;
+    if (v.halo != Halo{}) return false;
     for (int d = 0; d < t.dims; ++d) {
       if (t.strides[d] < 0) return false;
     }
@@ -189,6 +189,19 @@ class Planner {
            weights_.conv(reader).takes_edges();
   }
 
+  // Whether the convolution that alone reads an input, or writes an output, takes f32 where the plan computes in bf16.
+  bool reads_f32(int i, const TensorView& t) const {
+    if (dtype_ != Dtype::kBf16 || t.dtype != Dtype::kF32 || readers_[i].size() != 1) return false;
+    const int reader = readers_[i].front();
+    const Node& n = g_.nodes[reader];
+    const Value& v = values_[i];
+    const bool rows = t.dims == 4 && t.strides[3] == 1 && t.strides[2] == t.sizes[3];
+    return rows && is_conv(reader) && n.inputs[0] == i && weights_.conv(reader).takes_f32(v.height, v.width);
+  }
+  bool writes_f32(int i, const TensorView& t) const {
+    return dtype_ == Dtype::kBf16 && t.dtype == Dtype::kF32 && is_conv(i) && weights_.conv(i).gives_f32();
+  }
+
   // A segment's input is read, and its output written, in place where nothing needs a copy.
   void choose_direct() {
     for (size_t k = 0; k < g_.inputs.size(); ++k) {
@@ -200,9 +213,10 @@ class Planner {
         return conv && conv->groups > 1 && conv->groups == conv->in_channels;
       });
       const Halo halo = v.halo;
-      if (takes_edges(g_.inputs[k])) v.halo = {};
-      if (!slack && v.root == g_.inputs[k] && !is_parent_[g_.inputs[k]] && !is_output_[g_.inputs[k]] &&
-          describes(in_[k], v)) {
+      const bool f32 = reads_f32(g_.inputs[k], in_[k]);
+      if (f32 || takes_edges(g_.inputs[k])) v.halo = {};
+      if ((f32 || in_[k].dtype == dtype_) && !slack && v.root == g_.inputs[k] && !is_parent_[g_.inputs[k]] &&
+          !is_output_[g_.inputs[k]] && describes(in_[k], v)) {
         v.direct = true;
         v.padded = halo;
         v.operand = {.where = Operand::Where::kInput, .index = static_cast<int>(k)};
@@ -216,7 +230,8 @@ class Planner {
       Value& v = values_[o];
       const bool only = is_output_[o] == 1 && readers_[o].empty() && g_.nodes[o].kind != Kind::kInput;
       const bool overlaps = out_[k].strides[0] == 0 && out_[k].sizes[0] > 1;
-      if (only && v.root == o && !is_parent_[o] && !overlaps && describes(out_[k], v)) {
+      if (only && (out_[k].dtype == dtype_ || writes_f32(o, out_[k])) && v.root == o && !is_parent_[o] && !overlaps &&
+          describes(out_[k], v)) {
         v.direct = true;
         v.operand = {.where = Operand::Where::kOutput, .index = static_cast<int>(k)};
         v.planes = planes_of(out_[k], v);
@@ -225,7 +240,7 @@ class Planner {
   }
 
   Planes planes_of(const TensorView& t, const Value& v) const {
-    Planes p{.dtype = dtype_, .channels = v.channels, .height = v.height, .width = v.width, .halo = {}};
+    Planes p{.dtype = t.dtype, .channels = v.channels, .height = v.height, .width = v.width, .halo = {}};
     p.image_stride = t.strides[0];
     p.channel_stride = t.strides[1];
     p.pitch = t.dims == 4 ? t.strides[2] : 1;
@@ -452,7 +467,7 @@ class Planner {
       Value& v = values_[i];
       if (v.direct) {
         const auto& t = v.operand.where == Operand::Where::kInput ? in_[v.operand.index] : out_[v.operand.index];
-        v.operand.image_bytes = t.strides[0] * dtype_size(dtype_);
+        v.operand.image_bytes = t.strides[0] * dtype_size(t.dtype);
       } else if (v.root != i) {
         v.operand = values_[v.root].operand;
       }
@@ -502,18 +517,20 @@ class Planner {
   }
 
   // The channels of a value of the caller's that some convolution has a tap on, ascending. Empty: all, or a reader that
-  // is no compacted f32 convolution. (A depthwise kernel multiplies what it reads by zeros.)
+  // is no compacted convolution. (A depthwise kernel multiplies what it reads by zeros, and so does a linear one.)
   std::vector<int64_t> channels_read(int v) const {
     const Value& x = values_[v];
     std::vector<bool> read(static_cast<size_t>(x.channels), false);
     const auto parent = is_parent_.find(v);
-    if (dtype_ != Dtype::kF32 || x.root != v || is_output_[v] || (parent != is_parent_.end() && parent->second)) {
+    if (x.root != v || is_output_[v] || (parent != is_parent_.end() && parent->second)) {
       return {};
     }
     for (int r : readers_[v]) {
       const Node& n = g_.nodes[r];
       const bool residual = n.inputs.size() > 1 && n.inputs[1] == v;
-      if (n.kind != Kind::kConv || residual || (n.conv->groups > 1 && n.conv->groups == n.conv->in_channels)) return {};
+      const bool rows = dtype_ == Dtype::kBf16 && n.kind == Kind::kConv && as_linear(*n.conv, shapes_[v]);
+      if (n.kind != Kind::kConv || rows || residual || (n.conv->groups > 1 && n.conv->groups == n.conv->in_channels))
+        return {};
       const ConvSpec& c = *n.conv;
       const int64_t positions = c.kernel[0] * c.kernel[1], group_channels = c.in_channels / c.groups;
       int64_t filter = 0;

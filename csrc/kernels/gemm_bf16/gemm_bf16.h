@@ -8,10 +8,13 @@
 // pixels, which all units of the block share. How a vector of pixels lies in x is data, so strides, row ends and small
 // maps are no cases of the kernel.
 //
+// x is bf16 planes, or where pixels lie in rows, the caller's f32, which is rounded on the way and has no halo. y is
+// bf16 or f32.
+//
 // Sums are f32, taps in ascending order within each of a fixed number of chains that the instruction set decides; an
 // output depends on nothing but its own taps. Tiles and dot products take subnormal bf16 for zero.
 //
-// x is read in [0, readable) only, as the table of vectors was made; y is written where windows say, nowhere else.
+// x is read in [0, readable) only, as the tables were made; y is written where windows say, nowhere else.
 #pragma once
 
 #include <cstddef>
@@ -44,21 +47,35 @@ struct PanelVector {
   Gather gather;
 };
 
-// Pixels of one image that lie in 32 consecutive elements of a plane. Elements of a halo may be among those that are
-// written: they get zeros.
+// Pixels of one image that lie in 32 consecutive elements of a plane.
 struct PlaneWindow {
-  alignas(64) int16_t to[32];  // element j gets pixel to[j] of the pair
-  int16_t from[32];            // pixel i is element from[i]
-  uint32_t elements, pixels;   // bits of those that are there
+  alignas(64) int16_t to[32];  // element j gets lane to[j] of the pair
+  int16_t from[32];            // lane i is element from[i]
+  uint32_t elements, filled;   // bits of those that are written; of those that a pixel fills, others get zero: a halo
+  uint32_t pixels;             // lanes
   int64_t offset;              // of element 0
   int32_t image;               // windows of images that are not there are left out
 };
+
+// How the 32 pixels of a pair lie in x.
+enum class Read : int32_t {
+  kVectors,  // each vector as its table says
+  kRow,      // one behind the other from the first vector's piece[0]; of a single vector in lanes 0 to 15, of two in
+             // row_order. All of the caller's f32 lies in rows
+  kEdges,    // f32: likewise, those beyond the edge, where `inside` has no bit, are zeros
+  kEnds,     // f32: likewise, and none but the pixels inside may be read
+};
+
+// Pixel i of a row of 32 stands in this lane: the even groups of four in the first vector, the odd ones in the second.
+constexpr int row_order(int i) {
+  return i / 4 % 2 * kTile + i / 8 * 4 + i % 4;
+}
 
 struct PanelPair {
   int32_t first_vector, vectors;  // 1 or 2
   int32_t first_window, windows;  // of y
   int32_t first_residual, residuals;
-  bool straight, straight_residual;  // one window, whose element i is pixel i
+  Read read;
 };
 
 struct GemmBf16Block {
@@ -66,6 +83,7 @@ struct GemmBf16Block {
   int32_t filters, taps, steps;  // steps: of kStepTaps
   int32_t first_unit;            // counted over all blocks
   const int32_t* offset;         // [steps * kStepTaps], the last tap's repeated behind it
+  const int32_t* position;       // likewise: the taps' positions in the kernel
   const void* w;                 // as WeightLayout has it
   const float* bias;             // [filters, rounded up to units]
 };
@@ -76,8 +94,9 @@ enum class WeightLayout {
 };
 
 struct GemmBf16Args {
-  const Bf16* x;
-  Bf16* y;
+  const void* x;
+  void* y;
+  bool x_f32, y_f32;
   const Bf16* residual;  // null: none
   int64_t y_channel_stride, residual_channel_stride;
   // The tables describe `period` images; image n * period + i lies n strides behind image i.
@@ -86,6 +105,9 @@ struct GemmBf16Args {
   int32_t period, images;
   const PanelPair* pairs;
   const PanelVector* vectors;
+  const uint32_t*
+      inside;  // [pair][positions]: bits of the 32 pixels, in their order in x, that a tap finds in the image
+  int32_t positions;
   const PlaneWindow *windows, *residual_windows;
   const GemmBf16Block* blocks;
   int64_t n_blocks;
@@ -100,6 +122,7 @@ constexpr int64_t gemm_bf16_scratch(int64_t steps) {
   return 16384 + steps * 4096;
 }
 
+// The kernels with WeightLayout::kTiles read rows of pixels as Read says, and f32; the others by vectors alone.
 struct GemmBf16 {
   const char* name;
   WeightLayout layout;

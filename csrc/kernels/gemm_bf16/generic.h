@@ -11,7 +11,7 @@ inline void gather_panel(const GemmBf16Args& a, const GemmBf16Block& b, const Pl
     const PanelVector& v = a.vectors[at.pair->first_vector + k];
     float* to = panel + k * kTile;
     for (int t = 0; t < b.taps; ++t, to += kPairPixels) {
-      const Bf16* from = at.x + b.offset[t];
+      const Bf16* from = static_cast<const Bf16*>(at.x) + b.offset[t];
       if (v.gather == Gather::kRow) {
         for (int i = 0; i < kTile; i += Vec::kWidth) Vec::load(from + v.lane[0] + i).store(to + i);
       } else {
@@ -70,35 +70,38 @@ void store_sums(const GemmBf16Args& a, const Place& at, int64_t filter, float bi
     }
     bias = 0;
   }
-  Bf16 out[kPairPixels];
   const Vec b = Vec::set1(bias);
-  for (int i = 0; i < kPairPixels; i += Vec::kWidth) finished(Vec::load(c + i) + b, a.epilogue).store(out + i);
-  Bf16* y = at.y + filter * a.y_channel_stride;
-  const PlaneWindow* w = a.windows + at.pair->first_window;
-  for (int i = 0; i < at.pair->windows && w->image < at.images; ++i, ++w) {
-    for (uint32_t left = w->elements; left; left &= left - 1) {
-      const int e = __builtin_ctz(left);
-      y[w->offset + e] = w->pixels >> w->to[e] & 1 ? out[w->to[e]] : Bf16{0};
+  const auto store = [&]<class Out>(Out* y) {
+    Out out[kPairPixels];
+    for (int i = 0; i < kPairPixels; i += Vec::kWidth) finished(Vec::load(c + i) + b, a.epilogue).store(out + i);
+    y += filter * a.y_channel_stride;
+    const PlaneWindow* w = a.windows + at.pair->first_window;
+    for (int i = 0; i < at.pair->windows && w->image < at.images; ++i, ++w) {
+      for (uint32_t left = w->elements; left; left &= left - 1) {
+        const int e = __builtin_ctz(left);
+        y[w->offset + e] = w->filled >> e & 1 ? out[w->to[e]] : Out{0};
+      }
     }
-  }
+  };
+  a.y_f32 ? store(static_cast<float*>(at.y)) : store(static_cast<Bf16*>(at.y));
 }
 
 template <int kFilters>
 void run(const GemmBf16Args& a) {
   auto* const sums = reinterpret_cast<float*>(a.scratch);
   auto* const panel = reinterpret_cast<float*>(a.scratch + 16384);
-  walk(a, [&](const GemmBf16Block& b, Units u, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const Place at = place(a, i);
-      gather_panel(a, b, at, panel);
-      const int end = b.filters < u.last * 2 * kTile ? b.filters : u.last * 2 * kTile;
-      for (int f = u.first * 2 * kTile; f < end; f += kFilters) {
-        const float* w = static_cast<const float*>(b.w) + static_cast<int64_t>(f / kTile) * b.steps * kStepTaps * kTile;
-        multiply<kFilters>(w + f % kTile, panel, b.taps, sums);
-        for (int k = 0; k < kFilters && f + k < end; ++k) {
-          store_sums(a, at, b.first_filter + f + k, b.bias[f + k], sums + k * kPairPixels);
-        }
+  for (Walk walk(a); !walk.done(); walk.next()) {
+    const GemmBf16Block& b = walk.block();
+    const Units u = walk.units();
+    const Place at = place(a, walk.pair());
+    gather_panel(a, b, at, panel);
+    const int end = b.filters < u.last * 2 * kTile ? b.filters : u.last * 2 * kTile;
+    for (int f = u.first * 2 * kTile; f < end; f += kFilters) {
+      const float* w = static_cast<const float*>(b.w) + static_cast<int64_t>(f / kTile) * b.steps * kStepTaps * kTile;
+      multiply<kFilters>(w + f % kTile, panel, b.taps, sums);
+      for (int k = 0; k < kFilters && f + k < end; ++k) {
+        store_sums(a, at, b.first_filter + f + k, b.bias[f + k], sums + k * kPairPixels);
       }
     }
-  });
+  }
 }

@@ -3,15 +3,17 @@
 // Where the tables of one pair apply.
 struct Place {
   const PanelPair* pair;
-  const Bf16* x;
-  Bf16* y;
+  const void* x;
+  void* y;
   const Bf16* residual;
   int32_t images;  // of the period that are there
 };
 
 inline Place place(const GemmBf16Args& a, int64_t i) {
   const int64_t n = i / a.pairs_per_period;
-  return {a.pairs + i % a.pairs_per_period, a.x + n * a.x_period_stride, a.y + n * a.y_period_stride,
+  const auto size = [](bool f32) -> int64_t { return f32 ? sizeof(float) : sizeof(Bf16); };
+  return {a.pairs + i % a.pairs_per_period, static_cast<const std::byte*>(a.x) + n * a.x_period_stride * size(a.x_f32),
+          static_cast<std::byte*>(a.y) + n * a.y_period_stride * size(a.y_f32),
           a.residual ? a.residual + n * a.residual_period_stride : nullptr,
           a.images - static_cast<int32_t>(n) * a.period};
 }
@@ -27,14 +29,38 @@ inline Units part(const GemmBf16Args& a, const GemmBf16Block& b) {
   return {first > 0 ? first : 0, last < all ? last : all};
 }
 
-// body(block, units, first pair, last pair), blocks inside of strips: what a strip reads of x stays in the cache.
-template <class Body>
-inline void walk(const GemmBf16Args& a, const Body& body) {
-  for (int64_t first = a.first_pair; first < a.last_pair; first += a.strip) {
-    const int64_t last = first + a.strip < a.last_pair ? first + a.strip : a.last_pair;
-    for (int64_t b = 0; b < a.n_blocks; ++b) {
-      const Units u = part(a, a.blocks[b]);
-      if (u.first < u.last) body(a.blocks[b], u, first, last);
-    }
+// The panels of a task in their order: blocks inside of strips, for what a strip reads of x stays in the cache.
+class Walk {
+ public:
+  explicit Walk(const GemmBf16Args& a) : a_(a), strip_(a.first_pair) {
+    pair_ = strip_;
+    block_ = -1;
+    if (strip_ < a.last_pair) next_block();
   }
-}
+
+  bool done() const { return strip_ >= a_.last_pair; }
+  const GemmBf16Block& block() const { return a_.blocks[block_]; }
+  Units units() const { return part(a_, block()); }
+  int64_t pair() const { return pair_; }
+
+  void next() {
+    if (++pair_ == strip_end()) next_block();
+  }
+
+ private:
+  int64_t strip_end() const { return strip_ + a_.strip < a_.last_pair ? strip_ + a_.strip : a_.last_pair; }
+
+  void next_block() {
+    do {
+      if (++block_ == a_.n_blocks) {
+        block_ = 0;
+        strip_ = strip_end();
+      }
+    } while (!done() && units().first >= units().last);
+    pair_ = strip_;
+  }
+
+  const GemmBf16Args& a_;
+  int64_t strip_, pair_;
+  int64_t block_;
+};

@@ -34,77 +34,167 @@ inline void fence() {
   __asm__ volatile("" : : : "memory");
 }
 
-// Tiles 0 to 3 become sums of F tiles of filters by V of pixels: 2 f + v; 4 and 5 hold weights, 6 and 7 pixels.
-template <int F, int V>
-inline void multiply(const Bf16* w, const Bf16* panel, int steps) {
+// Where the sums go that the tiles still hold; null: there are none. How many tiles of filters and of pixels they are.
+struct TileSums {
+  float* c = nullptr;
+  int filters = 0, pixels = 0;
+};
+
+// GCC's intrinsics want the number of a tile as a literal.
+#define SADMM_BEGIN(tile)                                                          \
+  inline void begin_##tile(const TileSums& before) {                               \
+    if (tile / 2 < before.filters && tile % 2 < before.pixels) {                   \
+      float* const c = before.c + tile / 2 * 2 * kTile * kTile + tile % 2 * kTile; \
+      _tile_stored(tile, c, 2 * kTile * sizeof(float));                            \
+    }                                                                              \
+    _tile_zero(tile);                                                              \
+  }
+SADMM_BEGIN(0)
+SADMM_BEGIN(1)
+SADMM_BEGIN(2)
+SADMM_BEGIN(3)
+#undef SADMM_BEGIN
+
+// Tiles 0 to 3 become sums of F tiles of filters by V of pixels: 2 f + v; 4 and 5 hold weights, 6 and 7 pixels. What is
+// in a tile is stored just before its next sums begin, so that products hide the stores. meanwhile(taps that are read
+// of the panel) is other work, a little behind each product.
+template <int F, int V, class Meanwhile>
+inline void multiply(const Bf16* w, const Bf16* panel, int steps, const TileSums& before, const Meanwhile& meanwhile) {
   fence();
-  _tile_zero(0);
-  if constexpr (V == 2) _tile_zero(1);
-  if constexpr (F == 2) _tile_zero(2);
-  if constexpr (F == 2 && V == 2) _tile_zero(3);
-  for (int s = 0; s < steps; ++s, w += F * kPanelTile, panel += V * kPanelTile) {
-    _tile_loadd(4, w, 64);
-    _tile_loadd(6, panel, 64);
+  _tile_loadd(4, w, 64);
+  _tile_loadd(6, panel, V * 64);
+  begin_0(before);
+  for (int s = 0;;) {
+    const int read = s * kStepTaps, all_read = read + kStepTaps;
     _tile_dpbf16ps(0, 4, 6);
+    fence();
+    meanwhile(V == 1 ? all_read : read);
+    fence();
+    if (s == 0) begin_1(before);
     if constexpr (V == 2) {
-      _tile_loadd(7, panel + kPanelTile, 64);
+      _tile_loadd(7, panel + kPanelRow, V * 64);
       _tile_dpbf16ps(1, 4, 7);
+      fence();
+      meanwhile(all_read);
+      fence();
     }
+    if (s == 0) begin_2(before);
     if constexpr (F == 2) {
       _tile_loadd(5, w + kPanelTile, 64);
       _tile_dpbf16ps(2, 5, 6);
+      fence();
+      meanwhile(all_read);
+      fence();
     }
-    if constexpr (F == 2 && V == 2) _tile_dpbf16ps(3, 5, 7);
-    fence();
+    if (s == 0) begin_3(before);
+    if constexpr (F == 2 && V == 2) {
+      _tile_dpbf16ps(3, 5, 7);
+      fence();
+      meanwhile(all_read);
+      fence();
+    }
+    if (++s == steps) break;
+    w += F * kPanelTile;
+    panel += V * kPanelTile;
+    _tile_loadd(4, w, 64);
+    _tile_loadd(6, panel, V * 64);
   }
 }
 
-template <int F, int V>
-inline void store(float* c) {
-  constexpr int kRow = 2 * kTile * sizeof(float);
-  _tile_stored(0, c, kRow);
-  if constexpr (V == 2) _tile_stored(1, c + kTile, kRow);
-  if constexpr (F == 2) _tile_stored(2, c + 2 * kTile * kTile, kRow);
-  if constexpr (F == 2 && V == 2) _tile_stored(3, c + 2 * kTile * kTile + kTile, kRow);
+inline void begin_all(const TileSums& before) {
+  begin_0(before);
+  begin_1(before);
+  begin_2(before);
+  begin_3(before);
   fence();
 }
 
+// A unit whose sums are on their way from tiles to memory to y, some filters at a time.
+struct Unit {
+  Sums sums{};
+  StoreSums store = nullptr;
+  int done = 0;
+
+  void work(const GemmBf16Args& a, int filters) {
+    const int last = done + filters < sums.filters ? done + filters : sums.filters;
+    if (done < last) store(a, sums, done, last);
+    done = last;
+  }
+};
+
+// Products leave one of the two vector ports free: between them the sums of the unit before the last are stored and the
+// panel of the next pair is gathered, in small pieces, for a long one would fill the queue of instructions in flight
+// and keep the next product out. All that a pair needs should stay in the first cache, so long panels have no second
+// buffer: the next one's rows take the place of those that the last unit has read.
 void run(const GemmBf16Args& a) {
+  Walk walk(a);
+  if (walk.done()) return;
   configure();
+  constexpr int kShort = 2, kPieces = 2, kSums = 4 * kTile * kTile;
   const Act act = act_of(a.epilogue);
   auto* const sums = reinterpret_cast<float*>(a.scratch);  // two of 32 filters x 32 pixels
-  auto* const panel = reinterpret_cast<Bf16*>(a.scratch + 16384);
-  // Sums are stored behind the next unit's products: by then they are in the cache, while loads right behind tile
-  // stores wait for them.
-  Sums waiting{};
-  StoreSums store_waiting = nullptr;
+  auto* const panels = reinterpret_cast<Bf16*>(a.scratch + 2 * kSums * sizeof(float));
+  Bf16* panel = panels;
+  Unit in_tiles, in_memory;
+  TileSums before;
   int turn = 0;
-  walk(a, [&](const GemmBf16Block& b, Units u, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const Place at = place(a, i);
-      gather_panel(a, b, at, panel);
-      for (int unit = u.first; unit < u.last; ++unit, turn ^= 1) {
-        const int filters = b.filters - unit * 2 * kTile;
-        const Bf16* w = static_cast<const Bf16*>(b.w) + static_cast<int64_t>(unit) * b.steps * 2 * kPanelTile;
-        float* c = sums + turn * 4 * kTile * kTile;
-        const auto tiles = [&]<int F, int V>() {
-          multiply<F, V>(w, panel, b.steps);
-          if (waiting.filters > 0) store_waiting(a, waiting, 0, waiting.filters);
-          store<F, V>(c);
-        };
-        const bool two = at.pair->vectors == 2;
-        if (filters > kTile) {
-          two ? tiles.template operator()<2, 2>() : tiles.template operator()<2, 1>();
-        } else {
-          two ? tiles.template operator()<1, 2>() : tiles.template operator()<1, 1>();
-        }
-        waiting = {c, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile,
-                   filters < 2 * kTile ? filters : 2 * kTile, at};
-        store_waiting = store_of(a, act, waiting);
-      }
+  Place at = place(a, walk.pair());
+  PanelRows(a, walk.block(), at, panel).gather(walk.block().steps * kTile);
+  while (!walk.done()) {
+    const GemmBf16Block& b = walk.block();
+    const Units u = walk.units();
+    walk.next();
+    Place next_at{};
+    PanelRows next;
+    Bf16* next_panel = panels;
+    if (!walk.done()) {
+      next_at = place(a, walk.pair());
+      const bool both = b.steps <= kShort && walk.block().steps <= kShort;
+      if (both && panel == panels) next_panel = panels + kShort * 2 * kPanelTile;
+      next = PanelRows(a, walk.block(), next_at, next_panel);
     }
-  });
-  if (waiting.filters > 0) store_waiting(a, waiting, 0, waiting.filters);
+    const bool in_place = next_panel == panel;
+    for (int unit = u.first; unit < u.last; ++unit) {
+      const int filters = b.filters - unit * 2 * kTile < 2 * kTile ? b.filters - unit * 2 * kTile : 2 * kTile;
+      const Bf16* w = static_cast<const Bf16*>(b.w) + static_cast<int64_t>(unit) * b.steps * 2 * kPanelTile;
+      const int units_left = u.last - unit;
+      const auto tiles = [&]<int F, int V>() {
+        const int products = b.steps * F * V, every = (products + kPieces - 1) / kPieces;
+        const int turns = in_place ? kPieces : kPieces * units_left;
+        const int rows = in_place && units_left > 1 ? 0 : (next.left() + turns - 1) / turns;
+        const int rows_of_step = kTile * V / next.vectors();
+        int since = 0;
+        multiply<F, V>(w, panel, b.steps, before, [&](int taps_read) {
+          if (++since < every) return;
+          since = 0;
+          in_memory.work(a, 2 * kTile / kPieces);
+          const int most = in_place ? taps_read / kStepTaps * rows_of_step : next.done() + rows;
+          next.gather_until(next.done() + rows < most ? next.done() + rows : most);
+        });
+      };
+      const int vectors = at.pair->vectors, filter_tiles = filters > kTile ? 2 : 1;
+      if (b.steps == 0) {
+        begin_all(before);
+      } else if (filter_tiles == 2) {
+        vectors == 2 ? tiles.template operator()<2, 2>() : tiles.template operator()<2, 1>();
+      } else {
+        vectors == 2 ? tiles.template operator()<1, 2>() : tiles.template operator()<1, 1>();
+      }
+      in_memory.work(a, 2 * kTile);
+      in_memory = in_tiles;
+      before = {sums + turn * kSums, filter_tiles, vectors};
+      turn ^= 1;
+      in_tiles.sums = {before.c, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile, filters, at};
+      in_tiles.store = store_of(a, act, in_tiles.sums);
+      in_tiles.done = 0;
+    }
+    next.gather(next.left());
+    panel = next_panel;
+    at = next_at;
+  }
+  begin_all(before);
+  in_memory.work(a, 2 * kTile);
+  in_tiles.work(a, 2 * kTile);
   _tile_release();
 }
 

@@ -28,7 +28,7 @@ void multiply(const Bf16* w, int64_t stride, const Bf16* panel, int steps, float
       __m512bh x[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        x[v] = reinterpret_cast<__m512bh>(_mm512_load_si512(panel + v * kPanelTile + r * 32));
+        x[v] = reinterpret_cast<__m512bh>(_mm512_load_si512(panel + (r * V + v) * kPanelRow));
       }
 #pragma GCC unroll 8
       for (int f = 0; f < kFilters; ++f) {
@@ -51,24 +51,24 @@ void run(const GemmBf16Args& a) {
   const Act act = act_of(a.epilogue);
   auto* const sums = reinterpret_cast<float*>(a.scratch);
   auto* const panel = reinterpret_cast<Bf16*>(a.scratch + 16384);
-  walk(a, [&](const GemmBf16Block& b, Units u, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const Place at = place(a, i);
-      gather_panel(a, b, at, panel);
-      for (int unit = u.first; unit < u.last; ++unit) {
-        const int left = b.filters - unit * 2 * kTile, filters = left < 2 * kTile ? left : 2 * kTile;
-        const int tiles = filters > kTile ? 2 : 1;
-        const Bf16* w = static_cast<const Bf16*>(b.w) + static_cast<int64_t>(unit) * b.steps * 2 * kPanelTile;
-        for (int f = 0; f < filters; f += kFilters) {
-          const Bf16* first_w = w + f / kTile * kPanelTile + f % kTile * kStepTaps;
-          const auto product = at.pair->vectors == 2 ? multiply<2> : multiply<1>;
-          product(first_w, tiles * kPanelTile, panel, b.steps, sums + f * 2 * kTile);
-        }
-        const Sums done{sums, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile, filters, at};
-        store_of(a, act, done)(a, done, 0, filters);
+  for (Walk walk(a); !walk.done(); walk.next()) {
+    const GemmBf16Block& b = walk.block();
+    const Units u = walk.units();
+    const Place at = place(a, walk.pair());
+    PanelRows(a, b, at, panel).gather(b.steps * kTile);
+    for (int unit = u.first; unit < u.last; ++unit) {
+      const int left = b.filters - unit * 2 * kTile, filters = left < 2 * kTile ? left : 2 * kTile;
+      const int tiles = filters > kTile ? 2 : 1;
+      const Bf16* w = static_cast<const Bf16*>(b.w) + static_cast<int64_t>(unit) * b.steps * 2 * kPanelTile;
+      for (int f = 0; f < filters; f += kFilters) {
+        const Bf16* first_w = w + f / kTile * kPanelTile + f % kTile * kStepTaps;
+        const auto product = at.pair->vectors == 2 ? multiply<2> : multiply<1>;
+        product(first_w, tiles * kPanelTile, panel, b.steps, sums + f * 2 * kTile);
       }
+      const Sums done{sums, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile, filters, at};
+      store_of(a, act, done)(a, done, 0, filters);
     }
-  });
+  }
 }
 
 }  // namespace
