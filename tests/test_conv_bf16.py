@@ -31,6 +31,7 @@ def run(isa: str, c: dict[str, Any], spec: dict[str, Any], x: Tensor, residual: 
     where = {} if residual is None else {"residual_layout": c["residual"]}
     added = None if residual is None else residual.numpy()
     args = {"x_halo": halo, **where, **{n: c[n] for n in names}}
+    args |= {n: c[n] for n in ("x_dtype", "y_dtype") if n in c}
     y, kernel = _core.conv_step("taps_bf16", isa, spec, x.numpy(), added, dtype="bf16", **args)
     assert kernel.startswith("gemm_bf16_") and kernel.endswith("__" + isa)
     return torch.from_numpy(y)
@@ -90,6 +91,68 @@ def test_threads_batch_and_layouts_give_the_same_bits(isa: str, c: dict[str, Any
     for n in range(len(x)):
         one = None if residual is None else residual[n : n + 1]
         assert torch.equal(got[n : n + 1], run(isa, {**c, "spare_images": 0}, spec, x[n : n + 1], one))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60, deadline=None)
+@given(c=bf16_steps())
+def test_f32_out(isa: str, c: dict[str, Any]) -> None:
+    """The sums as they are: what bf16 then gives is their rounding."""
+    c = {**c, "residual": "arena" if c["residual"] == "y" else c["residual"]}
+    spec, dense, bias = make_spec(c)
+    x, residual = inputs(c, spec, dense)
+    for layout in ("tensor", "arena"):
+        place = {"y_layout": layout, "y_halo": c["y_halo"] if layout == "arena" else (0, 0, 0, 0)}
+        got = run(isa, {**c, **place, "y_dtype": "f32"}, spec, x, residual)
+        assert torch.equal(rounded(got), run(isa, c, spec, x, residual))
+    check_close(got, c, x, dense, bias, residual)
+
+
+@st.composite
+def same_size_steps(draw: Any) -> dict[str, Any]:
+    """Convolutions that keep the map's size, for which rows of the caller's x are rows of outputs."""
+    c = draw(bf16_steps())
+    kernel, dilation = draw(st.sampled_from([(1, 1), (3, 3), (5, 3), (1, 5)])), draw(st.sampled_from([(1, 1), (2, 1)]))
+    padding = tuple((k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True))
+    size = draw(st.sampled_from([c["size"], (7, 7), (16, 16), (13, 17), (3, 40), (9, 32)]))
+    return {**c, "kernel": kernel, "dilation": dilation, "padding": padding, "stride": (1, 1), "size": size,
+            "x_layout": "arena"}  # fmt: skip
+
+
+F32_ISAS = [isa for isa in ISAS if isa.endswith("_bf16")]
+
+
+@pytest.mark.skipif(not F32_ISAS, reason="this CPU has no bf16 products")
+@pytest.mark.parametrize("isa", F32_ISAS)
+@settings(max_examples=150, deadline=None)
+@given(c=same_size_steps(), few=st.booleans())
+def test_f32_in(isa: str, c: dict[str, Any], few: bool) -> None:
+    """Between pages that fault on both sides: the same bits as from planes that were rounded before."""
+    c = {**c, "density": 0.1} if few else c
+    spec, dense, _ = make_spec(c)
+    x, residual = inputs(c, spec, dense)
+    want = run(isa, c, spec, x, residual)
+    try:
+        got = run(isa, {**c, "x_dtype": "f32", "x_layout": "tensor"}, spec, x, residual)
+    except ValueError as error:
+        # Many taps of each channel: an import is faster, and the step refuses.
+        assert "planes got another dtype" in str(error) and len(spec["taps"]) > 4 * c["channels"]
+        return
+    assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(not F32_ISAS, reason="this CPU has no bf16 products")
+@pytest.mark.parametrize("isa", F32_ISAS)
+def test_f32_in_takes_what_lies_beyond_the_edge_for_zero(isa: str) -> None:
+    """The neighbours in memory of an edge are pixels of other rows and channels: infinity there must not come in."""
+    c = {**CASE, "size": (8, 16), "channels": 3, "filters": 4, "density": 0.4, "batch": 2, "curve": {}}
+    spec, dense, bias = make_spec(c)
+    x, _ = inputs(c, spec, dense)
+    x[:, :, :, 0] = torch.inf
+    x[:, :, :, -1] = -torch.inf
+    got = run(isa, {**c, "x_dtype": "f32", "x_layout": "tensor"}, spec, x, None)
+    assert torch.equal(got.isnan(), run(isa, c, spec, x, None).isnan())
+    assert bool(got[:, :, :, 4:-4].isfinite().all()) and bias is not None
 
 
 @pytest.mark.parametrize("isa", ISAS)

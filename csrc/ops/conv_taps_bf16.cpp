@@ -496,7 +496,7 @@ class TapsStep final : public Step {
              .last_pair = 0,
              .first_unit = 0,
              .last_unit = weights_->units,
-             .strip = blocks_.size() > 1 ? 4 : 1,
+             .strip = strip(),
              .epilogue = s.epilogue,
              .scratch = nullptr};
     outputs_ = y.height * y.width;
@@ -523,7 +523,7 @@ class TapsStep final : public Step {
       a.last_pair = (p + 1) * pairs / by_pixels;
       a.first_unit = static_cast<int32_t>(f * weights_->units / by_filters);
       a.last_unit = static_cast<int32_t>((f + 1) * weights_->units / by_filters);
-      a.scratch = scratch(kernels::gemm_bf16_scratch(weights_->most_steps));
+      a.scratch = scratch(kernels::gemm_bf16_scratch(weights_->most_steps, a.strip));
       weights_->kernel->run(a);
     });
   }
@@ -531,6 +531,14 @@ class TapsStep final : public Step {
   std::string kernel() const override { return weights_->kernel->name; }
 
  private:
+  // Panels that leave most of L2 to x, y and weights; a long run to one channel of y after the other (measured: 1.1
+  // to 1.7 times as fast as single pairs where y comes from beyond L2, the same where it does not).
+  int32_t strip() const {
+    constexpr int64_t kBytes = 256 << 10;
+    const int64_t panel = std::max<int64_t>(1, weights_->most_steps) * kStepTaps * kPairPixels * sizeof(Bf16);
+    return static_cast<int32_t>(std::clamp<int64_t>(kBytes / panel, 1, kernels::kMostStrip));
+  }
+
   std::shared_ptr<const Weights> weights_;
   Tables tables_;
   std::vector<int32_t> offset_, position_;

@@ -172,18 +172,23 @@ Planes planes(const std::string& layout, Dtype dtype, int64_t images, int64_t ch
 }
 
 py::tuple conv_step(const std::string& family, const std::string& isa_of, const py::dict& dict, const Array& x,
-                    const std::optional<Array>& residual, const std::string& dtype_of, const std::string& x_layout,
-                    const std::string& y_layout, const std::string& residual_layout,
-                    const std::array<int64_t, 4>& x_halo, const std::array<int64_t, 4>& y_halo,
-                    const std::array<int64_t, 3>& grid_of, int64_t spare_images, int threads,
-                    const std::string& guard) {
+                    const std::optional<Array>& residual, const std::string& dtype_of, const std::string& x_dtype_of,
+                    const std::string& y_dtype_of, const std::string& x_layout, const std::string& y_layout,
+                    const std::string& residual_layout, const std::array<int64_t, 4>& x_halo,
+                    const std::array<int64_t, 4>& y_halo, const std::array<int64_t, 3>& grid_of, int64_t spare_images,
+                    int threads, const std::string& guard) {
   const Family* found =
       std::find_if(std::begin(kFamilies), std::end(kFamilies), [&](const Family& f) { return family == f.name; });
   SADMM_CHECK(found != std::end(kFamilies), kOp, ": family got '", family, "', wanted one that the build has");
   const auto isa = isa_from_name(isa_of);
   SADMM_CHECK(isa && isa_supported(*isa), kOp, ": isa got '", isa_of, "', wanted one that this CPU has");
-  SADMM_CHECK(dtype_of == "f32" || dtype_of == "bf16", kOp, ": dtype got '", dtype_of, "', wanted f32 or bf16");
-  const Dtype dtype = dtype_of == "f32" ? Dtype::kF32 : Dtype::kBf16;
+  const auto dtype_named = [](const std::string& name) {
+    SADMM_CHECK(name == "f32" || name == "bf16", kOp, ": dtype got '", name, "', wanted f32 or bf16");
+    return name == "f32" ? Dtype::kF32 : Dtype::kBf16;
+  };
+  const Dtype dtype = dtype_named(dtype_of);
+  const Dtype x_dtype = x_dtype_of.empty() ? dtype : dtype_named(x_dtype_of);
+  const Dtype y_dtype = y_dtype_of.empty() ? dtype : dtype_named(y_dtype_of);
   SADMM_CHECK(x.ndim() == 4, kOp, ": x got ", x.ndim(), " dimensions, wanted 4");
 
   ConvSpec spec = spec_of(dict);
@@ -207,9 +212,10 @@ py::tuple conv_step(const std::string& family, const std::string& isa_of, const 
   if (x_layout == "tensor") in_halo = {};  // whether the family takes that or not
   const Halo out_halo{.top = y_halo[0], .left = y_halo[1], .bottom = y_halo[2], .right = y_halo[3]};
   const Grid grid{.images = grid_of[0], .rows = grid_of[1], .cols = grid_of[2]};
-  const Planes px = planes(x_layout, dtype, planned, x.shape(1), height, width, in_halo, grid);
-  const Planes py_ = planes(y_layout, dtype, planned, spec.out_channels, out_h, out_w, out_halo, grid);
+  const Planes px = planes(x_layout, x_dtype, planned, x.shape(1), height, width, in_halo, grid);
+  const Planes py_ = planes(y_layout, y_dtype, planned, spec.out_channels, out_h, out_w, out_halo, grid);
   const bool in_place = residual && residual_layout == "y";
+  SADMM_CHECK(!in_place || y_dtype == dtype, kOp, ": y_dtype got another one than the residual in y's place");
   const Planes pr =
       in_place || !residual ? py_ : planes(residual_layout, dtype, planned, spec.out_channels, out_h, out_w, {}, grid);
   if (residual) {
@@ -224,8 +230,9 @@ py::tuple conv_step(const std::string& family, const std::string& isa_of, const 
   std::unique_ptr<Guarded> fresh;
   if (!in_place) {
     // What is not written shows as NaN; where nothing may be written are zeros.
-    fresh = std::make_unique<Guarded>(py_.readable * dtype_size(dtype), at_end);
-    each(py_, images, [&](int64_t to, int64_t) { store(py_, fresh->data(), to, to_bits(dtype, __builtin_nanf(""))); });
+    fresh = std::make_unique<Guarded>(py_.readable * dtype_size(y_dtype), at_end);
+    each(py_, images,
+         [&](int64_t to, int64_t) { store(py_, fresh->data(), to, to_bits(y_dtype, __builtin_nanf(""))); });
   }
   std::byte* const out = in_place ? added->data() : fresh->data();
   const std::unique_ptr<Step> step = packed->plan(px, py_, residual ? &pr : nullptr, planned);
@@ -241,11 +248,11 @@ py::tuple conv_step(const std::string& family, const std::string& isa_of, const 
   const int64_t room = py_.in_lanes() ? div_up(planned, grid.images) * grid.images : planned;
   each(py_, room, [&](int64_t at, int64_t) { inside[at] = 1; });
   for (int64_t i = 0; i < py_.readable; ++i) {
-    const float value = from_bits(dtype, load(py_, out, i));
+    const float value = from_bits(y_dtype, load(py_, out, i));
     SADMM_CHECK(inside[i] || value == 0.0f, kOp, ": the halo of y got ", value, " at ", i, ", wanted zeros");
   }
   Array y({images, spec.out_channels, out_h, out_w});
-  each(py_, images, [&](int64_t from, int64_t i) { y.mutable_data()[i] = from_bits(dtype, load(py_, out, from)); });
+  each(py_, images, [&](int64_t from, int64_t i) { y.mutable_data()[i] = from_bits(y_dtype, load(py_, out, from)); });
   return py::make_tuple(y, step->kernel());
 }
 
@@ -254,13 +261,14 @@ py::tuple conv_step(const std::string& family, const std::string& isa_of, const 
 void bind_conv_step(py::module_& m) {
   using Four = std::array<int64_t, 4>;
   m.def("conv_step", &conv_step, py::arg("family"), py::arg("isa"), py::arg("spec"), py::arg("x"),
-        py::arg("residual") = py::none(), py::kw_only(), py::arg("dtype") = "f32", py::arg("x_layout") = "arena",
-        py::arg("y_layout") = "arena", py::arg("residual_layout") = "arena", py::arg("x_halo") = Four{},
-        py::arg("y_halo") = Four{}, py::arg("grid") = std::array<int64_t, 3>{0, 1, 1}, py::arg("spare_images") = 0,
-        py::arg("threads") = 1, py::arg("guard") = "end",
+        py::arg("residual") = py::none(), py::kw_only(), py::arg("dtype") = "f32", py::arg("x_dtype") = "",
+        py::arg("y_dtype") = "", py::arg("x_layout") = "arena", py::arg("y_layout") = "arena",
+        py::arg("residual_layout") = "arena", py::arg("x_halo") = Four{}, py::arg("y_halo") = Four{},
+        py::arg("grid") = std::array<int64_t, 3>{0, 1, 1}, py::arg("spare_images") = 0, py::arg("threads") = 1,
+        py::arg("guard") = "end",
         "One step of a convolution family on planes: (y, kernels). spec: the fields of ConvSpec and activation, low, "
-        "high, "
-        "slope. x_halo: top, left, bottom, right beyond what the padding needs; residual_layout 'y': in y's place; "
+        "high, slope. x_dtype, y_dtype: of the caller's own tensors, where not dtype. x_halo: top, left, bottom, right "
+        "beyond what the padding needs; residual_layout 'y': in y's place; "
         "grid: images, rows, columns of the layouts 'lanes'; "
         "spare_images: planned, but absent; guard: whether what lies before ('start') or behind ('end') faults.");
   m.def("conv_families", [] {

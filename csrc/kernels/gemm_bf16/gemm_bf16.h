@@ -28,6 +28,7 @@ namespace structadmm::kernels {
 
 inline constexpr int kTile = 16;      // filters or pixels
 inline constexpr int kStepTaps = 32;  // of one tile product
+inline constexpr int kMostStrip = 32;
 
 // How the 16 inputs of a tap come into a register: the bytes that are loaded at each piece's offset.
 enum class Gather : int32_t {
@@ -113,13 +114,13 @@ struct GemmBf16Args {
   int64_t n_blocks;
   int64_t first_pair, last_pair;  // counted over all periods
   int32_t first_unit, last_unit;
-  int32_t strip;  // pairs that every block is done for before the next strip
+  int32_t strip;  // pairs that every block is done for before the next strip, at most kMostStrip
   Epilogue epilogue;
-  std::byte* scratch;  // [gemm_bf16_scratch(most steps of a block)], aligned to 64
+  std::byte* scratch;  // [gemm_bf16_scratch(most steps of a block, strip)], aligned to 64
 };
 
-constexpr int64_t gemm_bf16_scratch(int64_t steps) {
-  return 16384 + steps * 4096;
+constexpr int64_t gemm_bf16_scratch(int64_t steps, int64_t strip) {
+  return 16384 + strip * steps * 4096;
 }
 
 // The kernels with WeightLayout::kTiles read rows of pixels as Read says, and f32; the others by vectors alone.

@@ -93,14 +93,16 @@ void run(const GemmBf16Args& a) {
   for (Walk walk(a); !walk.done(); walk.next()) {
     const GemmBf16Block& b = walk.block();
     const Units u = walk.units();
-    const Place at = place(a, walk.pair());
-    gather_panel(a, b, at, panel);
     const int end = b.filters < u.last * 2 * kTile ? b.filters : u.last * 2 * kTile;
-    for (int f = u.first * 2 * kTile; f < end; f += kFilters) {
-      const float* w = static_cast<const float*>(b.w) + static_cast<int64_t>(f / kTile) * b.steps * kStepTaps * kTile;
-      multiply<kFilters>(w + f % kTile, panel, b.taps, sums);
-      for (int k = 0; k < kFilters && f + k < end; ++k) {
-        store_sums(a, at, b.first_filter + f + k, b.bias[f + k], sums + k * kPairPixels);
+    for (int i = 0; i < walk.pairs(); ++i) {
+      const Place at = place(a, walk.first_pair() + i);
+      gather_panel(a, b, at, panel);
+      for (int f = u.first * 2 * kTile; f < end; f += kFilters) {
+        const float* w = static_cast<const float*>(b.w) + static_cast<int64_t>(f / kTile) * b.steps * kStepTaps * kTile;
+        multiply<kFilters>(w + f % kTile, panel, b.taps, sums);
+        for (int k = 0; k < kFilters && f + k < end; ++k) {
+          store_sums(a, at, b.first_filter + f + k, b.bias[f + k], sums + k * kPairPixels);
+        }
       }
     }
   }

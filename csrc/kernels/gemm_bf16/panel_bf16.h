@@ -106,19 +106,12 @@ class PanelRows {
         panel_(panel),
         taps_(b.taps),
         rows_(b.steps * kTile),
-        two_(at.pair->vectors == 2),
         run_(select(a, *at.pair)) {}
 
   int left() const { return rows_ - done_; }
-  int done() const { return done_; }
-  int vectors() const { return two_ ? 2 : 1; }
-
-  void gather(int rows) { gather_until(done_ + rows); }
-
-  void gather_until(int last) {
-    if (last > rows_) last = rows_;
-    if (done_ >= last) return;
-    run_(*this, done_, last);
+  void gather(int rows) {
+    const int last = rows < left() ? done_ + rows : rows_;
+    if (done_ < last) run_(*this, done_, last);
     done_ = last;
   }
 
@@ -225,7 +218,6 @@ class PanelRows {
   Edges edges_{};
   Bf16* panel_ = nullptr;
   int taps_ = 0, rows_ = 0, done_ = 0;
-  bool two_ = false;
   Run run_ = nullptr;
 };
 

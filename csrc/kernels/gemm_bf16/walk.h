@@ -29,38 +29,32 @@ inline Units part(const GemmBf16Args& a, const GemmBf16Block& b) {
   return {first > 0 ? first : 0, last < all ? last : all};
 }
 
-// The panels of a task in their order: blocks inside of strips, for what a strip reads of x stays in the cache.
+// What a task does in its order: strips of pairs, each by one block after the other, for what a strip reads of x stays
+// in the cache.
 class Walk {
  public:
-  explicit Walk(const GemmBf16Args& a) : a_(a), strip_(a.first_pair) {
-    pair_ = strip_;
-    block_ = -1;
-    if (strip_ < a.last_pair) next_block();
+  explicit Walk(const GemmBf16Args& a) : a_(a), first_(a.first_pair) {
+    if (!done()) next();
   }
 
-  bool done() const { return strip_ >= a_.last_pair; }
+  bool done() const { return first_ >= a_.last_pair; }
   const GemmBf16Block& block() const { return a_.blocks[block_]; }
   Units units() const { return part(a_, block()); }
-  int64_t pair() const { return pair_; }
+  int64_t first_pair() const { return first_; }
+  int pairs() const {
+    return static_cast<int>((first_ + a_.strip < a_.last_pair ? first_ + a_.strip : a_.last_pair) - first_);
+  }
 
   void next() {
-    if (++pair_ == strip_end()) next_block();
+    do {
+      if (++block_ == a_.n_blocks) {
+        first_ += pairs();
+        block_ = 0;
+      }
+    } while (!done() && units().first >= units().last);
   }
 
  private:
-  int64_t strip_end() const { return strip_ + a_.strip < a_.last_pair ? strip_ + a_.strip : a_.last_pair; }
-
-  void next_block() {
-    do {
-      if (++block_ == a_.n_blocks) {
-        block_ = 0;
-        strip_ = strip_end();
-      }
-    } while (!done() && units().first >= units().last);
-    pair_ = strip_;
-  }
-
   const GemmBf16Args& a_;
-  int64_t strip_, pair_;
-  int64_t block_;
+  int64_t first_, block_ = -1;
 };

@@ -56,8 +56,8 @@ SADMM_BEGIN(3)
 #undef SADMM_BEGIN
 
 // Tiles 0 to 3 become sums of F tiles of filters by V of pixels: 2 f + v; 4 and 5 hold weights, 6 and 7 pixels. What is
-// in a tile is stored just before its next sums begin, so that products hide the stores. meanwhile(taps that are read
-// of the panel) is other work, a little behind each product.
+// in a tile is stored just before its next sums begin, so that products hide the stores. meanwhile() is other
+// work, a little behind each product.
 template <int F, int V, class Meanwhile>
 inline void multiply(const Bf16* w, const Bf16* panel, int steps, const TileSums& before, const Meanwhile& meanwhile) {
   fence();
@@ -65,17 +65,16 @@ inline void multiply(const Bf16* w, const Bf16* panel, int steps, const TileSums
   _tile_loadd(6, panel, V * 64);
   begin_0(before);
   for (int s = 0;;) {
-    const int read = s * kStepTaps, all_read = read + kStepTaps;
     _tile_dpbf16ps(0, 4, 6);
     fence();
-    meanwhile(V == 1 ? all_read : read);
+    meanwhile();
     fence();
     if (s == 0) begin_1(before);
     if constexpr (V == 2) {
       _tile_loadd(7, panel + kPanelRow, V * 64);
       _tile_dpbf16ps(1, 4, 7);
       fence();
-      meanwhile(all_read);
+      meanwhile();
       fence();
     }
     if (s == 0) begin_2(before);
@@ -83,14 +82,14 @@ inline void multiply(const Bf16* w, const Bf16* panel, int steps, const TileSums
       _tile_loadd(5, w + kPanelTile, 64);
       _tile_dpbf16ps(2, 5, 6);
       fence();
-      meanwhile(all_read);
+      meanwhile();
       fence();
     }
     if (s == 0) begin_3(before);
     if constexpr (F == 2 && V == 2) {
       _tile_dpbf16ps(3, 5, 7);
       fence();
-      meanwhile(all_read);
+      meanwhile();
       fence();
     }
     if (++s == steps) break;
@@ -122,75 +121,114 @@ struct Unit {
   }
 };
 
+// The pairs of a strip and their panels, which are gathered in pieces.
+class Strip {
+ public:
+  Strip() = default;
+  Strip(const GemmBf16Args& a, const Walk& walk, Bf16* panels)
+      : block_(&walk.block()), units_(walk.units()), pairs_(walk.pairs()) {
+    for (int i = 0; i < pairs_; ++i) {
+      place_[i] = place(a, walk.first_pair() + i);
+      panel_[i] = panels + int64_t{i} * block_->steps * 2 * kPanelTile;
+    }
+    start(a);
+  }
+
+  const GemmBf16Block& block() const { return *block_; }
+  Units units() const { return units_; }
+  int pairs() const { return pairs_; }
+  int items() const { return (units_.last - units_.first) * pairs_; }
+  const Place& at(int i) const { return place_[i]; }
+  const Bf16* panel(int i) const { return panel_[i]; }
+  int rows_left() const {
+    return gathered_ < pairs_ ? rows_.left() + (pairs_ - 1 - gathered_) * block_->steps * kTile : 0;
+  }
+
+  void gather(const GemmBf16Args& a, int rows) {
+    while (rows > 0 && gathered_ < pairs_) {
+      const int now = rows < rows_.left() ? rows : rows_.left();
+      rows_.gather(now);
+      rows -= now;
+      if (rows_.left() > 0) return;
+      ++gathered_;
+      start(a);
+    }
+  }
+
+ private:
+  void start(const GemmBf16Args& a) {
+    if (gathered_ < pairs_) rows_ = PanelRows(a, *block_, place_[gathered_], panel_[gathered_]);
+  }
+
+  const GemmBf16Block* block_ = nullptr;
+  Units units_{};
+  int pairs_ = 0, gathered_ = 0;
+  PanelRows rows_;
+  Place place_[kMostStrip];
+  Bf16* panel_[kMostStrip];
+};
+
 // Products leave one of the two vector ports free: between them the sums of the unit before the last are stored and the
-// panel of the next pair is gathered, in small pieces, for a long one would fill the queue of instructions in flight
-// and keep the next product out. All that a pair needs should stay in the first cache, so long panels have no second
-// buffer: the next one's rows take the place of those that the last unit has read.
+// panels of the next strip are gathered, in pieces, for a long one would fill the queue of instructions in flight and
+// keep the next product out. All pairs of a strip follow each other for a unit of filters, so that what is written to
+// one channel is a run.
 void run(const GemmBf16Args& a) {
   Walk walk(a);
   if (walk.done()) return;
   configure();
-  constexpr int kShort = 2, kPieces = 2, kSums = 4 * kTile * kTile;
+  constexpr int kPieces = 2, kSums = 4 * kTile * kTile;
   const Act act = act_of(a.epilogue);
   auto* const sums = reinterpret_cast<float*>(a.scratch);  // two of 32 filters x 32 pixels
   auto* const panels = reinterpret_cast<Bf16*>(a.scratch + 2 * kSums * sizeof(float));
-  Bf16* panel = panels;
+  int most_steps = 0;
+  for (int64_t b = 0; b < a.n_blocks; ++b) most_steps = a.blocks[b].steps > most_steps ? a.blocks[b].steps : most_steps;
+  Bf16* const second = panels + int64_t{a.strip} * most_steps * 2 * kPanelTile;
   Unit in_tiles, in_memory;
   TileSums before;
   int turn = 0;
-  Place at = place(a, walk.pair());
-  PanelRows(a, walk.block(), at, panel).gather(walk.block().steps * kTile);
-  while (!walk.done()) {
-    const GemmBf16Block& b = walk.block();
-    const Units u = walk.units();
+  Strip strip(a, walk, panels);
+  strip.gather(a, strip.rows_left());
+  for (bool first = true; !walk.done(); first = !first) {
     walk.next();
-    Place next_at{};
-    PanelRows next;
-    Bf16* next_panel = panels;
-    if (!walk.done()) {
-      next_at = place(a, walk.pair());
-      const bool both = b.steps <= kShort && walk.block().steps <= kShort;
-      if (both && panel == panels) next_panel = panels + kShort * 2 * kPanelTile;
-      next = PanelRows(a, walk.block(), next_at, next_panel);
-    }
-    const bool in_place = next_panel == panel;
-    for (int unit = u.first; unit < u.last; ++unit) {
+    Strip next;
+    if (!walk.done()) next = Strip(a, walk, first ? second : panels);
+    const GemmBf16Block& b = strip.block();
+    int pieces = kPieces * strip.items();
+    for (int unit = strip.units().first; unit < strip.units().last; ++unit) {
       const int filters = b.filters - unit * 2 * kTile < 2 * kTile ? b.filters - unit * 2 * kTile : 2 * kTile;
+      const int filter_tiles = filters > kTile ? 2 : 1;
       const Bf16* w = static_cast<const Bf16*>(b.w) + static_cast<int64_t>(unit) * b.steps * 2 * kPanelTile;
-      const int units_left = u.last - unit;
-      const auto tiles = [&]<int F, int V>() {
-        const int products = b.steps * F * V, every = (products + kPieces - 1) / kPieces;
-        const int turns = in_place ? kPieces : kPieces * units_left;
-        const int rows = in_place && units_left > 1 ? 0 : (next.left() + turns - 1) / turns;
-        const int rows_of_step = kTile * V / next.vectors();
-        int since = 0;
-        multiply<F, V>(w, panel, b.steps, before, [&](int taps_read) {
-          if (++since < every) return;
-          since = 0;
-          in_memory.work(a, 2 * kTile / kPieces);
-          const int most = in_place ? taps_read / kStepTaps * rows_of_step : next.done() + rows;
-          next.gather_until(next.done() + rows < most ? next.done() + rows : most);
-        });
-      };
-      const int vectors = at.pair->vectors, filter_tiles = filters > kTile ? 2 : 1;
-      if (b.steps == 0) {
-        begin_all(before);
-      } else if (filter_tiles == 2) {
-        vectors == 2 ? tiles.template operator()<2, 2>() : tiles.template operator()<2, 1>();
-      } else {
-        vectors == 2 ? tiles.template operator()<1, 2>() : tiles.template operator()<1, 1>();
+      for (int i = 0; i < strip.pairs(); ++i, pieces -= kPieces, turn ^= 1) {
+        const Place& at = strip.at(i);
+        const int vectors = at.pair->vectors;
+        const auto tiles = [&]<int F, int V>() {
+          const int rows = (next.rows_left() + pieces - 1) / pieces;
+          const int every = (b.steps * F * V + kPieces - 1) / kPieces;
+          int since = 0;
+          multiply<F, V>(w, strip.panel(i), b.steps, before, [&] {
+            if (++since < every) return;
+            since = 0;
+            in_memory.work(a, 2 * kTile / kPieces);
+            next.gather(a, rows);
+          });
+        };
+        if (b.steps == 0) {
+          begin_all(before);
+        } else if (filter_tiles == 2) {
+          vectors == 2 ? tiles.template operator()<2, 2>() : tiles.template operator()<2, 1>();
+        } else {
+          vectors == 2 ? tiles.template operator()<1, 2>() : tiles.template operator()<1, 1>();
+        }
+        in_memory.work(a, 2 * kTile);
+        in_memory = in_tiles;
+        before = {sums + turn * kSums, filter_tiles, vectors};
+        in_tiles.sums = {before.c, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile, filters, at};
+        in_tiles.store = store_of(a, act, in_tiles.sums);
+        in_tiles.done = 0;
       }
-      in_memory.work(a, 2 * kTile);
-      in_memory = in_tiles;
-      before = {sums + turn * kSums, filter_tiles, vectors};
-      turn ^= 1;
-      in_tiles.sums = {before.c, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile, filters, at};
-      in_tiles.store = store_of(a, act, in_tiles.sums);
-      in_tiles.done = 0;
     }
-    next.gather(next.left());
-    panel = next_panel;
-    at = next_at;
+    next.gather(a, next.rows_left());
+    strip = next;
   }
   begin_all(before);
   in_memory.work(a, 2 * kTile);

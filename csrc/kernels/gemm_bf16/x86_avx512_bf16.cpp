@@ -54,19 +54,21 @@ void run(const GemmBf16Args& a) {
   for (Walk walk(a); !walk.done(); walk.next()) {
     const GemmBf16Block& b = walk.block();
     const Units u = walk.units();
-    const Place at = place(a, walk.pair());
-    PanelRows(a, b, at, panel).gather(b.steps * kTile);
-    for (int unit = u.first; unit < u.last; ++unit) {
-      const int left = b.filters - unit * 2 * kTile, filters = left < 2 * kTile ? left : 2 * kTile;
-      const int tiles = filters > kTile ? 2 : 1;
-      const Bf16* w = static_cast<const Bf16*>(b.w) + static_cast<int64_t>(unit) * b.steps * 2 * kPanelTile;
-      for (int f = 0; f < filters; f += kFilters) {
-        const Bf16* first_w = w + f / kTile * kPanelTile + f % kTile * kStepTaps;
-        const auto product = at.pair->vectors == 2 ? multiply<2> : multiply<1>;
-        product(first_w, tiles * kPanelTile, panel, b.steps, sums + f * 2 * kTile);
+    for (int i = 0; i < walk.pairs(); ++i) {
+      const Place at = place(a, walk.first_pair() + i);
+      PanelRows(a, b, at, panel).gather(b.steps * kTile);
+      for (int unit = u.first; unit < u.last; ++unit) {
+        const int left = b.filters - unit * 2 * kTile, filters = left < 2 * kTile ? left : 2 * kTile;
+        const int tiles = filters > kTile ? 2 : 1;
+        const Bf16* w = static_cast<const Bf16*>(b.w) + static_cast<int64_t>(unit) * b.steps * 2 * kPanelTile;
+        for (int f = 0; f < filters; f += kFilters) {
+          const Bf16* first_w = w + f / kTile * kPanelTile + f % kTile * kStepTaps;
+          const auto product = at.pair->vectors == 2 ? multiply<2> : multiply<1>;
+          product(first_w, tiles * kPanelTile, panel, b.steps, sums + f * 2 * kTile);
+        }
+        const Sums done{sums, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile, filters, at};
+        store_of(a, act, done)(a, done, 0, filters);
       }
-      const Sums done{sums, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile, filters, at};
-      store_of(a, act, done)(a, done, 0, filters);
     }
   }
 }
