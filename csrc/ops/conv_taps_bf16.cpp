@@ -496,7 +496,7 @@ class TapsStep final : public Step {
              .last_pair = 0,
              .first_unit = 0,
              .last_unit = weights_->units,
-             .strip = strip(),
+             .strip = strip_of(y, images, weights_->most_steps, blocks_.size()),
              .epilogue = s.epilogue,
              .scratch = nullptr};
     outputs_ = y.height * y.width;
@@ -531,12 +531,13 @@ class TapsStep final : public Step {
   std::string kernel() const override { return weights_->kernel->name; }
 
  private:
-  // Panels that leave most of L2 to x, y and weights; a long run to one channel of y after the other (measured: 1.1
-  // to 1.7 times as fast as single pairs where y comes from beyond L2, the same where it does not).
-  int32_t strip() const {
-    constexpr int64_t kBytes = 256 << 10;
-    const int64_t panel = std::max<int64_t>(1, weights_->most_steps) * kStepTaps * kPairPixels * sizeof(Bf16);
-    return static_cast<int32_t>(std::clamp<int64_t>(kBytes / panel, 1, kernels::kMostStrip));
+  // Where y comes from beyond L2, a long run to one channel after the other (measured: 1.1 to 1.7 times as fast as
+  // single pairs), of panels that leave most of L2 to the rest. Where it does not, panels stay in the first cache.
+  static int32_t strip_of(const Planes& y, int64_t images, int64_t steps, size_t blocks) {
+    constexpr int64_t kSpills = 1 << 20, kPanels = 256 << 10, kOfBlocks = 4;
+    if (images * y.channels * y.height * y.width * dtype_size(y.dtype) < kSpills) return blocks > 1 ? kOfBlocks : 1;
+    const int64_t panel = std::max<int64_t>(1, steps) * kStepTaps * kPairPixels * static_cast<int64_t>(sizeof(Bf16));
+    return static_cast<int32_t>(std::clamp<int64_t>(kPanels / panel, 1, kernels::kMostStrip));
   }
 
   std::shared_ptr<const Weights> weights_;

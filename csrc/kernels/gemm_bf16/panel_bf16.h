@@ -109,6 +109,7 @@ class PanelRows {
         run_(select(a, *at.pair)) {}
 
   int left() const { return rows_ - done_; }
+  int done() const { return done_; }
   void gather(int rows) {
     const int last = rows < left() ? done_ + rows : rows_;
     if (done_ < last) run_(*this, done_, last);

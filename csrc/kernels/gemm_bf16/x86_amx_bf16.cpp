@@ -56,8 +56,8 @@ SADMM_BEGIN(3)
 #undef SADMM_BEGIN
 
 // Tiles 0 to 3 become sums of F tiles of filters by V of pixels: 2 f + v; 4 and 5 hold weights, 6 and 7 pixels. What is
-// in a tile is stored just before its next sums begin, so that products hide the stores. meanwhile() is other
-// work, a little behind each product.
+// in a tile is stored just before its next sums begin, so that products hide the stores. meanwhile(steps
+// of the panel that are read) is other work, a little behind each product.
 template <int F, int V, class Meanwhile>
 inline void multiply(const Bf16* w, const Bf16* panel, int steps, const TileSums& before, const Meanwhile& meanwhile) {
   fence();
@@ -67,14 +67,14 @@ inline void multiply(const Bf16* w, const Bf16* panel, int steps, const TileSums
   for (int s = 0;;) {
     _tile_dpbf16ps(0, 4, 6);
     fence();
-    meanwhile();
+    meanwhile(V == 1 ? s + 1 : s);
     fence();
     if (s == 0) begin_1(before);
     if constexpr (V == 2) {
       _tile_loadd(7, panel + kPanelRow, V * 64);
       _tile_dpbf16ps(1, 4, 7);
       fence();
-      meanwhile();
+      meanwhile(s + 1);
       fence();
     }
     if (s == 0) begin_2(before);
@@ -82,14 +82,14 @@ inline void multiply(const Bf16* w, const Bf16* panel, int steps, const TileSums
       _tile_loadd(5, w + kPanelTile, 64);
       _tile_dpbf16ps(2, 5, 6);
       fence();
-      meanwhile();
+      meanwhile(s + 1);
       fence();
     }
     if (s == 0) begin_3(before);
     if constexpr (F == 2 && V == 2) {
       _tile_dpbf16ps(3, 5, 7);
       fence();
-      meanwhile();
+      meanwhile(s + 1);
       fence();
     }
     if (++s == steps) break;
@@ -124,22 +124,26 @@ struct Unit {
 // The pairs of a strip and their panels, which are gathered in pieces.
 class Strip {
  public:
-  Strip() = default;
-  Strip(const GemmBf16Args& a, const Walk& walk, Bf16* panels)
-      : block_(&walk.block()), units_(walk.units()), pairs_(walk.pairs()) {
-    for (int i = 0; i < pairs_; ++i) {
-      place_[i] = place(a, walk.first_pair() + i);
-      panel_[i] = panels + int64_t{i} * block_->steps * 2 * kPanelTile;
-    }
-    start(a);
+  // What the walk is at; nothing, where it is done.
+  void begin(const GemmBf16Args& a, const Walk& walk, Bf16* panels) {
+    gathered_ = 0;
+    pairs_ = walk.done() ? 0 : walk.pairs();
+    if (pairs_ == 0) return;
+    block_ = &walk.block();
+    units_ = walk.units();
+    panels_ = panels;
+    for (int i = 0; i < pairs_; ++i) place_[i] = place(a, walk.first_pair() + i);
+    rows_ = PanelRows(a, *block_, place_[0], panels_);
   }
 
   const GemmBf16Block& block() const { return *block_; }
   Units units() const { return units_; }
   int pairs() const { return pairs_; }
-  int items() const { return (units_.last - units_.first) * pairs_; }
+  bool empty() const { return pairs_ == 0; }
   const Place& at(int i) const { return place_[i]; }
-  const Bf16* panel(int i) const { return panel_[i]; }
+  Bf16* panel(int i) const { return panels_ + int64_t{i} * block_->steps * 2 * kPanelTile; }
+  int rows_done() const { return gathered_ < pairs_ ? rows_.done() : 0; }  // of the pair in work
+
   int rows_left() const {
     return gathered_ < pairs_ ? rows_.left() + (pairs_ - 1 - gathered_) * block_->steps * kTile : 0;
   }
@@ -150,33 +154,29 @@ class Strip {
       rows_.gather(now);
       rows -= now;
       if (rows_.left() > 0) return;
-      ++gathered_;
-      start(a);
+      if (++gathered_ < pairs_) rows_ = PanelRows(a, *block_, place_[gathered_], panel(gathered_));
     }
   }
 
  private:
-  void start(const GemmBf16Args& a) {
-    if (gathered_ < pairs_) rows_ = PanelRows(a, *block_, place_[gathered_], panel_[gathered_]);
-  }
-
-  const GemmBf16Block* block_ = nullptr;
-  Units units_{};
-  int pairs_ = 0, gathered_ = 0;
+  const GemmBf16Block* block_;
+  Units units_;
+  int pairs_, gathered_;
+  Bf16* panels_;
   PanelRows rows_;
   Place place_[kMostStrip];
-  Bf16* panel_[kMostStrip];
 };
 
 // Products leave one of the two vector ports free: between them the sums of the unit before the last are stored and the
 // panels of the next strip are gathered, in pieces, for a long one would fill the queue of instructions in flight and
 // keep the next product out. All pairs of a strip follow each other for a unit of filters, so that what is written to
-// one channel is a run.
+// one channel is a run. Where a strip is one pair, all it needs should stay in the first cache, so a long panel has no
+// second buffer: the next one's rows take the place of those that the last unit has read.
 void run(const GemmBf16Args& a) {
   Walk walk(a);
   if (walk.done()) return;
   configure();
-  constexpr int kPieces = 2, kSums = 4 * kTile * kTile;
+  constexpr int kShort = 2, kPieces = 2, kSums = 4 * kTile * kTile;
   const Act act = act_of(a.epilogue);
   auto* const sums = reinterpret_cast<float*>(a.scratch);  // two of 32 filters x 32 pixels
   auto* const panels = reinterpret_cast<Bf16*>(a.scratch + 2 * kSums * sizeof(float));
@@ -186,14 +186,17 @@ void run(const GemmBf16Args& a) {
   Unit in_tiles, in_memory;
   TileSums before;
   int turn = 0;
-  Strip strip(a, walk, panels);
-  strip.gather(a, strip.rows_left());
-  for (bool first = true; !walk.done(); first = !first) {
+  Strip strips[2];
+  strips[0].begin(a, walk, panels);
+  strips[0].gather(a, strips[0].rows_left());
+  for (int current = 0; !walk.done(); current ^= 1) {
+    Strip &strip = strips[current], &next = strips[current ^ 1];
     walk.next();
-    Strip next;
-    if (!walk.done()) next = Strip(a, walk, first ? second : panels);
     const GemmBf16Block& b = strip.block();
-    int pieces = kPieces * strip.items();
+    const bool long_panels = b.steps > kShort || (!walk.done() && walk.block().steps > kShort);
+    const bool in_place = a.strip == 1 && long_panels;
+    next.begin(a, walk, in_place == (strip.panel(0) == panels) ? panels : second);
+    int pieces = kPieces * (strip.units().last - strip.units().first) * strip.pairs();
     for (int unit = strip.units().first; unit < strip.units().last; ++unit) {
       const int filters = b.filters - unit * 2 * kTile < 2 * kTile ? b.filters - unit * 2 * kTile : 2 * kTile;
       const int filter_tiles = filters > kTile ? 2 : 1;
@@ -202,14 +205,17 @@ void run(const GemmBf16Args& a) {
         const Place& at = strip.at(i);
         const int vectors = at.pair->vectors;
         const auto tiles = [&]<int F, int V>() {
-          const int rows = (next.rows_left() + pieces - 1) / pieces;
+          const int turns = in_place ? kPieces : pieces;
+          const int rows = in_place && unit + 1 < strip.units().last ? 0 : (next.rows_left() + turns - 1) / turns;
+          const int rows_of_step = in_place && !next.empty() ? kTile * V / next.at(0).pair->vectors : 0;
           const int every = (b.steps * F * V + kPieces - 1) / kPieces;
           int since = 0;
-          multiply<F, V>(w, strip.panel(i), b.steps, before, [&] {
+          multiply<F, V>(w, strip.panel(i), b.steps, before, [&](int steps_read) {
             if (++since < every) return;
             since = 0;
             in_memory.work(a, 2 * kTile / kPieces);
-            next.gather(a, rows);
+            const int free = in_place ? steps_read * rows_of_step - next.rows_done() : rows;
+            next.gather(a, free < rows ? free : rows);
           });
         };
         if (b.steps == 0) {
@@ -228,7 +234,6 @@ void run(const GemmBf16Args& a) {
       }
     }
     next.gather(a, next.rows_left());
-    strip = next;
   }
   begin_all(before);
   in_memory.work(a, 2 * kTile);
