@@ -231,6 +231,43 @@ def test_large_batches_go_in_chunks(l2: int, monkeypatch: pytest.MonkeyPatch) ->
     assert len({row["images"] for row in e.describe(tuple(x.shape))}) > 1
 
 
+@pytest.mark.parametrize("isa", _core.supported_isas())
+def test_bf16_convolutions_take_the_callers_f32(isa: str) -> None:
+    """No step before the convolution nor behind it, where the instruction set has products of bf16; the same numbers as
+    from a network whose values pass through an import and an export."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(12, 40, 3, padding=1).eval()
+    with torch.no_grad():
+        conv.weight *= torch.rand(1, 12, 3, 3) < 0.3
+    net = nn.Sequential(conv)
+    x = torch.randn(6, 12, 11, 13)
+    e = sa.Engine(container.to_bytes(trace(net, x).module), dtype="bfloat16", isa=isa)
+    want = F.conv2d(x.bfloat16().float(), conv.weight.bfloat16().float(), conv.bias, padding=1).detach().numpy()
+    for batch in (1, 4, 6):
+        steps = [s["kernel"] for s in e.describe((batch, 12, 11, 13))]
+        assert len(steps) == (1 if isa.endswith("_bf16") else 2), steps
+        close(e.run(x[:batch].numpy()), want[:batch], 1e-5)  # sums as they are, of operands that are rounded once
+    # The channels of another tensor, rows with gaps between them, and the last bytes of what may be read.
+    wide = torch.randn(6, 20, 11, 13)
+    wide[:, 5:17] = x
+    gaps = torch.randn(6, 12, 11, 16)
+    gaps[..., :13] = x
+    for view in (wide[:, 5:17], gaps[..., :13], x.to(memory_format=torch.channels_last)):
+        np.testing.assert_array_equal(e.run(view.numpy()), e.run(x.numpy()))
+
+
+def test_bf16_imports_leave_out_channels_that_nothing_reads() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 32, 3, stride=2, padding=1).eval()
+    with torch.no_grad():
+        conv.weight[:, 3:] = 0
+    net = nn.Sequential(sa.nn.CompactConv2d.from_dense(conv))
+    x = torch.randn(2, 64, 16, 16)
+    x[:, 3:] = torch.nan
+    want = F.conv2d(x[:, :3].bfloat16().float(), conv.weight[:, :3].bfloat16().float(), conv.bias, 2, 1).detach()
+    close(engine(net, x, dtype="bfloat16").run(x.numpy()), want.numpy(), 0.01)
+
+
 def test_several_callers_at_once() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
