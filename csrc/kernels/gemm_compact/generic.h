@@ -284,9 +284,78 @@ inline void transpose_plainly(const float* sums, int64_t stride, float (&out)[N]
   }
 }
 
+// A store of the vectors of a span, with what is the same for all filters at hand.
+struct SpanStore {
+  int vector;
+  uint32_t lanes;
+  int64_t y, residual;
+  const int8_t* from;
+};
+
+enum class Limits { kLow, kBoth, kCurve };
+
 // Filter by filter, so that few pages are written at a time.
+template <class V, bool kStraight, bool kResidual, Limits kLimits>
+inline void spread_stores(const SpreadArgs& a, const SpanStore* stores, int count) {
+  constexpr int N = V::kLanes;
+  const Output& o = a.out;
+  const auto low = V::broadcast(&o.epilogue.low), high = V::broadcast(&o.epilogue.high);
+  for (int first = 0; first < a.filters; first += N) {
+    alignas(64) float block[kMaxSpan / N][N][N];
+    for (int v = 0; v < a.vectors; ++v) V::transpose(a.sums + first + v * N * a.sums_stride, a.sums_stride, block[v]);
+    const int filters = a.filters - first < N ? a.filters - first : N;
+    float* y = o.y + first * o.y_stride;
+    const float* residual = kResidual ? o.residual + first * o.residual_stride : nullptr;
+    for (int f = 0; f < filters; ++f, y += o.y_stride) {
+      for (int i = 0; i < count; ++i) {
+        const SpanStore& s = stores[i];
+        auto r = V::load(block[s.vector][f]);
+        const auto lanes = V::lanes(s.lanes);
+        if constexpr (!kStraight) r = V::permute(r, V::index(s.from));
+        if constexpr (kResidual) r = V::add(r, V::load_lanes(residual + s.residual, lanes));
+        if constexpr (kLimits == Limits::kCurve) {
+          r = V::curve(r, o.epilogue);
+        } else {
+          r = V::max(low, r);
+          if constexpr (kLimits == Limits::kBoth) r = V::min(high, r);
+        }
+        V::store_lanes(y + s.y, lanes, r);
+      }
+      if constexpr (kResidual) residual += o.residual_stride;
+    }
+  }
+}
+
+template <class V, bool kStraight, bool kResidual>
+inline void spread_stores(const SpreadArgs& a, const SpanStore* stores, int count) {
+  const Epilogue& e = a.out.epilogue;
+  if (e.activation != Activation::kClamp)
+    return spread_stores<V, kStraight, kResidual, Limits::kCurve>(a, stores, count);
+  if (e.high < __builtin_inff()) return spread_stores<V, kStraight, kResidual, Limits::kBoth>(a, stores, count);
+  return spread_stores<V, kStraight, kResidual, Limits::kLow>(a, stores, count);
+}
+
 template <class V>
-void spread(const SpreadArgs& a) {
+inline void spread_by_lanes(const SpreadArgs& a) {
+  SpanStore stores[kMaxSpan];  // a pixel each, at most
+  int count = 0;
+  bool straight = true;
+  for (int v = 0; v < a.vectors; ++v) {
+    const PixelStore* s = a.out.stores + a.stores[v].first;
+    for (const PixelStore* const end = s + a.stores[v].count; s != end && s->image < a.out.images; ++s) {
+      stores[count++] = {v, s->lanes, s->y, s->residual, s->from};
+      straight &= s->straight;
+    }
+  }
+  if (a.out.residual) {
+    straight ? spread_stores<V, true, true>(a, stores, count) : spread_stores<V, false, true>(a, stores, count);
+  } else {
+    straight ? spread_stores<V, true, false>(a, stores, count) : spread_stores<V, false, false>(a, stores, count);
+  }
+}
+
+template <class V>
+inline void spread_by_vectors(const SpreadArgs& a) {
   constexpr int N = V::kLanes;
   const Output& o = a.out;
   const bool curve = o.epilogue.activation != Activation::kClamp, limited = o.epilogue.high < __builtin_inff();
@@ -301,33 +370,32 @@ void spread(const SpreadArgs& a) {
       for (int v = 0; v < a.vectors; ++v) {
         const PixelStore* s = o.stores + a.stores[v].first;
         for (const PixelStore* const end = s + a.stores[v].count; s != end && s->image < o.images; ++s) {
-          if constexpr (!V::kMaskedStores) {
-            if (!is_whole<V>(*s) || curve) {
-              Output one = o;
-              one.y = y;
-              one.residual = residual;
-              put_all<V>(block[v][f], 0, 1, s, 1, one);
-              continue;
-            }
+          if (!is_whole<V>(*s) || curve) {
+            Output one = o;
+            one.y = y;
+            one.residual = residual;
+            put_all<V>(block[v][f], 0, 1, s, 1, one);
+            continue;
           }
           auto r = V::load(block[v][f]);
           const auto lanes = V::lanes(s->lanes);
           if (!s->straight) r = V::permute(r, V::index(s->from));
           if (residual) r = V::add(r, V::load_lanes(residual + s->residual, lanes));
-          if (curve) {
-            r = V::curve(r, o.epilogue);
-          } else {
-            r = V::max(low, r);
-            if (limited) r = V::min(high, r);
-          }
-          if constexpr (V::kMaskedStores) {
-            V::store_lanes(y + s->y, lanes, r);
-          } else {
-            V::store(y + s->y, V::only(r, lanes));
-          }
+          r = V::max(low, r);
+          if (limited) r = V::min(high, r);
+          V::store(y + s->y, V::only(r, lanes));
         }
       }
     }
+  }
+}
+
+template <class V>
+void spread(const SpreadArgs& a) {
+  if constexpr (V::kMaskedStores) {
+    spread_by_lanes<V>(a);
+  } else {
+    spread_by_vectors<V>(a);
   }
 }
 
