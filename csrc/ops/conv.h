@@ -7,7 +7,8 @@
 // weight is one block per conv group with every tap. Families differ in how they run it, never in what they compute:
 //
 //   taps_f32    tap lists per block of filters, f32
-//   taps_bf16   the same in bf16 with f32 accumulation; x and y are bf16 planes
+//   taps_bf16   the same in bf16 with f32 accumulation; x and y are bf16 planes. On tiles, blocks may be merged
+//               (ops/merge_blocks.h): an infinity or NaN then reaches the filters of both
 //   depthwise   one input channel per conv group, f32 or bf16
 //   nonzeros    single weights, for non-structured sparsity, f32
 //   winograd    3x3 of stride 1 with a quarter of the multiply-adds, for few or no pruned taps, f32. Its rounding

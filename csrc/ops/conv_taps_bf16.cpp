@@ -12,6 +12,7 @@
 #include "base/div_up.h"
 #include "kernels/gemm_bf16/gemm_bf16.h"
 #include "ops/conv.h"
+#include "ops/merge_blocks.h"
 #include "ops/panel_tables.h"
 #include "ops/spec_table.h"
 #include "ops/tap_table.h"
@@ -90,26 +91,29 @@ struct Weights {
   bool tiles() const { return kernel->layout == WeightLayout::kTiles; }
 };
 
-std::shared_ptr<const Weights> pack_weights(const ConvSpec& spec, Isa isa) {
-  const TapTable t = table_of(spec);
+std::shared_ptr<const Weights> pack_weights(const ConvSpec& given, Isa isa) {
+  const TapTable t = table_of(given);
   check(kOp, t);
   int64_t filters = 0;
-  for (const int32_t n : spec.block_filters) filters += n;
-  SADMM_CHECK(filters == spec.out_channels, kOp, ": block_filters got ", filters, " filters in all, wanted ",
-              spec.out_channels);
+  for (const int32_t n : given.block_filters) filters += n;
+  SADMM_CHECK(filters == given.out_channels, kOp, ": block_filters got ", filters, " filters in all, wanted ",
+              given.out_channels);
   for (int i = 0; i < 2; ++i) {
-    SADMM_CHECK(spec.stride[i] >= 1, kOp, ": stride got ", spec.stride[i], ", wanted at least 1");
-    SADMM_CHECK(spec.dilation[i] >= 1, kOp, ": dilation got ", spec.dilation[i], ", wanted at least 1");
-    SADMM_CHECK(spec.padding[i] >= 0, kOp, ": padding got ", spec.padding[i], ", wanted at least 0");
+    SADMM_CHECK(given.stride[i] >= 1, kOp, ": stride got ", given.stride[i], ", wanted at least 1");
+    SADMM_CHECK(given.dilation[i] >= 1, kOp, ": dilation got ", given.dilation[i], ", wanted at least 1");
+    SADMM_CHECK(given.padding[i] >= 0, kOp, ": padding got ", given.padding[i], ", wanted at least 0");
   }
 
   isa_supported(isa);  // for the permission to use tiles, where nobody has asked yet
 
   auto w = std::make_shared<Weights>();
+  w->kernel = &kernels::gemm_bf16(isa);
+  // Cycles of the AMX kernel, measured on planes in L2.
+  constexpr BlockCosts kAmx{.panel = 60, .product = 35, .unit = 120};
+  const ConvSpec spec = isa == Isa::kAmxBf16 ? merge_blocks(given, kAmx) : given;
   w->spec = spec;
   for (auto* v : {&w->spec.weight, &w->spec.bias}) *v = {};
   for (auto* v : {&w->spec.taps, &w->spec.block_filters, &w->spec.block_taps}) *v = {};
-  w->kernel = &kernels::gemm_bf16(isa);
   const bool tiles = w->tiles();
   const int64_t positions = spec.kernel[0] * spec.kernel[1], per_group = filters / spec.groups;
   const int64_t group_channels = spec.in_channels / spec.groups;

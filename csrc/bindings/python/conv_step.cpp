@@ -19,6 +19,7 @@
 #include "base/parallel.h"
 #include "bindings/python/bind.h"
 #include "ops/conv.h"
+#include "ops/merge_blocks.h"
 #include "ops/steps.h"
 
 namespace structadmm::bindings {
@@ -271,6 +272,14 @@ void bind_conv_step(py::module_& m) {
         "beyond what the padding needs; residual_layout 'y': in y's place; "
         "grid: images, rows, columns of the layouts 'lanes'; "
         "spare_images: planned, but absent; guard: whether what lies before ('start') or behind ('end') faults.");
+  m.def(
+      "merge_blocks",
+      [](const py::dict& spec, int64_t panel, int64_t product, int64_t unit) {
+        const ConvSpec s = merge_blocks(spec_of(spec), {.panel = panel, .product = product, .unit = unit});
+        return py::make_tuple(s.weight, s.taps, s.block_filters, s.block_taps);
+      },
+      py::arg("spec"), py::kw_only(), py::arg("panel"), py::arg("product"), py::arg("unit"),
+      "(weight, taps, block_filters, block_taps) in the blocks of ops/merge_blocks.h.");
   m.def("conv_families", [] {
     std::vector<std::string> names;
     for (const Family& f : kFamilies) names.emplace_back(f.name);
