@@ -167,6 +167,26 @@ def test_work_enough_to_be_split(isa: str) -> None:
             assert torch.equal(got, run(isa, {**c, "threads": threads}, spec, x, None))
 
 
+@pytest.mark.parametrize("isa", F32_ISAS)
+def test_panels_in_place_of_the_ones_before(isa: str) -> None:
+    """A large y of blocks so long that strips are single pairs: long, without taps, short, and long again."""
+    c = {**CASE, "size": (105, 106), "channels": 256, "filters": 52, "batch": 1, "block": 16, "density": 1.0}
+    spec, dense, bias = make_spec(c)
+    ends, taps, keep = [0], [], [2085, 0, 33, 2304]
+    for block, n in enumerate(keep):
+        dense.flatten(1)[16 * block : 16 * (block + 1), n:] = 0
+        taps += list(range(n))
+        ends.append(len(taps))
+    filters = [16, 16, 16, 4]
+    first = [16 * b for b in range(4)]
+    weight = [dense.flatten(1)[f : f + m, :n].flatten() for f, m, n in zip(first, filters, keep, strict=True)]
+    spec |= {"weight": torch.cat(weight).tolist(), "taps": taps, "block_filters": filters, "block_taps": ends}
+    x, _ = inputs(c, spec, dense)
+    got = run(isa, c, spec, x, None)
+    check_close(got, c, x, dense, bias, None)
+    assert torch.equal(got, run(isa, {**c, "threads": 3}, spec, x, None))
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_nan_and_infinity_stay_where_they_belong(isa: str) -> None:
     c = {**CASE, "curve": {"low": 0.0}, "channels": 5}  # 45 taps: the last step is not full

@@ -252,8 +252,11 @@ def test_bf16_convolutions_take_the_callers_f32(isa: str) -> None:
     wide[:, 5:17] = x
     gaps = torch.randn(6, 12, 11, 16)
     gaps[..., :13] = x
-    for view in (wide[:, 5:17], gaps[..., :13], x.to(memory_format=torch.channels_last)):
+    swapped = x.transpose(0, 1).contiguous().transpose(0, 1)
+    for view in (wide[:, 5:17], gaps[..., :13], x.to(memory_format=torch.channels_last), swapped):
         np.testing.assert_array_equal(e.run(view.numpy()), e.run(x.numpy()))
+    for same in (x[:1].expand(5, -1, -1, -1), x[:, :1].expand(-1, 12, -1, -1)):
+        np.testing.assert_array_equal(e.run(same.numpy()), e.run(same.contiguous().numpy()))
 
 
 def test_bf16_imports_leave_out_channels_that_nothing_reads() -> None:

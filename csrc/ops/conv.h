@@ -46,10 +46,9 @@ class PackedConv {
   virtual const char* family() const = 0;
 
   // x has at least the halo that `padding` (and the right and bottom edge that the kernel reaches) asks for, or is one
-  // that takes_edges() takes. residual:
-  // planes of y's sizes, null without epilogue.residual; the step's inputs are then {x, residual}. residual and y may
-  // be the same memory if their planes are equal. images: the most that a run has. Any of them may be in lanes where
-  // the family has lanes(), all of one grid that fits().
+  // that takes_edges() or takes_f32() takes. residual: planes of y's sizes, null without epilogue.residual; the step's
+  // inputs are then {x, residual}. residual and y may be the same memory if their planes are equal. images: the most
+  // that a run has. Any of them may be in lanes where the family has lanes(), all of one grid that fits().
   virtual std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual,
                                      int64_t images) const = 0;
 

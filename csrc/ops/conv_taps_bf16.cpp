@@ -279,8 +279,8 @@ class PackedTaps final : public PackedConv {
 
   const char* family() const override { return "taps_bf16"; }
 
-  // Where the map keeps its size, so that rows of x are rows of outputs. Each block rounds what it reads, a cycle or
-  // two for 32 pixels of a tap; an import writes each channel once, at ten.
+  // Taps are counted in the blocks as merged. Where the map keeps its size, so that rows of x are rows of outputs. Each
+  // block rounds what it reads, a cycle or two for 32 pixels of a tap; an import writes each channel once, at ten.
   bool takes_f32(int64_t height, int64_t width) const override {
     constexpr int64_t kPositions = 64, kTapsOfChannel = 5;
     const ConvSpec& s = weights_->spec;

@@ -207,7 +207,7 @@ bool make_row_tables(const ConvSpec& s, const PanelPlanes& l, PanelTables& t) {
           w.offset = l.residual->at(n, 0, 0, 0) + i;
           made.residual_windows.push_back(w);
         }
-      } else if (found > 0) {
+      } else if (found > 0) {  // a pair may lie in the halo alone, but for an image's last: windows follow
         cut_windows(pixels, lane, found, &Pixel::y, made.windows);
         if (l.residual) cut_windows(pixels, lane, found, &Pixel::residual, made.residual_windows);
       }

@@ -195,7 +195,9 @@ class Planner {
     const int reader = readers_[i].front();
     const Node& n = g_.nodes[reader];
     const Value& v = values_[i];
-    const bool rows = t.dims == 4 && t.strides[3] == 1 && t.strides[2] == t.sizes[3];
+    // Offsets in the tables of its kernels are 32 bits wide; an import has planes of its own.
+    const bool rows =
+        t.dims == 4 && t.strides[3] == 1 && t.strides[2] == t.sizes[3] && planes_of(t, v).readable < (int64_t{1} << 31);
     return rows && is_conv(reader) && n.inputs[0] == i && weights_.conv(reader).takes_f32(v.height, v.width);
   }
   bool writes_f32(int i, const TensorView& t) const {

@@ -600,9 +600,14 @@ def _contract(network: fx.GraphModule, made: Sequence[tuple[list[fx.Node], Segme
     graph.lint()
     fast = fx.GraphModule(root, graph, type(network).__name__)
     # fx's own call only dresses up the errors of generated code, at two microseconds a call.
-    type(fast).__call__ = nn.Module.__call__  # type: ignore[method-assign]
+    type(fast).__call__ = _call  # type: ignore[method-assign]
     fast.meta.update({k: v for k, v in network.meta.items() if k == "structadmm"})
     return fast.eval()
+
+
+def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # Looked up at each call: tracers put their own in its place for a while.
+    return nn.Module.__call__(self, *args, **kwargs)
 
 
 def _attach(root: nn.Module, path: str, source: nn.Module) -> None:

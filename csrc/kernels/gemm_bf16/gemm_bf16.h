@@ -12,7 +12,7 @@
 // bf16 or f32.
 //
 // Sums are f32, taps in ascending order within each of a fixed number of chains that the instruction set decides; an
-// output depends on nothing but its own taps. Tiles and dot products take subnormal bf16 for zero.
+// output depends on nothing but the taps of its block. Tiles and dot products take subnormal bf16 for zero.
 //
 // x is read in [0, readable) only, as the tables were made; y is written where windows say, nowhere else.
 #pragma once
@@ -61,10 +61,9 @@ struct PlaneWindow {
 // How the 32 pixels of a pair lie in x.
 enum class Read : int32_t {
   kVectors,  // each vector as its table says
-  kRow,      // one behind the other from the first vector's piece[0]; of a single vector in lanes 0 to 15, of two in
-             // row_order. All of the caller's f32 lies in rows
-  kEdges,    // f32: likewise, those beyond the edge, where `inside` has no bit, are zeros
-  kEnds,     // f32: likewise, and none but the pixels inside may be read
+  kRow,      // one behind the other from the first vector's piece[0]. The pixels of two vectors stand in row_order.
+  kEdges,    // likewise, of the caller's f32: those beyond the image's edge, where `inside` has no bit, are zeros
+  kEnds,     // likewise, at an end of the caller's memory: none but the pixels inside may be read
 };
 
 // Pixel i of a row of 32 stands in this lane: the even groups of four in the first vector, the odd ones in the second.

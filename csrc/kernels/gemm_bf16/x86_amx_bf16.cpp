@@ -56,8 +56,8 @@ SADMM_BEGIN(3)
 #undef SADMM_BEGIN
 
 // Tiles 0 to 3 become sums of F tiles of filters by V of pixels: 2 f + v; 4 and 5 hold weights, 6 and 7 pixels. What is
-// in a tile is stored just before its next sums begin, so that products hide the stores. meanwhile(steps
-// of the panel that are read) is other work, a little behind each product.
+// in a tile is stored just before its next sums begin, so that products hide the stores. meanwhile(steps of the panel
+// that are read) is other work, a little behind each product.
 template <int F, int V, class Meanwhile>
 inline void multiply(const Bf16* w, const Bf16* panel, int steps, const TileSums& before, const Meanwhile& meanwhile) {
   fence();
