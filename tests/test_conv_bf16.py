@@ -25,6 +25,10 @@ def rounded(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
+def flushed(x: Tensor) -> Tensor:
+    return torch.where(x.abs() < 2.0**-126, 0.0, x)
+
+
 def run(isa: str, c: dict[str, Any], spec: dict[str, Any], x: Tensor, residual: Tensor | None) -> Tensor:
     names = ("x_layout", "y_layout", "y_halo", "spare_images", "threads", "guard")
     halo = c["x_halo"] if c["x_layout"] == "arena" else (0, 0, 0, 0)
@@ -97,14 +101,15 @@ def test_threads_batch_and_layouts_give_the_same_bits(isa: str, c: dict[str, Any
 @settings(max_examples=60, deadline=None)
 @given(c=bf16_steps())
 def test_f32_out(isa: str, c: dict[str, Any]) -> None:
-    """The sums as they are: what bf16 then gives is their rounding."""
+    """The sums as they are: what bf16 then gives is their rounding, but for subnormals, which that flushes."""
     c = {**c, "residual": "arena" if c["residual"] == "y" else c["residual"]}
     spec, dense, bias = make_spec(c)
     x, residual = inputs(c, spec, dense)
     for layout in ("tensor", "arena"):
         place = {"y_layout": layout, "y_halo": c["y_halo"] if layout == "arena" else (0, 0, 0, 0)}
         got = run(isa, {**c, **place, "y_dtype": "f32"}, spec, x, residual)
-        assert torch.equal(rounded(got), run(isa, c, spec, x, residual))
+        want = run(isa, c, spec, x, residual)
+        assert torch.equal(flushed(rounded(got)), flushed(want))
     check_close(got, c, x, dense, bias, residual)
 
 
