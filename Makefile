@@ -63,7 +63,7 @@ bench: setup
 	$(BIN)/python bench/conv_compact.py --targets --threads 1 --json bench/results/conv_compact.json
 	@$(PIP) install -q --no-build-isolation ".[bench]"
 	$(BIN)/python bench/inference_layers.py --json bench/results/inference_layers.json
-	$(BIN)/python bench/inference_layers.py --blocks 2 4 8 16 32 --density 0.25 0.1 --threads 1 --json bench/results/inference_layers.json
+	$(BIN)/python bench/inference_layers.py --blocks 2 4 8 16 32 64 --density 0.25 0.1 --threads 1 --json bench/results/inference_layers.json
 	$(BIN)/python bench/inference_networks.py --threads 1 2 --json bench/results/inference_networks.json
 	$(BIN)/python bench/plot.py
 	$(BIN)/python bench/render.py

@@ -281,7 +281,7 @@ def blocks(found: list[dict[str, Any]], where: str) -> str:
                      max(times)[1]])  # fmt: skip
     note = "Time of block-column sparsity over that of column sparsity at the same density: geometric mean and worst."
     head = ["dtype", "threads", "density", "filters in a block", "cases", "mean", "worst", "worst at"]
-    command = "python bench/inference_layers.py --blocks 2 4 8 16 32 --json bench/results/inference_layers.json"
+    command = "python bench/inference_layers.py --blocks 2 4 8 16 32 64 --json bench/results/inference_layers.json"
     return table(f"Block-columns against columns{where}", command, note, head, rows)
 
 
