@@ -52,8 +52,7 @@ class PackedConv {
   virtual std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual,
                                      int64_t images) const = 0;
 
-  // Whether plan() also takes an x without any halo, of a single image (with several, it may read beyond the last), and
-  // runs faster on it than on a padded copy.
+  // Whether plan() also takes an x without any halo, and runs faster on it than on a padded copy.
   virtual bool takes_edges() const { return false; }
 
   // bf16: whether plan() also takes an x of f32 of this size, without any halo or gaps between its rows, and runs

@@ -146,7 +146,9 @@ class Chooser {
       const bool slack = one.limit == std::numeric_limits<int64_t>::max();
       const auto size = [&](int64_t n) { return size_of(plan_.planes, cut_of(window, n), k_.lanes); };
       const auto cost_of = [&](int64_t n) { return cost(size(n), window); };
-      const int64_t period = choose_period(slack ? images_ : 1, outputs(), cost_of);
+      // Without a halo lanes are read one by one at the ends of x, so none may be of an image that is not there, as the
+      // last of several that are cut together may be.
+      const int64_t period = choose_period(slack && !edges_ ? images_ : 1, outputs(), cost_of);
       const double each = cost_of(period) / static_cast<double>(period);
       if (!best.possible() || each < best.cost) best = {cut_of(window, period), size(period), each};
     }
