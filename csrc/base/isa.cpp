@@ -42,6 +42,18 @@ bool has_amx_bf16() {
   return false;
 #endif
 }
+
+Core512 core_of_cpu() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx) return Core512::kIntel;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return Core512::kIntel;
+  const unsigned family = (eax >> 8 & 0xF) + (eax >> 20 & 0xFF);
+  const unsigned model = (eax >> 4 & 0xF) | (eax >> 12 & 0xF0);
+  if (family == 0x19) return Core512::kZen4;  // and Zen 3, which has none of it
+  // The Zen 5 of notebooks runs halves too.
+  const bool notebook = family == 0x1A && ((model >= 0x20 && model < 0x40) || (model >= 0x60 && model < 0x70));
+  return notebook ? Core512::kZen4 : Core512::kZen5;
+}
 #endif
 
 Isa best_isa() {
@@ -112,19 +124,19 @@ bool isa_supported(Isa isa) {
 #endif
 }
 
-bool halves_avx512() {
-  if (const char* given = std::getenv("STRUCTADMM_AVX512_HALVES"); given && *given) return *given == '1';
+Core512 core512() {
+  if (const char* name = std::getenv("STRUCTADMM_AVX512_CORE"); name && *name) {
+    const std::string_view given = name;
+    if (given == "intel") return Core512::kIntel;
+    if (given == "zen4") return Core512::kZen4;
+    SADMM_CHECK(given == "zen5", "STRUCTADMM_AVX512_CORE: got '", name, "', wanted intel, zen4 or zen5");
+    return Core512::kZen5;
+  }
 #if SADMM_X86
-  static const bool halves = [] {
-    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx) return false;
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
-    const unsigned family = (eax >> 8 & 0xF) + (eax >> 20 & 0xFF);
-    return family == 0x19;  // Zen 3, which has none of it, and Zen 4
-  }();
-  return halves;
+  static const Core512 core = core_of_cpu();
+  return core;
 #else
-  return false;
+  return Core512::kIntel;
 #endif
 }
 

@@ -20,10 +20,14 @@ std::string isa_names();  // all, separated by commas
 // the process's permission to use them.
 bool isa_supported(Isa isa);
 
-// Whether this CPU runs 512-bit arithmetic in two halves (AMD Zen 4): then one such instruction costs what two of 256
-// bits do, and loads and shuffles beside it cost little. STRUCTADMM_AVX512_HALVES (0 or 1) stands in for what the CPU
-// says, so that a test sees the plans of other machines.
-bool halves_avx512();
+// How a CPU runs 512-bit arithmetic: two units and one shuffle at a time beside them (Intel); in two halves of 256 bits,
+// so that one such instruction costs what two do and loads and shuffles beside it cost little (AMD Zen 4); two units
+// and loads and shuffles that keep up with them (AMD Zen 5).
+enum class Core512 { kIntel, kZen4, kZen5 };
+
+// That of this CPU. STRUCTADMM_AVX512_CORE (intel, zen4, zen5) stands in for what the CPU says, so that a test sees the
+// plans of other machines. Throws Error if it names another.
+Core512 core512();
 
 // The one in use. Throws Error if STRUCTADMM_ISA names one that does not exist or that this CPU lacks.
 Isa current_isa();

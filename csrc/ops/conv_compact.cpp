@@ -50,8 +50,10 @@ Planes scratch_planes(const Conv2dShape& s, const kernels::PackedHeader& p, int6
 Plan make_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
   const kernels::PackedHeader& p = *packed.header;
   const int64_t batch = std::max<int64_t>(s.batch, 1), outputs = s.out_h * s.out_w;
-  const bool unpadded =
-      ((s.padding[0] == 0 && s.padding[1] == 0) || (batch == 1 && takes_edges(packed, isa))) && s.x_strides[3] == 1;
+  const ConvGeometry geometry{{s.stride[0], s.stride[1]}, {s.padding[0], s.padding[1]}, {s.dilation[0], s.dilation[1]}};
+  const bool unpadded = ((s.padding[0] == 0 && s.padding[1] == 0) ||
+                         (batch == 1 && takes_edges(packed, geometry, s.height, s.width, isa))) &&
+                        s.x_strides[3] == 1;
   const bool forward = s.x_strides[0] >= 0 && s.x_strides[1] >= 0 && s.x_strides[2] >= 0;
   Plan plan;
   // Small images of a batch make better tiles where they are neighbours in memory.
@@ -71,7 +73,6 @@ Plan make_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
     plan.tail = x.origin + x.halo.left + x.halo.right;
   }
   const Planes y = tensor_planes(Dtype::kF32, plan.chunk, p.out_channels, s.out_h, s.out_w);
-  const ConvGeometry geometry{{s.stride[0], s.stride[1]}, {s.padding[0], s.padding[1]}, {s.dilation[0], s.dilation[1]}};
   plan.taps = plan_taps(kOp, packed, geometry, x, y, nullptr, {}, plan.chunk, isa);
   return plan;
 }

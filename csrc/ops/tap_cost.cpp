@@ -1,6 +1,7 @@
 #include "ops/tap_cost.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "base/div_up.h"
 
@@ -14,10 +15,11 @@ double over_tiles(int64_t vectors, int most, const auto& tile) {
          (more == 0 ? 0.0 : static_cast<double>(more) * tile(least + 1));
 }
 
-double stores_cost(int64_t filters, const CutSize& size) {
-  constexpr double kWhole = 2, kPiece = 8;  // cycles of a store
-  return static_cast<double>(filters) *
-         (kWhole * static_cast<double>(size.whole) + kPiece * static_cast<double>(size.pieces));
+constexpr double kCall = 40, kSum = 1.5;  // cycles of a call, and of a vector of sums that waits for the next part
+
+double stores_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size) {
+  return static_cast<double>(filters) * (k.store_cycles[0] * static_cast<double>(size.whole) +
+                                         k.store_cycles[1] * static_cast<double>(size.pieces));
 }
 
 }  // namespace
@@ -28,27 +30,28 @@ double filters_cost(const kernels::GemmCompact& k, int width_class, int panels, 
   const int64_t tiles = div_up(pixels, most);
   const double each = static_cast<double>(pixels) / static_cast<double>(tiles * most);
   const double tap = k.filters_cycles[width_class][panels - 1] * std::max(0.4, each);
-  constexpr double kSpread = 280;  // of a vector of pixels and a panel
   return static_cast<double>(tiles) * (tap * taps + 30) +
-         kSpread * panels * static_cast<double>(div_up(pixels, k.lanes));
+         k.spread_cycles * panels * static_cast<double>(div_up(pixels, k.lanes));
 }
 
 double pixels_cost(const kernels::GemmCompact& k, int width, int64_t vectors, int window, double taps) {
   const int c = kernels::width_class(width);
   const double cycles = over_tiles(vectors, k.nr[c], [&](int64_t count) { return k.pixels_cycles[c][count - 1]; });
-  return (cycles * (window > 1 ? k.gather : 1.0) * taps + 35.0 * static_cast<double>(vectors)) * (width / k.mr[c]);
+  return (cycles * (window > 1 ? k.gather : 1.0) * taps + k.tile_cycles * static_cast<double>(vectors)) * (width / k.mr[c]);
 }
 
 double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
+  const auto calls = static_cast<double>(div_up(filters, int64_t{kernels::kMaxPanel})),
+             parts = std::ceil(taps / static_cast<double>(kPanelTaps));
   const auto tile = [&](int64_t vectors) {
     return taps * (k.panel_cycles[vectors - 1] * static_cast<double>(div_up(filters, 4)) +
-                   k.collect_cycles[static_cast<int>(size.reads)] * static_cast<double>(vectors));
+                   k.collect_cycles[static_cast<int>(size.reads)] * static_cast<double>(vectors)) +
+           kCall * calls + (parts - 1) * (kCall * calls + kSum * static_cast<double>(filters * vectors));
   };
-  return over_tiles(size.vectors, k.nr[0], tile) + stores_cost(filters, size);
+  return over_tiles(size.vectors, k.nr[0], tile) + stores_cost(k, filters, size);
 }
 
 double shared_cost(const kernels::GemmCompact& k, const Packed& packed, const CutSize& size, int64_t taps) {
-  constexpr double kCall = 25, kSum = 1.5;  // cycles of a call, and of a vector of sums that waits for the next part
   const auto parts = static_cast<double>(div_up(taps, kSharedTaps));
   const auto tile = [&](int64_t vectors) {
     double cycles = static_cast<double>(taps * vectors) * k.collect_cycles[static_cast<int>(size.reads)];
@@ -58,7 +61,7 @@ double shared_cost(const kernels::GemmCompact& k, const Packed& packed, const Cu
     }
     return cycles;
   };
-  return over_tiles(size.vectors, k.nr[0], tile) + stores_cost(packed.header->out_channels, size);
+  return over_tiles(size.vectors, k.nr[0], tile) + stores_cost(k, packed.header->out_channels, size);
 }
 
 }  // namespace structadmm

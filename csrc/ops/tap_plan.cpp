@@ -68,7 +68,7 @@ int64_t choose_period(int64_t most, int64_t outputs, const Cost& cost) {
 void check_edges(const char* op, const Packed& packed, const ConvPlanes& p, const GemmCompact& k) {
   const kernels::PackedHeader& h = *packed.header;
   if (!has_edges(p, KernelSize{h.kernel_h, h.kernel_w})) return;
-  SADMM_CHECK(k.panel_cycles[0] > 0 && h.kernel_h * h.kernel_w <= kernels::kMaxEdgePositions, op, ": x got a halo of ",
+  SADMM_CHECK(has_panels(k) && h.kernel_h * h.kernel_w <= kernels::kMaxEdgePositions, op, ": x got a halo of ",
               p.x.halo.top, " and ", p.x.halo.left, " before it, ", p.x.halo.bottom, " and ", p.x.halo.right,
               " behind, wanted what the kernel reaches");
 }
@@ -101,8 +101,9 @@ class Chooser {
       while (end < count && packed_.panels[end].block == packed_.panels[i].block) ++end;
       choose_block(i, end);
     }
-    if (by_panels() && count > 0 && packed_.panels.front().block != packed_.panels.back().block) try_one_copy();
+    if (has_panels(k_) && !getenv("NOPANEL") && count > 0 && packed_.panels.front().block != packed_.panels.back().block) try_one_copy();
     cut();
+    plan_.cost = cost_;
   }
 
  private:
@@ -118,10 +119,12 @@ class Chooser {
     }
   };
 
-  // Where there are panel kernels, they do what pixels kernels would.
-  bool by_panels() const { return k_.panel_cycles[0] > 0; }
   int64_t outputs() const { return plan_.planes.outputs(); }
   KernelSize kernel() const { return {packed_.header->kernel_h, packed_.header->kernel_w}; }
+  // What edges cost a copy: a mask for each of its vectors.
+  double masks(const CutSize& size, double taps) const {
+    return edges_ ? static_cast<double>(size.vectors) * taps : 0;
+  }
   int64_t offset_of(const kernels::Tap& t) const {
     return t.channel * plan_.planes.x.channel_stride + plan_.position[t.position];
   }
@@ -172,7 +175,7 @@ class Chooser {
       widest = std::max<int64_t>(widest, filters);
     }
     const auto by_panel = [&](const CutSize& size, int) { return panel_cost(k_, widest, size, mean_taps_); };
-    if (by_panels() && (edges_ || widest >= k_.mr[0] * 2)) panel_ = cheapest_copy(by_panel);
+    if (has_panels(k_) && !getenv("NOPANEL") && (edges_ || widest >= k_.mr[0] * 2)) panel_ = cheapest_copy(by_panel);
     // Offsets of several images must fit the 32 bits of the table.
     filters_period_ = choose_period(std::abs(plan_.planes.x.image_stride) > (1 << 26) ? 1 : images_, outputs(),
                                     [&](int64_t n) { return filters_cost(k_, 0, 1, n * outputs(), mean_taps_); });
@@ -202,7 +205,7 @@ class Chooser {
         ++p;
       }
     }
-    const double by_panel = panel_.of_image([&] { return panel_cost(k_, filters, panel_.size, taps); });
+    const double by_panel = panel_.of_image([&] { return (getenv("FORCE") ? 0.5 : 1.0) * (panel_cost(k_, filters, panel_.size, taps) + masks(panel_.size, taps)); });
     if (panel_.possible() && (edges_ || by_panel < cost)) {
       jobs = {{By::kPanel, begin, static_cast<int>(end - begin), static_cast<int>(plan_.collections.size())}};
       plan_.collections.push_back(collect(packed_.panels.subspan(begin, end - begin), kPanelTaps));
@@ -216,11 +219,14 @@ class Chooser {
   void try_one_copy() {
     Collection all = collect(packed_.panels, kSharedTaps);
     const auto taps = static_cast<int64_t>(all.offset.size());
-    const Choice shared = cheapest_copy([&](const CutSize& size, int) { return shared_cost(k_, packed_, size, taps); });
+    const Choice shared = cheapest_copy([&](const CutSize& size, int) {
+      return shared_cost(k_, packed_, size, taps) + masks(size, static_cast<double>(taps));
+    });
     if (!shared.possible() || shared.cost >= cost_) return;
     plan_.jobs = {{By::kPanel, 0, static_cast<int>(packed_.panels.size())}};
     plan_.collections = {std::move(all)};
     panel_ = shared;
+    cost_ = shared.cost;
   }
 
   Collection collect(std::span<const Panel> panels, int64_t most) const {
@@ -233,7 +239,7 @@ class Chooser {
     };
     if (any(By::kPixels)) {
       plan_.pixels = cut_vectors(plan_.planes, pixels_.cut, k_);
-      for (int64_t t = 0; by_panels() && t < packed_.header->taps; ++t) {
+      for (int64_t t = 0; !has_pixels(k_) && t < packed_.header->taps; ++t) {
         plan_.offset.push_back(offset_of(packed_.taps[t]));
       }
     }
@@ -258,17 +264,27 @@ class Chooser {
 
 }  // namespace
 
-bool takes_edges(const Packed& packed, Isa isa) {
-  // A vector of a padded copy costs what two masks do. (Measured in AVX2; with several images the copy is faster, for
-  // in it those of a channel are neighbours.)
-  constexpr int64_t kTaps = 2, kFilters = 32;
+bool takes_edges(const Packed& packed, const ConvGeometry& g, int64_t height, int64_t width, Isa isa) {
   const kernels::PackedHeader& h = *packed.header;
-  const int64_t positions = h.kernel_h * h.kernel_w;
-  if (kernels::gemm_compact(isa).panel_cycles[0] == 0 || positions > kernels::kMaxEdgePositions) return false;
-  if (packed.panels.empty() || h.out_channels < kFilters * (packed.panels.back().block + 1)) return false;
-  std::vector<char> read(static_cast<size_t>(h.in_channels * positions));
-  for (int64_t t = 0; t < h.taps; ++t) read[packed.taps[t].channel * positions + packed.taps[t].position] = 1;
-  return std::count(read.begin(), read.end(), 1) <= kTaps * h.channels;
+  if (!has_panels(kernels::gemm_compact(isa)) || getenv("NOPANEL") || getenv("NOEDGE") || packed.panels.empty() ||
+      h.kernel_h * h.kernel_w > kernels::kMaxEdgePositions)
+    return false;
+  const int64_t in[] = {height, width}, kernel[] = {h.kernel_h, h.kernel_w};
+  int64_t out[2], behind[2];
+  for (const int a : {0, 1}) {
+    const int64_t reach = g.dilation[a] * (kernel[a] - 1);
+    out[a] = (in[a] + 2 * g.padding[a] - reach - 1) / g.stride[a] + 1;
+    behind[a] = std::max<int64_t>(0, (out[a] - 1) * g.stride[a] + reach - g.padding[a] - (in[a] - 1));
+  }
+  const Planes bare = tensor_planes(Dtype::kF32, 1, h.in_channels, height, width),
+               y = tensor_planes(Dtype::kF32, 1, h.out_channels, out[0], out[1]),
+               padded = arena_planes(Dtype::kF32, 1, h.in_channels, height, width,
+                                     {g.padding[0], g.padding[1], behind[0], behind[1]});
+  const auto cost = [&](const Planes& x) { return plan_taps("takes_edges", packed, g, x, y, nullptr, {}, 1, isa).cost; };
+  constexpr int64_t kRow = 6, kVector = 3;  // cycles of a copy
+  const auto rows = static_cast<int64_t>(packed.channels.size()) * height;
+  const int64_t copy = rows * (kRow + kVector * div_up(width, int64_t{kernels::gemm_compact(isa).lanes}));
+  return cost(bare) < cost(padded) + static_cast<double>(copy);
 }
 
 TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& geometry, const Planes& x, const Planes& y,

@@ -52,11 +52,13 @@ struct TapPlan {
   std::vector<Job> jobs;
   PixelTiles pixels, panel;
   FilterTiles filters;
+  double cost = 0;  // estimated cycles of an image
 };
 
-// Whether plan_taps takes, and runs faster than a padded copy, an x without halo: one that kernels collect from anyway,
-// at few taps of each channel.
-bool takes_edges(const Packed& packed, Isa isa);
+// Whether plan_taps takes an x without halo, of one image of this size, and should run faster on it than on a padded
+// copy: where kernels collect from x anyway. (Measured in AVX2: with several images the copy is faster, for in it those
+// of a channel are neighbours.)
+bool takes_edges(const Packed& packed, const ConvGeometry& geometry, int64_t height, int64_t width, Isa isa);
 
 // A pure function of its arguments (isa need not be this CPU's). Throws Error, worded for `op`, where the planes do not
 // fit the weight, the geometry or each other. images: the most that a run has.

@@ -408,10 +408,10 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
         const int64_t begin = low + std::max<int64_t>(0, first - at), end = std::min(high, low + last - at);
         at += high - low;
         if (begin >= end) continue;
-        (job.by == By::kFilters             ? run_filters
-         : job.by == By::kPanel             ? run_panel
-         : plan.kernels->panel_kernel[0][0] ? run_planes
-                                            : run_pixels)(plan, packed, job, data, {begin, end, n});
+        (job.by == By::kFilters        ? run_filters
+         : job.by == By::kPanel        ? run_panel
+         : kernels::has_pixels(*plan.kernels) ? run_pixels
+                                       : run_planes)(plan, packed, job, data, {begin, end, n});
       }
     }
   });

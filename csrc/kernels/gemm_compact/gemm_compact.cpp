@@ -6,7 +6,16 @@ namespace structadmm::kernels {
 
 const GemmCompact& gemm_compact(Isa isa) {
 #if SADMM_X86
-  if (isa >= Isa::kAvx512 && halves_avx512()) return gemm_compact_avx512_halves;
+  if (isa >= Isa::kAvx512) {
+    switch (core512()) {
+      case Core512::kZen4:
+        return gemm_compact_avx512_zen4;
+      case Core512::kZen5:
+        return gemm_compact_avx512_zen5;
+      case Core512::kIntel:
+        break;
+    }
+  }
 #endif
   static constexpr IsaRow<const GemmCompact*> kRows[] = {
       {Isa::kScalar, &gemm_compact_scalar},

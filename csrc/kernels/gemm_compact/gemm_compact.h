@@ -190,18 +190,28 @@ struct GemmCompact {
   // Measured cycles per tap of a full tile, by which the kernel for a shape is chosen: [width class][NR - 1], [NV - 1].
   double pixels_cycles[3][kMaxVectors];
   double filters_cycles[3][kMaxPanels];
+  double spread_cycles = 280;  // of a vector of pixels and a panel
+  double tile_cycles = 35;     // of a pixels kernel and a vector, besides the taps
   PixelsKernel pixels_kernel[2][3][kMaxVectors];            // [gather][width class][NR - 1]
   FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]
   int panel_rows[kMaxVectors] = {};                         // filters at a time: [NR - 1]
-  // As pixels_cycles, for 4 filters, from a copy; 0: no panel kernels. Where there are some, they run what pixels
-  // kernels would.
+  // As pixels_cycles, for 4 filters, from a copy; 0: no panel kernels.
   double panel_cycles[kMaxVectors] = {};
   double collect_cycles[kReads] = {};                     // of a tap and vector
+  double store_cycles[2] = {};                            // of the panel kernel: of a whole vector, of a piece
   CollectKernel collect[kReads][kMaxVectors] = {};        // [Reads][NR - 1]
   CollectKernel collect_edges[kReads][kMaxVectors] = {};  // the same of planes with Edges
   PanelKernel panel_kernel[kFrom][kMaxVectors] = {};      // [From][NR - 1]
   SpreadKernel spread;
 };
+
+// Whether there are pixels kernels; where there are none, the panel kernels do what they would.
+constexpr bool has_pixels(const GemmCompact& k) {
+  return k.pixels_kernel[0][0][0] != nullptr;
+}
+constexpr bool has_panels(const GemmCompact& k) {
+  return k.panel_cycles[0] > 0;
+}
 
 // 0, 1, 2 for panels 16, 8, 4 wide.
 constexpr int width_class(int width) {

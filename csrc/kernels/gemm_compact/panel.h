@@ -82,7 +82,8 @@ void panel(const PanelArgs& a) {
 #pragma GCC unroll 8
   for (int v = 0; v < NR; ++v) {
     const PixelStore& s = o.stores[a.vectors[v].first_store];
-    whole = whole && a.vectors[v].stores == 1 && is_whole<V>(s) && s.image < o.images;
+    const bool straight = V::kMaskedStores ? s.straight : is_whole<V>(s);
+    whole = whole && a.vectors[v].stores == 1 && straight && s.image < o.images;
     y[v] = o.y + s.y;
     residual[v] = o.residual ? o.residual + s.residual : nullptr;
     lanes[v] = V::lanes(s.lanes);
@@ -158,7 +159,11 @@ void panel(const PanelArgs& a) {
         for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
           for (int v = 0; v < NR; ++v) {
-            acc[m][v] = V::add(acc[m][v], V::load(residual[v]));
+            if constexpr (V::kMaskedStores) {
+              acc[m][v] = V::add(acc[m][v], V::load_lanes(residual[v], lanes[v]));
+            } else {
+              acc[m][v] = V::add(acc[m][v], V::load(residual[v]));
+            }
             residual[v] += o.residual_stride;
           }
         }
@@ -167,7 +172,12 @@ void panel(const PanelArgs& a) {
       for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
         for (int v = 0; v < NR; ++v) {
-          V::store(y[v], V::only(V::min(high, V::max(low, acc[m][v])), lanes[v]));
+          const auto r = V::min(high, V::max(low, acc[m][v]));
+          if constexpr (V::kMaskedStores) {
+            V::store_lanes(y[v], lanes[v], r);
+          } else {
+            V::store(y[v], V::only(r, lanes[v]));
+          }
           y[v] += o.y_stride;
         }
       }

@@ -16,6 +16,7 @@ namespace structadmm::kernels {
 namespace {
 
 #include "kernels/gemm_compact/generic.h"
+#include "kernels/gemm_compact/panel.h"
 
 __attribute__((noinline)) __m512 activated(__m512 r, const Epilogue& e) {
   return activate(ActiveVec{r}, e).v;
@@ -83,8 +84,23 @@ struct Vec16 {
   static void store_lanes(float* p, Lanes some, Reg r) { _mm512_mask_storeu_ps(p, some, r); }
   static Reg curve(Reg r, const Epilogue& e) { return activated(r, e); }
 
+  static void store_mask(float* p, Lanes some) { _mm512_store_si512(p, _mm512_maskz_set1_epi32(some, -1)); }
+  static Reg masked(Reg r, const float* mask) { return _mm512_and_ps(r, _mm512_load_ps(mask)); }
+
   static Reg gather(const float* p, Index i) {
     return _mm512_permutex2var_ps(_mm512_loadu_ps(p), i, _mm512_loadu_ps(p + 16));
+  }
+  static Reg gather4(const float* p, Index i) {
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_slli_epi32(i, 26)), gather(p, i), gather(p + 32, i));
+  }
+  // Lane n from the n-th place of the second run, where `i` says that it lies behind the first.
+  static Reg two_runs(const float* first, const float* second, Index i) {
+    const __m512i straight = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_mask_loadu_ps(_mm512_loadu_ps(first), _mm512_cmpgt_epi32_mask(i, straight), second);
+  }
+  static Reg alternate(const float* p) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return gather(p, even);
   }
 
   // Four rows make one vector by loads that merge, which two ports share; shuffles have one.
@@ -110,7 +126,15 @@ struct Vec16 {
   }
 };
 
-// Measured on a CPU with two units of 512-bit multiply-adds.
+template <From F>
+constexpr void fill_panel(GemmCompact& g) {
+  auto& row = g.panel_kernel[static_cast<int>(F)];
+  row[0] = &panel<Vec16, F, 8, 4, 1>;
+  row[1] = &panel<Vec16, F, 8, 4, 2>;
+  row[2] = &panel<Vec16, F, 8, 4, 3>;
+}
+
+// Cycles measured on an Intel Xeon.
 constexpr GemmCompact make() {
   GemmCompact g{.isa = "avx512",
                 .lanes = 16,
@@ -123,7 +147,18 @@ constexpr GemmCompact make() {
                 .filters_cycles = {{7, 11.5, 13, 12.7}, {6}, {6}},
                 .pixels_kernel = {},
                 .filters_kernel = {},
+                .panel_rows = {8, 8, 8},
+                .panel_cycles = {3.75, 5, 7},
+                .collect_cycles = {3, 4.7, 9.2, 4.5, 4.7},
+                .store_cycles = {3, 8},
                 .spread = &spread<Vec16>};
+  fill_collect<Vec16, Reads::kWindow1>(g, upto<3>());
+  fill_collect<Vec16, Reads::kWindow2>(g, upto<3>());
+  fill_collect<Vec16, Reads::kWindow4>(g, upto<3>());
+  fill_collect<Vec16, Reads::kTwoRuns>(g, upto<3>());
+  fill_collect<Vec16, Reads::kAlternate>(g, upto<3>());
+  fill_panel<From::kCopy>(g);
+  fill_panel<From::kSlots>(g);
   fill_pixels<Vec16, 8, false>(g.pixels_kernel[0][0], upto<3>());
   fill_pixels<Vec16, 8, false>(g.pixels_kernel[0][1], upto<3>());
   fill_pixels<Vec16, 4, false>(g.pixels_kernel[0][2], upto<6>());
@@ -140,19 +175,34 @@ constexpr GemmCompact make() {
 }
 
 // Where one unit runs a multiply-add in two halves, that is all that counts.
-constexpr GemmCompact in_halves(GemmCompact g) {
+constexpr GemmCompact on_zen4(GemmCompact g) {
   constexpr double kWide[] = {8.6, 16.5, 24.6}, kNarrow[] = {5, 9, 12.8, 16.8, 21, 25};
   for (int v = 0; v < 3; ++v) g.pixels_cycles[0][v] = g.pixels_cycles[1][v] = g.filters_cycles[0][v] = kWide[v];
   for (int v = 0; v < 6; ++v) g.pixels_cycles[2][v] = kNarrow[v];
   g.filters_cycles[0][3] = 24.6;
   g.filters_cycles[1][0] = 8.6;
+  for (int v = 0; v < 3; ++v) g.panel_cycles[v] = kWide[v] / 2;
   g.gather = 1.12;
+  return g;
+}
+
+constexpr GemmCompact on_zen5(GemmCompact g) {
+  constexpr double kWide[] = {5.3, 8.1, 12.2}, kNarrow[] = {3.8, 5.1, 6.5, 8.1, 10.3, 12.2};
+  constexpr double kFilters[] = {6.2, 8.1, 12.1, 12.1}, kPanel[] = {2.35, 4.4, 6.25};
+  for (int v = 0; v < 3; ++v) g.pixels_cycles[0][v] = g.pixels_cycles[1][v] = kWide[v];
+  for (int v = 0; v < 6; ++v) g.pixels_cycles[2][v] = kNarrow[v];
+  for (int v = 0; v < 4; ++v) g.filters_cycles[0][v] = kFilters[v];
+  for (int v = 0; v < 3; ++v) g.panel_cycles[v] = kPanel[v];
+  g.filters_cycles[1][0] = g.filters_cycles[2][0] = 6.4;
+  g.gather = 1.22;
+  g.tile_cycles = 18;
   return g;
 }
 
 }  // namespace
 
 extern constinit const GemmCompact gemm_compact_avx512 = make();
-extern constinit const GemmCompact gemm_compact_avx512_halves = in_halves(make());
+extern constinit const GemmCompact gemm_compact_avx512_zen4 = on_zen4(make());
+extern constinit const GemmCompact gemm_compact_avx512_zen5 = on_zen5(make());
 
 }  // namespace structadmm::kernels
