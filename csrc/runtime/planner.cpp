@@ -180,10 +180,11 @@ class Planner {
     return rows && (t.sizes[3] == 1 || t.strides[3] == 1);
   }
 
-  // Whether an input's only reader takes it without the halo that it asks for.
+  // Whether an input's only reader takes it without the halo that it asks for, an image at a time.
   bool takes_edges(int i) const {
-    if (plan_.batch != 1 || readers_[i].size() != 1 || dtype_ != Dtype::kF32) return false;
+    if (readers_[i].size() != 1 || dtype_ != Dtype::kF32) return false;
     const int reader = readers_[i].front();
+    if (plan_.batch != 1 && best_images(reader, plan_.batch) != 1) return false;
     const Node& n = g_.nodes[reader];
     return n.kind == Kind::kConv && n.inputs[0] == i && !as_linear(*n.conv, shapes_[i]) &&
            weights_.conv(reader).takes_edges(values_[i].height, values_[i].width);
