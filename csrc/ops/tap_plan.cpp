@@ -123,7 +123,7 @@ class Chooser {
   KernelSize kernel() const { return {packed_.header->kernel_h, packed_.header->kernel_w}; }
   // What edges cost a copy: a mask for each of its vectors.
   double masks(const CutSize& size, double taps) const {
-    return edges_ ? static_cast<double>(size.vectors) * taps : 0;
+    return edges_ ? k_.mask_cycles * static_cast<double>(size.vectors) * taps : 0;
   }
   int64_t offset_of(const kernels::Tap& t) const {
     return t.channel * plan_.planes.x.channel_stride + plan_.position[t.position];

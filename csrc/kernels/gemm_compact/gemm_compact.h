@@ -198,6 +198,7 @@ struct GemmCompact {
   // As pixels_cycles, for 4 filters, from a copy; 0: no panel kernels.
   double panel_cycles[kMaxVectors] = {};
   double collect_cycles[kReads] = {};                     // of a tap and vector
+  double mask_cycles = 0;                                 // likewise, where x has edges
   double store_cycles[2] = {};                            // of the panel kernel: of a whole vector, of a piece
   CollectKernel collect[kReads][kMaxVectors] = {};        // [Reads][NR - 1]
   CollectKernel collect_edges[kReads][kMaxVectors] = {};  // the same of planes with Edges

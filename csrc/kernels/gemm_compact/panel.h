@@ -18,6 +18,26 @@ void collect(const CollectArgs& a) {
     if constexpr (R == Reads::kTwoRuns) gap[v] = a.vectors[v].lane[V::kLanes - 1] - (V::kLanes - 1);
     if constexpr (R != Reads::kWindow1) index[v] = V::index(a.vectors[v].lane);
   }
+  float* to = a.copy;
+  // Masked loads may begin anywhere: what they leave out may lie outside x.
+  if constexpr (WithEdges && V::kMaskedStores && (R == Reads::kWindow1 || R == Reads::kTwoRuns)) {
+    typename V::Lanes behind[NR] = {};
+    for (int v = 0; R == Reads::kTwoRuns && v < NR; ++v) behind[v] = V::behind(index[v]);
+    for (int64_t t = 0; t < a.n_taps; ++t, to += NR * V::kLanes) {
+      const uint16_t* const inside = a.edges.inside + a.edges.position[t];
+#pragma GCC unroll 8
+      for (int v = 0; v < NR; ++v) {
+        const float* const at = base[v] + a.offset[t];
+        const auto lanes = V::lanes(inside[v * a.edges.positions]);
+        if constexpr (R == Reads::kWindow1) {
+          V::store(to + v * V::kLanes, V::load_lanes(at, lanes));
+        } else {
+          V::store(to + v * V::kLanes, V::load_runs(at, at + gap[v], lanes, behind[v]));
+        }
+      }
+    }
+    return;
+  }
   // Where padding is wider than the map, the vectors of a tile do not ascend.
   const float *low = base[0], *high = base[0];
   for (int v = 1; v < NR; ++v) {
@@ -33,7 +53,6 @@ void collect(const CollectArgs& a) {
       }
     }
   }
-  float* to = a.copy;
   for (int64_t t = 0; t < a.n_taps; ++t, to += NR * V::kLanes) {
     if constexpr (WithEdges) {
       if (low + a.offset[t] < a.edges.first || high + a.offset[t] + kWindow * V::kLanes > a.edges.end) {

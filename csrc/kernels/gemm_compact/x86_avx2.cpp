@@ -148,6 +148,7 @@ constexpr GemmCompact make() {
                 .panel_rows = {8, 6, 4},
                 .panel_cycles = {2.6, 4.3, 6.2},
                 .collect_cycles = {1.5, 4.2, 8, 2, 2.5},
+                .mask_cycles = 1,
                 .store_cycles = {2, 8},
                 .collect = {},
                 .panel_kernel = {},

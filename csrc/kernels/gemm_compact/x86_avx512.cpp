@@ -93,10 +93,16 @@ struct Vec16 {
   static Reg gather4(const float* p, Index i) {
     return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_slli_epi32(i, 26)), gather(p, i), gather(p + 32, i));
   }
-  // Lane n from the n-th place of the second run, where `i` says that it lies behind the first.
+  // Lane n from the n-th place of the second run where it lies behind the first.
+  static Lanes behind(Index i) {
+    return _mm512_cmpgt_epi32_mask(i, _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  }
   static Reg two_runs(const float* first, const float* second, Index i) {
-    const __m512i straight = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_mask_loadu_ps(_mm512_loadu_ps(first), _mm512_cmpgt_epi32_mask(i, straight), second);
+    return _mm512_mask_loadu_ps(_mm512_loadu_ps(first), behind(i), second);
+  }
+  static Reg load_runs(const float* first, const float* second, Lanes some, Lanes behind) {
+    const Reg r = _mm512_maskz_loadu_ps(static_cast<Lanes>(some & ~behind), first);
+    return _mm512_mask_loadu_ps(r, static_cast<Lanes>(some & behind), second);
   }
   static Reg alternate(const float* p) {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
