@@ -218,10 +218,11 @@ def test_many_threads_split_a_large_layer() -> None:
         assert torch.equal(one, ops.conv2d_compact(*args))
 
 
-# Many narrow blocks on one copy of x (AVX2): of one part and of two, read in two runs, alternately, by permutation.
+# Many narrow blocks on one copy of x: of one part and of two, read in two runs, alternately, by permutation.
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("channels,size,stride", [(200, 4, 1), (48, 18, 2), (48, 9, 2), (48, 3, 1), (48, 13, 3)])
-def test_blocks_that_share_a_copy(isa: str, channels: int, size: int, stride: int) -> None:
+def test_blocks_that_share_a_copy(isa: str, channels: int, size: int, stride: int, monkeypatch: Any) -> None:
+    monkeypatch.setenv("STRUCTADMM_AVX512_CORE", "intel")
     use(isa)
     c = {"groups": 1, "kernel": (3, 3), "dilation": (1, 1), "padding": (1, 1), "stride": (stride, stride)}
     c |= {"size": (size, size), "batch": 5, "channels": channels, "filters": 252, "block": 8, "density": 0.1}
@@ -230,7 +231,7 @@ def test_blocks_that_share_a_copy(isa: str, channels: int, size: int, stride: in
     spec = {n: t.tolist() for n, t in zip(names, args[1:6], strict=True)} | {"in_channels": channels}
     spec |= {"out_channels": 252, **{n: c[n] for n in ("kernel", "stride", "padding", "dilation", "groups")}}
     _, kernel = _core.conv_step("taps_f32", isa, spec, x.numpy())
-    assert ("shared" in kernel) == (isa == "avx2"), kernel
+    assert ("shared" in kernel) == (isa == "avx2" or (isa != "scalar" and size > 3)), kernel
     torch.set_num_threads(1)
     got = ops.conv2d_compact(*args)
     check_close(got, x, w, b, F.conv2d, *sizes)
@@ -275,9 +276,9 @@ def test_nan_and_infinity_propagate() -> None:
     assert bool(y[0, 0, 1:, 1:].isinf().all()) and bool(y[0, 1:].isfinite().all())
 
 
-# What runs where. Column sparsity holds vectors of filters, or where registers are few collects the pixels of its taps;
-# narrow blocks hold vectors of pixels. Where rows are short pixels are gathered, or collected for many blocks together;
-# a whole vector never reads where there is nothing.
+# What runs where. Column sparsity of many taps holds vectors of filters, or where registers are few collects the pixels
+# of its taps; narrow blocks hold vectors of pixels. Where rows are short pixels are gathered, or collected for many
+# blocks together; a whole vector never reads where there is nothing.
 @pytest.mark.parametrize(
     "isa,x,blocks,kernels",
     [
@@ -285,16 +286,16 @@ def test_nan_and_infinity_propagate() -> None:
         ("avx512", (1, 128, 16, 16), [128], {"filters_6x64__avx512"}),
         ("avx512", (1, 64, 32, 32), [64], {"filters_6x64__avx512"}),
         ("avx512", (1, 64, 32, 32), [8] * 8, {"pixels_8x48__avx512"}),
-        ("avx512", (1, 64, 8, 8), [8] * 8, {"pixels_8x48__avx512"}),
-        ("avx512", (16, 64, 4, 4), [8] * 8, {"pixels_8x48_gather__avx512"}),
-        ("avx512", (1, 64, 32, 32), [4] * 16, {"pixels_4x96__avx512"}),
+        ("avx512", (1, 64, 8, 8), [8] * 8, {"shared_8x32__avx512"}),
+        ("avx512", (16, 64, 4, 4), [8] * 8, {"shared_8x48_gather__avx512"}),
+        ("avx512", (1, 64, 32, 32), [4] * 16, {"shared_8x48__avx512"}),
         ("avx512", (1, 64, 1, 1), [8] * 8, {"filters_8x8__avx512"}),
         ("avx512_bf16", (1, 64, 32, 32), [64], {"filters_6x64__avx512"}),
         ("amx_bf16", (1, 192, 13, 13), [384], {"filters_6x64__avx512"}),
-        ("avx2", (1, 512, 4, 4), [512], {"panel_6x16_gather__avx2"}),
+        ("avx2", (1, 512, 4, 4), [512], {"panel_6x16__avx2"}),
         ("avx2", (1, 192, 13, 13), [384], {"panel_4x24_gather__avx2"}),
         ("avx2", (1, 128, 32, 32), [128], {"panel_4x24__avx2"}),
-        ("avx2", (1, 512, 4, 4), [8] * 64, {"shared_6x16_gather__avx2"}),
+        ("avx2", (1, 512, 4, 4), [8] * 64, {"shared_6x16__avx2"}),
         ("avx2", (1, 64, 1, 1), [8] * 8, {"filters_6x8__avx2"}),
         ("avx2", (1, 64, 32, 32), [8] * 8, {"shared_4x24__avx2"}),
         ("avx2", (1, 64, 32, 32), [8], {"pixels_4x24__avx2"}),
@@ -302,28 +303,35 @@ def test_nan_and_infinity_propagate() -> None:
     ],
 )
 def test_selection(isa: str, x: tuple[int, ...], blocks: list[int], kernels: set[str], monkeypatch: Any) -> None:
-    monkeypatch.setenv("STRUCTADMM_AVX512_HALVES", "0")
+    monkeypatch.setenv("STRUCTADMM_AVX512_CORE", "intel")
     names = _core.conv2d_kernels(isa, x, blocks, (3, 3), padding=(1, 1))
     assert {n.removeprefix("gemm_compact_f32_") for n in names} == kernels
 
 
 @pytest.mark.parametrize(
-    "x,blocks,kernels",
+    "x,blocks,zen4,zen5",
     [
-        ((1, 128, 28, 28), [64], {"filters_6x64__avx512"}),
-        ((1, 64, 32, 32), [8] * 8, {"pixels_8x48__avx512"}),
-        ((1, 64, 8, 8), [8] * 8, {"pixels_8x32_gather__avx512"}),
-        ((1, 64, 4, 4), [8] * 8, {"pixels_8x16_gather__avx512"}),
-        ((1, 64, 1, 1), [8] * 8, {"filters_8x8__avx512"}),
+        ((1, 128, 28, 28), [64], "filters_6x64", "filters_6x64"),
+        ((1, 128, 16, 16), [128], "pixels_8x48", "pixels_8x48"),
+        ((1, 64, 32, 32), [8] * 8, "pixels_8x48", "pixels_8x48"),
+        ((1, 64, 8, 8), [8] * 8, "shared_8x32", "shared_8x32"),
+        ((1, 64, 4, 4), [8] * 8, "shared_8x16", "shared_8x16"),
+        ((16, 64, 4, 4), [8] * 8, "shared_8x32_gather", "shared_8x48_gather"),
+        ((1, 64, 1, 1), [8] * 8, "filters_8x8", "filters_8x8"),
     ],
 )
-def test_selection_where_512_bits_are_two_halves(
-    x: tuple[int, ...], blocks: list[int], kernels: set[str], monkeypatch: Any
-) -> None:
-    """Lanes without an output cost as much as any there, a gather little."""
-    monkeypatch.setenv("STRUCTADMM_AVX512_HALVES", "1")
-    names = _core.conv2d_kernels("avx512", x, blocks, (3, 3), padding=(1, 1))
-    assert {n.removeprefix("gemm_compact_f32_") for n in names} == kernels
+def test_selection_by_cycles(x: tuple[int, ...], blocks: list[int], zen4: str, zen5: str, monkeypatch: Any) -> None:
+    """Where 512 bits are two halves, lanes without an output cost as much as any."""
+    for core, kernel in (("zen4", zen4), ("zen5", zen5)):
+        monkeypatch.setenv("STRUCTADMM_AVX512_CORE", core)
+        names = _core.conv2d_kernels("avx512", x, blocks, (3, 3), padding=(1, 1))
+        assert set(names) == {f"gemm_compact_f32_{kernel}__avx512"}
+
+
+def test_a_core_that_there_is_not(monkeypatch: Any) -> None:
+    monkeypatch.setenv("STRUCTADMM_AVX512_CORE", "zen9")
+    with pytest.raises(ValueError, match="STRUCTADMM_AVX512_CORE: got 'zen9', wanted intel, zen4 or zen5"):
+        _core.conv2d_kernels("avx512", (1, 64, 8, 8), [64], (3, 3))
 
 
 def conv_arguments() -> dict[str, Any]:

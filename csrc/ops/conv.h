@@ -52,9 +52,12 @@ class PackedConv {
   virtual std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual,
                                      int64_t images) const = 0;
 
-  // Whether plan() also takes an x without any halo, of one image of this size, and runs faster on it than on a padded
-  // copy.
-  virtual bool takes_edges([[maybe_unused]] int64_t height, [[maybe_unused]] int64_t width) const { return false; }
+  // Whether plan() also takes an x without any halo, of images of this size, and runs faster on one of them at a time
+  // than on a padded copy.
+  virtual bool takes_edges([[maybe_unused]] int64_t batch, [[maybe_unused]] int64_t height,
+                           [[maybe_unused]] int64_t width) const {
+    return false;
+  }
 
   // bf16: whether plan() also takes an x of f32 of this size, without any halo or gaps between its rows, and runs
   // faster on it than on a converted copy; and whether y may be f32.

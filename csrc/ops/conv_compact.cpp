@@ -52,7 +52,7 @@ Plan make_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
   const int64_t batch = std::max<int64_t>(s.batch, 1), outputs = s.out_h * s.out_w;
   const ConvGeometry geometry{{s.stride[0], s.stride[1]}, {s.padding[0], s.padding[1]}, {s.dilation[0], s.dilation[1]}};
   const bool unpadded = ((s.padding[0] == 0 && s.padding[1] == 0) ||
-                         (batch == 1 && takes_edges(packed, geometry, s.height, s.width, isa))) &&
+                         (batch == 1 && takes_edges(packed, geometry, batch, s.height, s.width, isa))) &&
                         s.x_strides[3] == 1;
   const bool forward = s.x_strides[0] >= 0 && s.x_strides[1] >= 0 && s.x_strides[2] >= 0;
   Plan plan;

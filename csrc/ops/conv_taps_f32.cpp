@@ -54,8 +54,8 @@ class TapsConv final : public PackedConv {
   }
 
   const char* family() const override { return "taps_f32"; }
-  bool takes_edges(int64_t height, int64_t width) const override {
-    return structadmm::takes_edges(unpack(kOp, *bytes_), geometry_, height, width, isa_);
+  bool takes_edges(int64_t batch, int64_t height, int64_t width) const override {
+    return structadmm::takes_edges(unpack(kOp, *bytes_), geometry_, batch, height, width, isa_);
   }
 
   std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual, int64_t images) const override {

@@ -268,7 +268,7 @@ class WinogradConv final : public PackedConv {
   }
 
   const char* family() const override { return "winograd"; }
-  bool takes_edges(int64_t, int64_t) const override { return true; }
+  bool takes_edges(int64_t batch, int64_t, int64_t) const override { return batch == 1; }
   int64_t weight_bytes() const override { return 4 * static_cast<int64_t>(weights_->u.size()); }
 
   std::unique_ptr<Step> plan(const Planes& x, const Planes& y, const Planes* residual, int64_t images) const override {

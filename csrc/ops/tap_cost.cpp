@@ -42,7 +42,7 @@ double pixels_cost(const kernels::GemmCompact& k, int width, int64_t vectors, in
 
 double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
   const auto calls = static_cast<double>(div_up(filters, int64_t{kernels::kMaxPanel})),
-             parts = std::ceil(taps / static_cast<double>(kPanelTaps));
+             parts = std::ceil(taps / static_cast<double>(k.panel_taps));
   const auto tile = [&](int64_t vectors) {
     return taps * (k.panel_cycles[vectors - 1] * static_cast<double>(div_up(filters, 4)) +
                    k.collect_cycles[static_cast<int>(size.reads)] * static_cast<double>(vectors)) +

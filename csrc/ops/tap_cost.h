@@ -10,7 +10,6 @@
 
 namespace structadmm {
 
-inline constexpr int64_t kPanelTaps = 144;    // in a copy of x: it and a panel of weights stay in L1
 inline constexpr int64_t kSharedTaps = 1536;  // in one for several blocks, of which each panel has few
 
 // Cycles of a job of `taps` taps by the filters kernel, for some panels and pixels.

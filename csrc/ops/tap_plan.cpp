@@ -101,7 +101,7 @@ class Chooser {
       while (end < count && packed_.panels[end].block == packed_.panels[i].block) ++end;
       choose_block(i, end);
     }
-    if (has_panels(k_) && !getenv("NOPANEL") && count > 0 && packed_.panels.front().block != packed_.panels.back().block) try_one_copy();
+    if (has_panels(k_) && count > 0 && packed_.panels.front().block != packed_.panels.back().block) try_one_copy();
     cut();
     plan_.cost = cost_;
   }
@@ -175,7 +175,7 @@ class Chooser {
       widest = std::max<int64_t>(widest, filters);
     }
     const auto by_panel = [&](const CutSize& size, int) { return panel_cost(k_, widest, size, mean_taps_); };
-    if (has_panels(k_) && !getenv("NOPANEL") && (edges_ || widest >= k_.mr[0] * 2)) panel_ = cheapest_copy(by_panel);
+    if (has_panels(k_) && (edges_ || widest >= k_.mr[0] * 2)) panel_ = cheapest_copy(by_panel);
     // Offsets of several images must fit the 32 bits of the table.
     filters_period_ = choose_period(std::abs(plan_.planes.x.image_stride) > (1 << 26) ? 1 : images_, outputs(),
                                     [&](int64_t n) { return filters_cost(k_, 0, 1, n * outputs(), mean_taps_); });
@@ -205,10 +205,11 @@ class Chooser {
         ++p;
       }
     }
-    const double by_panel = panel_.of_image([&] { return (getenv("FORCE") ? 0.5 : 1.0) * (panel_cost(k_, filters, panel_.size, taps) + masks(panel_.size, taps)); });
+    const double by_panel =
+        panel_.of_image([&] { return panel_cost(k_, filters, panel_.size, taps) + masks(panel_.size, taps); });
     if (panel_.possible() && (edges_ || by_panel < cost)) {
       jobs = {{By::kPanel, begin, static_cast<int>(end - begin), static_cast<int>(plan_.collections.size())}};
-      plan_.collections.push_back(collect(packed_.panels.subspan(begin, end - begin), kPanelTaps));
+      plan_.collections.push_back(collect(packed_.panels.subspan(begin, end - begin), k_.panel_taps));
       cost = by_panel;
     }
     plan_.jobs.insert(plan_.jobs.end(), jobs.begin(), jobs.end());
@@ -264,11 +265,11 @@ class Chooser {
 
 }  // namespace
 
-bool takes_edges(const Packed& packed, const ConvGeometry& g, int64_t height, int64_t width, Isa isa) {
+bool takes_edges(const Packed& packed, const ConvGeometry& g, int64_t batch, int64_t height, int64_t width, Isa isa) {
   const kernels::PackedHeader& h = *packed.header;
-  if (!has_panels(kernels::gemm_compact(isa)) || getenv("NOPANEL") || getenv("NOEDGE") || packed.panels.empty() ||
-      h.kernel_h * h.kernel_w > kernels::kMaxEdgePositions)
-    return false;
+  const GemmCompact& k = kernels::gemm_compact(isa);
+  if (!has_panels(k) || packed.panels.empty() || h.kernel_h * h.kernel_w > kernels::kMaxEdgePositions) return false;
+  if (batch > 1 && k.mask_cycles > 0) return false;
   const int64_t in[] = {height, width}, kernel[] = {h.kernel_h, h.kernel_w};
   int64_t out[2], behind[2];
   for (const int a : {0, 1}) {
@@ -283,7 +284,7 @@ bool takes_edges(const Packed& packed, const ConvGeometry& g, int64_t height, in
   const auto cost = [&](const Planes& x) { return plan_taps("takes_edges", packed, g, x, y, nullptr, {}, 1, isa).cost; };
   constexpr int64_t kRow = 6, kVector = 3;  // cycles of a copy
   const auto rows = static_cast<int64_t>(packed.channels.size()) * height;
-  const int64_t copy = rows * (kRow + kVector * div_up(width, int64_t{kernels::gemm_compact(isa).lanes}));
+  const int64_t copy = rows * (kRow + kVector * div_up(width, int64_t{k.lanes}));
   return cost(bare) < cost(padded) + static_cast<double>(copy);
 }
 
@@ -321,7 +322,7 @@ std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) 
     }
     const PixelTiles& t = job.by == By::kPanel ? plan.panel : plan.pixels;
     int most = 0;
-    for (const Tile& tile : t.tiles[c]) most = std::max(most, tile.count);
+    for (const Tile& tile : t.tiles[job.by == By::kPanel ? 0 : c]) most = std::max(most, tile.count);
     if (job.by == By::kPanel) {
       const bool shared = !plan.collections[job.collection].slot.empty();
       names.push_back(name(shared ? "shared_" : "panel_", k.panel_rows[most - 1], most * k.lanes, t.window));

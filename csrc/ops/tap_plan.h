@@ -55,10 +55,11 @@ struct TapPlan {
   double cost = 0;  // estimated cycles of an image
 };
 
-// Whether plan_taps takes an x without halo, of one image of this size, and should run faster on it than on a padded
-// copy: where kernels collect from x anyway. (Measured in AVX2: with several images the copy is faster, for in it those
-// of a channel are neighbours.)
-bool takes_edges(const Packed& packed, const ConvGeometry& geometry, int64_t height, int64_t width, Isa isa);
+// Whether plan_taps takes an x without halo, of images of this size, and should run faster on one of them at a time
+// than on a padded copy: where kernels collect from x anyway. Where masks cost something, that is for one image only,
+// as measured: in a copy of several those of a channel are neighbours.
+bool takes_edges(const Packed& packed, const ConvGeometry& geometry, int64_t batch, int64_t height, int64_t width,
+                 Isa isa);
 
 // A pure function of its arguments (isa need not be this CPU's). Throws Error, worded for `op`, where the planes do not
 // fit the weight, the geometry or each other. images: the most that a run has.

@@ -187,7 +187,7 @@ class Planner {
     if (plan_.batch != 1 && best_images(reader, plan_.batch) != 1) return false;
     const Node& n = g_.nodes[reader];
     return n.kind == Kind::kConv && n.inputs[0] == i && !as_linear(*n.conv, shapes_[i]) &&
-           weights_.conv(reader).takes_edges(values_[i].height, values_[i].width);
+           weights_.conv(reader).takes_edges(plan_.batch, values_[i].height, values_[i].width);
   }
 
   // Whether the convolution that alone reads an input, or writes an output, takes f32 where the plan computes in bf16.

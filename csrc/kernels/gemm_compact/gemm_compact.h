@@ -197,6 +197,7 @@ struct GemmCompact {
   int panel_rows[kMaxVectors] = {};                         // filters at a time: [NR - 1]
   // As pixels_cycles, for 4 filters, from a copy; 0: no panel kernels.
   double panel_cycles[kMaxVectors] = {};
+  int panel_taps = 0;                                     // in a copy: it and a panel of weights stay in L1
   double collect_cycles[kReads] = {};                     // of a tap and vector
   double mask_cycles = 0;                                 // likewise, where x has edges
   double store_cycles[2] = {};                            // of the panel kernel: of a whole vector, of a piece

@@ -155,6 +155,7 @@ constexpr GemmCompact make() {
                 .filters_kernel = {},
                 .panel_rows = {8, 8, 8},
                 .panel_cycles = {3.75, 5, 7},
+                .panel_taps = 200,
                 .collect_cycles = {3, 4.7, 9.2, 4.5, 4.7},
                 .store_cycles = {3, 8},
                 .spread = &spread<Vec16>};
@@ -189,6 +190,7 @@ constexpr GemmCompact on_zen4(GemmCompact g) {
   g.filters_cycles[1][0] = 8.6;
   for (int v = 0; v < 3; ++v) g.panel_cycles[v] = kWide[v] / 2;
   g.gather = 1.12;
+  g.panel_taps = 120;
   return g;
 }
 
