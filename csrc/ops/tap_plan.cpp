@@ -123,7 +123,7 @@ class Chooser {
   KernelSize kernel() const { return {packed_.header->kernel_h, packed_.header->kernel_w}; }
   // What edges cost a copy: a mask for each of its vectors.
   double masks(const CutSize& size, double taps) const {
-    return edges_ ? k_.mask_cycles * static_cast<double>(size.vectors) * taps : 0;
+    return edges_ ? k_.mask_cycles[static_cast<int>(size.reads)] * static_cast<double>(size.vectors) * taps : 0;
   }
   int64_t offset_of(const kernels::Tap& t) const {
     return t.channel * plan_.planes.x.channel_stride + plan_.position[t.position];
@@ -269,7 +269,7 @@ bool takes_edges(const Packed& packed, const ConvGeometry& g, int64_t batch, int
   const kernels::PackedHeader& h = *packed.header;
   const GemmCompact& k = kernels::gemm_compact(isa);
   if (!has_panels(k) || packed.panels.empty() || h.kernel_h * h.kernel_w > kernels::kMaxEdgePositions) return false;
-  if (batch > 1 && k.mask_cycles > 0) return false;
+  if (batch > 1 && k.mask_cycles[0] > 0) return false;
   const int64_t in[] = {height, width}, kernel[] = {h.kernel_h, h.kernel_w};
   int64_t out[2], behind[2];
   for (const int a : {0, 1}) {

@@ -199,7 +199,7 @@ struct GemmCompact {
   double panel_cycles[kMaxVectors] = {};
   int panel_taps = 0;                                     // in a copy: it and a panel of weights stay in L1
   double collect_cycles[kReads] = {};                     // of a tap and vector
-  double mask_cycles = 0;                                 // likewise, where x has edges
+  double mask_cycles[kReads] = {};                        // more than that where x has edges
   double store_cycles[2] = {};                            // of the panel kernel: of a whole vector, of a piece
   CollectKernel collect[kReads][kMaxVectors] = {};        // [Reads][NR - 1]
   CollectKernel collect_edges[kReads][kMaxVectors] = {};  // the same of planes with Edges

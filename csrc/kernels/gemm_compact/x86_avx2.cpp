@@ -149,7 +149,7 @@ constexpr GemmCompact make() {
                 .panel_cycles = {2.6, 4.3, 6.2},
                 .panel_taps = 144,
                 .collect_cycles = {1.5, 4.2, 8, 2, 2.5},
-                .mask_cycles = 1.5,
+                .mask_cycles = {1.5, 1.5, 1.5, 1.5, 1.5},
                 .store_cycles = {2, 8},
                 .collect = {},
                 .panel_kernel = {},

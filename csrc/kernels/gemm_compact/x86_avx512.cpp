@@ -157,6 +157,7 @@ constexpr GemmCompact make() {
                 .panel_cycles = {3.75, 5, 7},
                 .panel_taps = 200,
                 .collect_cycles = {3, 4.7, 9.2, 4.5, 4.7},
+                .mask_cycles = {0, 3, 3, 0, 3},
                 .store_cycles = {3, 8},
                 .spread = &spread<Vec16>};
   fill_collect<Vec16, Reads::kWindow1>(g, upto<3>());
