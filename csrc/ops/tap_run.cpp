@@ -46,6 +46,8 @@ struct Share {
   int64_t begin, end, units;
   // Whether x lies beyond L2, and comes in a strip ahead of its use.
   bool far() const { return units > kFarStrips * (end - begin) && end < units; }
+  // Likewise where each job has other taps, and little of x is read twice.
+  bool far_in_blocks() const { return units > 2 * (end - begin) && end < units; }
 };
 
 struct Operands {
@@ -199,9 +201,12 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
                .vectors = nullptr,
                .out = out};
   a.out.stores = t.stores.data();
-  // The first jobs fetch one vector of the tile each.
-  const int64_t fetches = &job - plan.jobs.data();
-  const bool far = plan.position.size() == 1 && share.far() && fetches < k.nr[c];
+  // The first jobs fetch one vector of the tile each, or where each job has other taps all fetch whole tiles.
+  const bool blocks = packed.panels.front().block != packed.panels.back().block;
+  const int64_t fetches = blocks ? 0 : &job - plan.jobs.data();
+  const bool far =
+      plan.position.size() == 1 && (blocks ? share.far_in_blocks() : share.far()) && fetches < k.nr[c];
+  a.ahead_lines = blocks ? k.nr[c] : 1;
   // The next panel's weights, which the first strip is the first to read.
   const bool more = share.begin == 0 && job.panel + 1 < static_cast<int64_t>(packed.panels.size());
   const float* const behind = more ? packed.weights + packed.panels[job.panel + 1].weight : nullptr;

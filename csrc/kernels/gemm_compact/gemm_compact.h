@@ -80,7 +80,8 @@ struct PixelsArgs {
   const float* bias;
   int filters;                  // 1 to MR: those that exist
   const PixelVector* vectors;   // [NR]
-  int64_t ahead = 0;            // if given, what each tap reads at this offset in x is fetched into L2 meanwhile
+  int64_t ahead = 0;            // if given, what each tap reads at this offset in x is fetched into L2 meanwhile:
+  int ahead_lines = 1;          // a line, or as many as the tile has vectors
   const float* next = nullptr;  // otherwise, if given, a line per tap from here on: the weights of the next call
   Output out;                   // its stores are those that the vectors count
 };

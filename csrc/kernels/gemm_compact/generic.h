@@ -2,7 +2,7 @@
 // nothing compiled for one instruction set can be called by another.
 
 constexpr int kFloatsPerLine = 16;
-enum Fetch { kNothing, kWeights, kAhead };
+enum Fetch { kNothing, kWeights, kAhead, kTileAhead };
 
 // Some vectors of sums, one per filter, to where a PixelStore says.
 template <class V>
@@ -136,6 +136,9 @@ void pixels(const PixelsArgs& a) {
       // Scalar units are idle here, so the offset is worked out per tile instead of kept per size of map.
       const int64_t offset = t->channel * a.channel_stride + a.position_offset[t->position];
       if constexpr (decltype(fetch)::value == kAhead) __builtin_prefetch(ahead + offset, 0, 2);
+      if constexpr (decltype(fetch)::value == kTileAhead) {
+        for (int v = 0; v < NR; ++v) __builtin_prefetch(ahead + offset + v * kFloatsPerLine, 0, 2);
+      }
       if constexpr (decltype(fetch)::value == kWeights) {
         __builtin_prefetch(next);
         next += kFloatsPerLine;
@@ -158,7 +161,11 @@ void pixels(const PixelsArgs& a) {
     }
   };
   if (!Gather && a.ahead != 0) {
-    run(std::integral_constant<Fetch, kAhead>{});
+    if (a.ahead_lines == 1) {
+      run(std::integral_constant<Fetch, kAhead>{});
+    } else {
+      run(std::integral_constant<Fetch, kTileAhead>{});
+    }
   } else if (a.next) {
     run(std::integral_constant<Fetch, kWeights>{});
   } else {
