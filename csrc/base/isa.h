@@ -20,9 +20,9 @@ std::string isa_names();  // all, separated by commas
 // the process's permission to use them.
 bool isa_supported(Isa isa);
 
-// How a CPU runs 512-bit arithmetic: two units and one shuffle at a time beside them (Intel); in two halves of 256 bits,
-// so that one such instruction costs what two do and loads and shuffles beside it cost little (AMD Zen 4); two units
-// and loads and shuffles that keep up with them (AMD Zen 5).
+// How a CPU runs 512-bit arithmetic: two units and one shuffle at a time beside them (Intel); in two halves of 256
+// bits, so that one such instruction costs what two do and loads and shuffles beside it cost little (AMD Zen 4); two
+// units and loads and shuffles that keep up with them (AMD Zen 5).
 enum class Core512 { kIntel, kZen4, kZen5 };
 
 // That of this CPU. STRUCTADMM_AVX512_CORE (intel, zen4, zen5) stands in for what the CPU says, so that a test sees the

@@ -18,8 +18,8 @@ double over_tiles(int64_t vectors, int most, const auto& tile) {
 constexpr double kCall = 40, kSum = 1.5;  // cycles of a call, and of a vector of sums that waits for the next part
 
 double stores_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size) {
-  return static_cast<double>(filters) * (k.store_cycles[0] * static_cast<double>(size.whole) +
-                                         k.store_cycles[1] * static_cast<double>(size.pieces));
+  return static_cast<double>(filters) *
+         (k.store_cycles[0] * static_cast<double>(size.whole) + k.store_cycles[1] * static_cast<double>(size.pieces));
 }
 
 }  // namespace
@@ -37,7 +37,8 @@ double filters_cost(const kernels::GemmCompact& k, int width_class, int panels, 
 double pixels_cost(const kernels::GemmCompact& k, int width, int64_t vectors, int window, double taps) {
   const int c = kernels::width_class(width);
   const double cycles = over_tiles(vectors, k.nr[c], [&](int64_t count) { return k.pixels_cycles[c][count - 1]; });
-  return (cycles * (window > 1 ? k.gather : 1.0) * taps + k.tile_cycles * static_cast<double>(vectors)) * (width / k.mr[c]);
+  return (cycles * (window > 1 ? k.gather : 1.0) * taps + k.tile_cycles * static_cast<double>(vectors)) *
+         (width / k.mr[c]);
 }
 
 double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {

@@ -281,7 +281,9 @@ bool takes_edges(const Packed& packed, const ConvGeometry& g, int64_t batch, int
                y = tensor_planes(Dtype::kF32, 1, h.out_channels, out[0], out[1]),
                padded = arena_planes(Dtype::kF32, 1, h.in_channels, height, width,
                                      {g.padding[0], g.padding[1], behind[0], behind[1]});
-  const auto cost = [&](const Planes& x) { return plan_taps("takes_edges", packed, g, x, y, nullptr, {}, 1, isa).cost; };
+  const auto cost = [&](const Planes& x) {
+    return plan_taps("takes_edges", packed, g, x, y, nullptr, {}, 1, isa).cost;
+  };
   constexpr int64_t kRow = 6, kVector = 3;  // cycles of a copy
   const auto rows = static_cast<int64_t>(packed.channels.size()) * height;
   const int64_t copy = rows * (kRow + kVector * div_up(width, int64_t{k.lanes}));

@@ -204,8 +204,7 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
   // The first jobs fetch one vector of the tile each, or where each job has other taps all fetch whole tiles.
   const bool blocks = packed.panels.front().block != packed.panels.back().block;
   const int64_t fetches = blocks ? 0 : &job - plan.jobs.data();
-  const bool far =
-      plan.position.size() == 1 && (blocks ? share.far_in_blocks() : share.far()) && fetches < k.nr[c];
+  const bool far = plan.position.size() == 1 && (blocks ? share.far_in_blocks() : share.far()) && fetches < k.nr[c];
   a.ahead_lines = blocks ? k.nr[c] : 1;
   // The next panel's weights, which the first strip is the first to read.
   const bool more = share.begin == 0 && job.panel + 1 < static_cast<int64_t>(packed.panels.size());
@@ -413,10 +412,10 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
         const int64_t begin = low + std::max<int64_t>(0, first - at), end = std::min(high, low + last - at);
         at += high - low;
         if (begin >= end) continue;
-        (job.by == By::kFilters        ? run_filters
-         : job.by == By::kPanel        ? run_panel
+        (job.by == By::kFilters               ? run_filters
+         : job.by == By::kPanel               ? run_panel
          : kernels::has_pixels(*plan.kernels) ? run_pixels
-                                       : run_planes)(plan, packed, job, data, {begin, end, n});
+                                              : run_planes)(plan, packed, job, data, {begin, end, n});
       }
     }
   });

@@ -116,8 +116,9 @@ int32_t type_of(Dtype dtype) {
 }
 
 // Memory of large outputs, on huge pages and kept for the next ones. On small pages, whose addresses a processor has to
-// look up where filters lie far apart, a 1x1 convolution to 13 MB took 1.4 to 1.8 times as long. And the C library gives
-// blocks beyond 32 MB back to the system, which zeroes new ones page by page: eight times as long for one to 51 MB.
+// look up where filters lie far apart, a 1x1 convolution to 13 MB took 1.4 to 1.8 times as long. And the C library
+// gives blocks beyond 32 MB back to the system, which zeroes new ones page by page: eight times as long for one to 51
+// MB.
 class LargeBlocks {
  public:
   static constexpr int64_t kUnit = 2 << 20;    // bytes of a huge page

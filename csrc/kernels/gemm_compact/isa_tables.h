@@ -7,8 +7,7 @@ namespace structadmm::kernels {
 
 extern const GemmCompact gemm_compact_scalar;
 #if SADMM_X86
-extern const GemmCompact gemm_compact_avx2, gemm_compact_avx512, gemm_compact_avx512_zen4,
-    gemm_compact_avx512_zen5;
+extern const GemmCompact gemm_compact_avx2, gemm_compact_avx512, gemm_compact_avx512_zen4, gemm_compact_avx512_zen5;
 #endif
 
 }  // namespace structadmm::kernels
