@@ -196,6 +196,23 @@ def test_planes_without_the_halo_that_the_kernel_reaches(isa: str, c: dict[str, 
     assert torch.equal(got, run("taps_f32", isa, c, spec, x, residual))
 
 
+@pytest.mark.parametrize("core", ["intel", "zen4", "zen5"])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "scalar"])
+def test_edges_of_more_taps_than_a_copy_holds(isa: str, core: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """540 taps in parts, of which each finds its positions; at each stride that vectors are read by."""
+    monkeypatch.setenv("STRUCTADMM_AVX512_CORE", core)
+    for stride in (1, 2, 3):
+        c = {"groups": 1, "kernel": (3, 3), "dilation": (1, 1), "padding": (1, 1), "stride": (stride, stride)}
+        c |= {"size": (14, 19), "batch": 2, "channels": 60, "filters": 40, "block": 1000, "density": 1.0, "bias": True}
+        c |= {"curve": {}, "residual": "none", "x_layout": "arena", "y_layout": "tensor", "x_halo": (0, 0, 0, 0)}
+        c |= {"y_halo": (0, 0, 0, 0), "spare_images": 0, "guard": "end", "threads": 1, "seed": 0}
+        spec, dense, bias = make_spec(c)
+        x, _ = inputs(c, spec, dense)
+        got = run("taps_f32", isa, {**c, "x_layout": "tensor"}, spec, x, None)
+        check_close(got, c, x, dense, bias, None)
+        assert torch.equal(got, run("taps_f32", isa, c, spec, x, None))
+
+
 def needs_halo(c: dict[str, Any]) -> bool:
     axes = zip(c["size"], c["kernel"], c["stride"], c["padding"], c["dilation"], strict=True)
     reach = [((n + 2 * p - d * (k - 1) - 1) // s * s + d * (k - 1) - p, n, p) for n, k, s, p, d in axes]

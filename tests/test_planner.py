@@ -259,6 +259,31 @@ def test_bf16_convolutions_take_the_callers_f32(isa: str) -> None:
         np.testing.assert_array_equal(e.run(same.numpy()), e.run(same.contiguous().numpy()))
 
 
+@pytest.mark.parametrize("core", ["intel", "zen4", "zen5"])
+@pytest.mark.parametrize("isa", _core.supported_isas())
+def test_f32_convolutions_take_the_callers_edges(isa: str, core: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a map of few taps there is no padded copy where an image goes at a time: in AVX2 for one image, in AVX-512 for
+    any batch that does not fit L2."""
+    monkeypatch.setenv("STRUCTADMM_AVX512_CORE", core)
+    monkeypatch.setenv("STRUCTADMM_L2_BYTES", str(256 << 10))
+    torch.manual_seed(0)
+    conv = nn.Conv2d(192, 128, 3, padding=1).eval()
+    with torch.no_grad():
+        conv.weight *= torch.rand(1, 192, 3, 3) < 0.08
+    x = torch.randn(5, 192, 13, 13)
+    net = nn.Sequential(sa.nn.CompactConv2d.from_dense(conv, block=128))
+    e = sa.Engine(container.to_bytes(trace(net, x).module), isa=isa)
+    with torch.no_grad():
+        want = conv(x).numpy()
+    assert e.run(x[:0].numpy()).shape == (0, 128, 13, 13)
+    for batch in (1, 2, 5):
+        steps = [s["kernel"] for s in e.describe((batch, 192, 13, 13))]
+        direct = isa.startswith(("avx512", "amx")) or (isa == "avx2" and batch == 1)
+        assert len(steps) == (1 if direct else 2), steps
+        close(e.run(x[:batch].numpy()), want[:batch], 1e-5)
+    assert all(s["images"] == 1 for s in e.describe((5, 192, 13, 13)))
+
+
 def test_bf16_imports_leave_out_channels_that_nothing_reads() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(64, 32, 3, stride=2, padding=1).eval()

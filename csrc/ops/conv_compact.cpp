@@ -51,13 +51,12 @@ Plan make_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
   const kernels::PackedHeader& p = *packed.header;
   const int64_t batch = std::max<int64_t>(s.batch, 1), outputs = s.out_h * s.out_w;
   const ConvGeometry geometry{{s.stride[0], s.stride[1]}, {s.padding[0], s.padding[1]}, {s.dilation[0], s.dilation[1]}};
-  const bool unpadded = ((s.padding[0] == 0 && s.padding[1] == 0) ||
-                         (batch == 1 && takes_edges(packed, geometry, batch, s.height, s.width, isa))) &&
-                        s.x_strides[3] == 1;
-  const bool forward = s.x_strides[0] >= 0 && s.x_strides[1] >= 0 && s.x_strides[2] >= 0;
+  const bool forward = s.x_strides[0] >= 0 && s.x_strides[1] >= 0 && s.x_strides[2] >= 0 && s.x_strides[3] == 1;
+  const bool unpadded = (s.padding[0] == 0 && s.padding[1] == 0) ||
+                        (forward && batch == 1 && takes_edges(packed, geometry, batch, s.height, s.width, isa));
   Plan plan;
   // Small images of a batch make better tiles where they are neighbours in memory.
-  plan.direct = unpadded && forward && s.x_strides[2] >= 0 && (batch == 1 || outputs >= 64);
+  plan.direct = unpadded && forward && (batch == 1 || outputs >= 64);
   Planes x;
   if (plan.direct) {
     x = tensor_planes(Dtype::kF32, batch, s.channels, s.height, s.width);

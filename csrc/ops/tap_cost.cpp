@@ -29,9 +29,10 @@ double filters_cost(const kernels::GemmCompact& k, int width_class, int panels, 
   const int most = k.pixels[width_class][panels - 1];
   const int64_t tiles = div_up(pixels, most);
   const double each = static_cast<double>(pixels) / static_cast<double>(tiles * most);
+  constexpr double kSpread = 280;  // of a vector of pixels and a panel
   const double tap = k.filters_cycles[width_class][panels - 1] * std::max(0.4, each);
   return static_cast<double>(tiles) * (tap * taps + 30) +
-         k.spread_cycles * panels * static_cast<double>(div_up(pixels, k.lanes));
+         kSpread * panels * static_cast<double>(div_up(pixels, k.lanes));
 }
 
 double pixels_cost(const kernels::GemmCompact& k, int width, int64_t vectors, int window, double taps) {
@@ -43,7 +44,7 @@ double pixels_cost(const kernels::GemmCompact& k, int width, int64_t vectors, in
 
 double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
   const auto calls = static_cast<double>(div_up(filters, int64_t{kernels::kMaxPanel})),
-             parts = std::ceil(taps / static_cast<double>(k.panel_taps));
+             parts = std::max(1.0, std::ceil(taps / static_cast<double>(k.panel_taps)));
   const auto tile = [&](int64_t vectors) {
     return taps * (k.panel_cycles[vectors - 1] * static_cast<double>(div_up(filters, 4)) +
                    k.collect_cycles[static_cast<int>(size.reads)] * static_cast<double>(vectors)) +

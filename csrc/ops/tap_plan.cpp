@@ -174,7 +174,9 @@ class Chooser {
       filters += packed_.panels[i].filters;
       widest = std::max<int64_t>(widest, filters);
     }
-    const auto by_panel = [&](const CutSize& size, int) { return panel_cost(k_, widest, size, mean_taps_); };
+    const auto by_panel = [&](const CutSize& size, int) {
+      return panel_cost(k_, widest, size, mean_taps_) + masks(size, mean_taps_);
+    };
     if (has_panels(k_) && (edges_ || widest >= k_.mr[0] * 2)) panel_ = cheapest_copy(by_panel);
     // Offsets of several images must fit the 32 bits of the table.
     filters_period_ = choose_period(std::abs(plan_.planes.x.image_stride) > (1 << 26) ? 1 : images_, outputs(),

@@ -180,11 +180,12 @@ class Planner {
     return rows && (t.sizes[3] == 1 || t.strides[3] == 1);
   }
 
-  // Whether an input's only reader takes it without the halo that it asks for, an image at a time.
+  // Whether an input without halo, as it is now, suits its only reader better than with the halo that it asks for, an
+  // image at a time.
   bool takes_edges(int i) const {
-    if (readers_[i].size() != 1 || dtype_ != Dtype::kF32) return false;
+    if (plan_.batch < 1 || readers_[i].size() != 1 || dtype_ != Dtype::kF32) return false;
     const int reader = readers_[i].front();
-    if (plan_.batch != 1 && best_images(reader, plan_.batch) != 1) return false;
+    if (plan_.batch > 1 && best_images(reader, plan_.batch) != 1) return false;
     const Node& n = g_.nodes[reader];
     return n.kind == Kind::kConv && n.inputs[0] == i && !as_linear(*n.conv, shapes_[i]) &&
            weights_.conv(reader).takes_edges(plan_.batch, values_[i].height, values_[i].width);
@@ -217,7 +218,8 @@ class Planner {
       });
       const Halo halo = v.halo;
       const bool f32 = reads_f32(g_.inputs[k], in_[k]);
-      if (f32 || takes_edges(g_.inputs[k])) v.halo = {};
+      v.halo = {};
+      if (!f32 && !takes_edges(g_.inputs[k])) v.halo = halo;
       if ((f32 || in_[k].dtype == dtype_) && !slack && v.root == g_.inputs[k] && !is_parent_[g_.inputs[k]] &&
           !is_output_[g_.inputs[k]] && describes(in_[k], v)) {
         v.direct = true;

@@ -191,7 +191,6 @@ struct GemmCompact {
   // Measured cycles per tap of a full tile, by which the kernel for a shape is chosen: [width class][NR - 1], [NV - 1].
   double pixels_cycles[3][kMaxVectors];
   double filters_cycles[3][kMaxPanels];
-  double spread_cycles = 280;                               // of a vector of pixels and a panel
   double tile_cycles = 35;                                  // of a pixels kernel and a vector, besides the taps
   PixelsKernel pixels_kernel[2][3][kMaxVectors];            // [gather][width class][NR - 1]
   FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]

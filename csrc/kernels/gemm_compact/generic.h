@@ -57,7 +57,7 @@ __attribute__((noinline)) void put_all(const float* sums, int apart, int filters
         }
       }
     };
-    if constexpr (V::kMaskedStores) {
+    if constexpr (V::kMasks) {
       put([&](float* y, typename V::Reg r) { V::store_lanes(y, place.lanes, r); });
     } else {
       V::with_store(s->count,
@@ -69,7 +69,7 @@ __attribute__((noinline)) void put_all(const float* sums, int apart, int filters
 // A tile of sums to where the stores of its vectors say.
 template <class V, int MR, int NR>
 inline void put_tile(const typename V::Reg (&acc)[MR][NR], const PixelVector* vectors, int filters, const Output& o) {
-  if constexpr (V::kMaskedStores) {
+  if constexpr (V::kMasks) {
     if (o.epilogue.activation == Activation::kClamp) {
 #pragma GCC unroll 8
       for (int v = 0; v < NR; ++v) {
@@ -88,11 +88,11 @@ inline void put_tile(const typename V::Reg (&acc)[MR][NR], const PixelVector* ve
   }
   // Whole vectors that lie in y as they are go there from registers, the others by way of memory.
   const auto low = V::broadcast(&o.epilogue.low), high = V::broadcast(&o.epilogue.high);
-  const bool plain = !V::kMaskedStores && o.epilogue.activation == Activation::kClamp && filters >= MR;
+  const bool plain = !V::kMasks && o.epilogue.activation == Activation::kClamp && filters >= MR;
 #pragma GCC unroll 8
   for (int v = 0; v < NR; ++v) {
     const PixelStore* const s = o.stores + vectors[v].first_store;
-    if constexpr (!V::kMaskedStores) {
+    if constexpr (!V::kMasks) {
       if (plain && vectors[v].stores == 1 && is_whole<V>(*s) && s->image < o.images) {
         float* y = o.y + s->y;
         const float* residual = o.residual ? o.residual + s->residual : nullptr;
@@ -399,7 +399,7 @@ inline void spread_by_vectors(const SpreadArgs& a) {
 
 template <class V>
 void spread(const SpreadArgs& a) {
-  if constexpr (V::kMaskedStores) {
+  if constexpr (V::kMasks) {
     spread_by_lanes<V>(a);
   } else {
     spread_by_vectors<V>(a);

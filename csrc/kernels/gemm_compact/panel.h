@@ -20,7 +20,7 @@ void collect(const CollectArgs& a) {
   }
   float* to = a.copy;
   // Masked loads may begin anywhere: what they leave out may lie outside x.
-  if constexpr (WithEdges && V::kMaskedStores && (R == Reads::kWindow1 || R == Reads::kTwoRuns)) {
+  if constexpr (WithEdges && V::kMasks && (R == Reads::kWindow1 || R == Reads::kTwoRuns)) {
     typename V::Lanes behind[NR] = {};
     for (int v = 0; R == Reads::kTwoRuns && v < NR; ++v) behind[v] = V::behind(index[v]);
     for (int64_t t = 0; t < a.n_taps; ++t, to += NR * V::kLanes) {
@@ -90,7 +90,7 @@ void collect(const CollectArgs& a) {
 template <class V, From F, int MR, int Tail, int NR>
 void panel(const PanelArgs& a) {
   // Twice Tail, where each has sums enough, rather than MR of which some filters are not there.
-  constexpr int kTail = Tail * NR >= 8 ? 2 * Tail : Tail;
+  constexpr int kTail = Tail * NR >= 8 && 2 * Tail < MR ? 2 * Tail : Tail;
   // Found once for all filters: whether a tile goes to y from registers, as it is.
   const Output& o = a.out;
   bool whole = a.last && o.epilogue.activation == Activation::kClamp;
@@ -101,7 +101,7 @@ void panel(const PanelArgs& a) {
 #pragma GCC unroll 8
   for (int v = 0; v < NR; ++v) {
     const PixelStore& s = o.stores[a.vectors[v].first_store];
-    const bool straight = V::kMaskedStores ? s.straight : is_whole<V>(s);
+    const bool straight = V::kMasks ? s.straight : is_whole<V>(s);
     whole = whole && a.vectors[v].stores == 1 && straight && s.image < o.images;
     y[v] = o.y + s.y;
     residual[v] = o.residual ? o.residual + s.residual : nullptr;
@@ -178,7 +178,7 @@ void panel(const PanelArgs& a) {
         for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
           for (int v = 0; v < NR; ++v) {
-            if constexpr (V::kMaskedStores) {
+            if constexpr (V::kMasks) {
               acc[m][v] = V::add(acc[m][v], V::load_lanes(residual[v], lanes[v]));
             } else {
               acc[m][v] = V::add(acc[m][v], V::load(residual[v]));
@@ -192,7 +192,7 @@ void panel(const PanelArgs& a) {
 #pragma GCC unroll 8
         for (int v = 0; v < NR; ++v) {
           const auto r = V::min(high, V::max(low, acc[m][v]));
-          if constexpr (V::kMaskedStores) {
+          if constexpr (V::kMasks) {
             V::store_lanes(y[v], lanes[v], r);
           } else {
             V::store(y[v], V::only(r, lanes[v]));

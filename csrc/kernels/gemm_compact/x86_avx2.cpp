@@ -26,7 +26,7 @@ struct Vec8 {
   using Lanes = __m256i;
   using Across = Vec8;
   static constexpr int kLanes = 8;
-  static constexpr bool kMaskedStores = false;  // microcoded on AMD before Zen 4: a dozen cycles each
+  static constexpr bool kMasks = false;  // microcoded on AMD before Zen 4: a dozen cycles each
 
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
   static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }

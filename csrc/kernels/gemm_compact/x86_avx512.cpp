@@ -29,7 +29,7 @@ struct Vec8 {
   using Lanes = __mmask8;
   using Across = Vec8;
   static constexpr int kLanes = 8;
-  static constexpr bool kMaskedStores = true;
+  static constexpr bool kMasks = true;
 
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
   static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
@@ -65,7 +65,7 @@ struct Vec16 {
   using Lanes = __mmask16;
   using Across = Vec8;
   static constexpr int kLanes = 16;
-  static constexpr bool kMaskedStores = true;
+  static constexpr bool kMasks = true;
 
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
   static Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
@@ -197,7 +197,7 @@ constexpr GemmCompact on_zen4(GemmCompact g) {
 
 constexpr GemmCompact on_zen5(GemmCompact g) {
   constexpr double kWide[] = {5.3, 8.1, 12.2}, kNarrow[] = {3.8, 5.1, 6.5, 8.1, 10.3, 12.2};
-  constexpr double kFilters[] = {6.2, 8.1, 12.1, 12.1}, kPanel[] = {2.35, 4.4, 6.25};
+  constexpr double kFilters[] = {6.2, 8.1, 12.1, 12.1}, kPanel[] = {2.4, 4.1, 6.0};
   for (int v = 0; v < 3; ++v) g.pixels_cycles[0][v] = g.pixels_cycles[1][v] = kWide[v];
   for (int v = 0; v < 6; ++v) g.pixels_cycles[2][v] = kNarrow[v];
   for (int v = 0; v < 4; ++v) g.filters_cycles[0][v] = kFilters[v];
