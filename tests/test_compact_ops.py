@@ -314,11 +314,13 @@ def test_selection(isa: str, x: tuple[int, ...], blocks: list[int], kernels: set
         ((1, 128, 28, 28), [64], "filters_6x64", "filters_6x64"),
         ((1, 128, 16, 16), [128], "pixels_8x48", "pixels_8x48"),
         ((1, 64, 32, 32), [8] * 8, "pixels_8x48", "pixels_8x48"),
+        ((1, 64, 32, 32), [4] * 16, "pixels_4x96", "pixels_4x96"),
         ((1, 64, 8, 8), [8] * 8, "shared_8x32", "shared_8x32"),
         ((1, 64, 4, 4), [8] * 8, "shared_8x16", "shared_8x16"),
         ((16, 64, 4, 4), [8] * 8, "shared_8x32_gather", "shared_8x32_gather"),
         ((1, 64, 28, 28), [32], "filters_8x32", "pixels_8x48"),
         ((1, 64, 7, 7), [16] * 4, "filters_8x16", "pixels_8x32"),
+        ((1, 8, 13, 13), [384], "panel_8x48", "panel_8x48"),
         ((1, 64, 1, 1), [8] * 8, "filters_8x8", "filters_8x8"),
     ],
 )

@@ -1,4 +1,5 @@
-// The two micro-kernels over a type V of vectors. Included by the ISA files inside their anonymous namespaces, so that
+// The pixels and filters kernels over a type V of vectors; V::kMasks: whether masked loads and stores cost no more than
+// whole ones. Included by the ISA files inside their anonymous namespaces, so that
 // nothing compiled for one instruction set can be called by another.
 
 constexpr int kFloatsPerLine = 16;

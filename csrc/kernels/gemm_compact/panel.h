@@ -214,9 +214,17 @@ void panel(const PanelArgs& a) {
   }
 }
 
-// A row of the table of struct GemmCompact.
+// The tables of struct GemmCompact, for up to N vectors.
 template <class V, Reads R, int... I>
 constexpr void fill_collect(GemmCompact& g, std::integer_sequence<int, I...>) {
   ((g.collect[static_cast<int>(R)][I] = &collect<V, R, false, I + 1>), ...);
   ((g.collect_edges[static_cast<int>(R)][I] = &collect<V, R, true, I + 1>), ...);
+}
+template <class V, int N>
+constexpr void fill_collect(GemmCompact& g) {
+  fill_collect<V, Reads::kWindow1>(g, upto<N>());
+  fill_collect<V, Reads::kWindow2>(g, upto<N>());
+  fill_collect<V, Reads::kWindow4>(g, upto<N>());
+  fill_collect<V, Reads::kTwoRuns>(g, upto<N>());
+  fill_collect<V, Reads::kAlternate>(g, upto<N>());
 }

@@ -154,11 +154,7 @@ constexpr GemmCompact make() {
                 .collect = {},
                 .panel_kernel = {},
                 .spread = &spread<Vec8>};
-  fill_collect<Vec8, Reads::kWindow1>(g, upto<3>());
-  fill_collect<Vec8, Reads::kWindow2>(g, upto<3>());
-  fill_collect<Vec8, Reads::kWindow4>(g, upto<3>());
-  fill_collect<Vec8, Reads::kTwoRuns>(g, upto<3>());
-  fill_collect<Vec8, Reads::kAlternate>(g, upto<3>());
+  fill_collect<Vec8, 3>(g);
   fill_panel<From::kCopy>(g);
   fill_panel<From::kSlots>(g);
   fill_panel<From::kPlanes>(g);

@@ -160,11 +160,7 @@ constexpr GemmCompact make() {
                 .mask_cycles = {0, 3, 3, 0, 3},
                 .store_cycles = {3, 8},
                 .spread = &spread<Vec16>};
-  fill_collect<Vec16, Reads::kWindow1>(g, upto<3>());
-  fill_collect<Vec16, Reads::kWindow2>(g, upto<3>());
-  fill_collect<Vec16, Reads::kWindow4>(g, upto<3>());
-  fill_collect<Vec16, Reads::kTwoRuns>(g, upto<3>());
-  fill_collect<Vec16, Reads::kAlternate>(g, upto<3>());
+  fill_collect<Vec16, 3>(g);
   fill_panel<From::kCopy>(g);
   fill_panel<From::kSlots>(g);
   fill_pixels<Vec16, 8, false>(g.pixels_kernel[0][0], upto<3>());
