@@ -249,7 +249,7 @@ def inference_layers(data: dict[str, Any], file: str = "inference_layers") -> st
         )
         head = ["layer", "batch", "dense, us", "fastest peer", "GFLOP/s", *(n.replace("column ", "") for n in names)]
         text += table(f"Layers, {dtype}{on(file)}", command, note, head, rows)
-    return text + blocks(found, on(file)) + scaling(found, on(file))
+    return text + blocks(found, file) + scaling(found, on(file))
 
 
 def score(v: dict[str, Any] | None) -> str:
@@ -260,7 +260,7 @@ def score(v: dict[str, Any] | None) -> str:
     return f"{v['speedup']['median']:.1f}x **{v['score']:.2f}** {v['share_of_peak']:.0%} {against_native}"
 
 
-def blocks(found: list[dict[str, Any]], where: str) -> str:
+def blocks(found: list[dict[str, Any]], file: str) -> str:
     """Block-column's time over column's, by dtype and block size."""
     slower: dict[tuple[str, int, str, int], list[tuple[float, str]]] = {}
     for r in found:
@@ -281,8 +281,8 @@ def blocks(found: list[dict[str, Any]], where: str) -> str:
                      max(times)[1]])  # fmt: skip
     note = "Time of block-column sparsity over that of column sparsity at the same density: geometric mean and worst."
     head = ["dtype", "threads", "density", "filters in a block", "cases", "mean", "worst", "worst at"]
-    command = "python bench/inference_layers.py --blocks 2 4 8 16 32 64 --json bench/results/inference_layers.json"
-    return table(f"Block-columns against columns{where}", command, note, head, rows)
+    command = f"python bench/inference_layers.py --density 0.1 --blocks 4 8 16 32 64 --json bench/results/{file}.json"
+    return table(f"Block-columns against columns{on(file)}", command, note, head, rows)
 
 
 def scaling(found: list[dict[str, Any]], where: str) -> str:
