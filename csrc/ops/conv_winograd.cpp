@@ -40,7 +40,6 @@ struct Group {
 struct Weights {
   int64_t filters = 0;
   std::vector<int32_t> channels;                     // of x that some tap reads
-  std::vector<kernels::Tap> taps;                    // the i-th of them
   std::vector<float, LineAllocator<float>> u, bias;  // bias: zeros behind it for the width of a panel
   std::vector<Group> groups;
 };
@@ -64,7 +63,6 @@ Weights transformed(const ConvSpec& spec, const kernels::GemmCompact& k) {
   w.filters = packed.header->out_channels;
   w.channels.assign(packed.channels.begin(), packed.channels.end());
   const auto channels = static_cast<int64_t>(w.channels.size());
-  for (int32_t c = 0; c < channels; ++c) w.taps.push_back({c, 0});
   const int64_t panels = div_up(w.filters, int64_t{kMaxPanel}), groups = div_up(panels, int64_t{k.nv[0]});
   w.bias.assign(static_cast<size_t>(panels * kMaxPanel), 0.0f);
   std::copy_n(packed.bias, w.filters, w.bias.begin());
@@ -118,6 +116,7 @@ class WinogradStep final : public Step {
     for (const Group& g : w_->groups) widest_ = std::max(widest_, g.panels * kMaxPanel);
     // Not a power of two apart: places would share few cache sets.
     in_place_ = channels * most_ + kLine;
+    for (int64_t c = 0; c < channels; ++c) offset_.push_back(c * most_);
     out_place_ = most_ * widest_ + kLine;
   }
 
@@ -187,9 +186,7 @@ class WinogradStep final : public Step {
     int32_t pixel[kManyTiles];
     for (int32_t i = 0; i < block.tiles; ++i) pixel[i] = i;
     kernels::FiltersArgs a{.x = v,
-                           .channel_stride = most_,
-                           .position_offset = &kNoOffset,
-                           .taps = w_->taps.data(),
+                           .offset = offset_.data(),
                            .n_taps = channels,
                            .w = w_->u.data() + group.at,
                            .panel_stride = floats,
@@ -242,8 +239,6 @@ class WinogradStep final : public Step {
     }
   }
 
-  static constexpr int64_t kNoOffset = 0;
-
   std::shared_ptr<const Weights> w_;
   ConvPlanes planes_;
   Epilogue epilogue_;
@@ -252,6 +247,7 @@ class WinogradStep final : public Step {
   SquareTiles tiles_;
   int64_t most_ = 0, widest_ = 0;         // tiles of a block, filters of a group
   int64_t in_place_ = 0, out_place_ = 0;  // floats from place to place
+  std::vector<int64_t> offset_;           // of each channel in a place
 };
 
 class WinogradConv final : public PackedConv {

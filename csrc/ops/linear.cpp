@@ -59,6 +59,7 @@ class LinearStep : public Step {
 struct PackedF32 {
   PackedBytes bytes;
   Packed packed;
+  std::vector<int64_t> offset;                // of each tap: its feature
   std::vector<std::pair<int64_t, int>> jobs;  // first panel, panels
   const kernels::GemmCompact& gemm;
   Epilogue epilogue;
@@ -85,7 +86,6 @@ class LinearF32Step final : public LinearStep {
                 void* output) const override {
     const auto& [first, panels] = p_->jobs[static_cast<size_t>(job)];
     const Panel &panel = p_->packed.panels[first], &last = p_->packed.panels[first + panels - 1];
-    const int64_t position = 0;
     kernels::Output out{.y = static_cast<float*>(output) + y_.at(row, panel.first_filter, 0, 0),
                         .y_stride = 1,
                         .epilogue = p_->epilogue};
@@ -96,9 +96,7 @@ class LinearF32Step final : public LinearStep {
     kernels::run_rows(p_->gemm, panels,
                       {
                           .x = static_cast<const float*>(inputs[0]) + x_.at(row, 0, 0, 0),
-                          .channel_stride = 1,
-                          .position_offset = &position,
-                          .taps = p_->packed.taps + panel.first_tap,
+                          .offset = p_->offset.data() + panel.first_tap,
                           .n_taps = panel.n_taps,
                           .w = p_->packed.weights + panel.weight,
                           .panel_stride = panel.n_taps * panel.width,
@@ -241,8 +239,9 @@ std::shared_ptr<const PackedBf16> pack_bf16(const LinearSpec& spec, Isa isa) {
 }
 
 std::shared_ptr<const PackedF32> pack_f32(const TapTable& table, const Epilogue& epilogue, Isa isa) {
-  auto p = std::make_shared<PackedF32>(PackedF32{pack(kOp, table), {}, {}, kernels::gemm_compact(isa), epilogue});
+  auto p = std::make_shared<PackedF32>(PackedF32{pack(kOp, table), {}, {}, {}, kernels::gemm_compact(isa), epilogue});
   p->packed = unpack(kOp, p->bytes);
+  p->offset = features_of(p->packed);
   for (int64_t i = 0; i < static_cast<int64_t>(p->packed.panels.size()); i += p->jobs.back().second) {
     p->jobs.emplace_back(i, next_panels(p->packed, i, p->gemm));
   }

@@ -41,7 +41,8 @@ void linear_compact(const LinearShape& s, const float* x, const Packed& packed, 
   for (int64_t i = 0; i < static_cast<int64_t>(packed.panels.size()); i += jobs.back().second) {
     jobs.emplace_back(i, next_panels(packed, i, k));
   }
-  const int64_t position = 0, tile = k.pixels[0][0], tiles = (s.rows + tile - 1) / tile;
+  const std::vector<int64_t> offset = features_of(packed);
+  const int64_t tile = k.pixels[0][0], tiles = (s.rows + tile - 1) / tile;
   const int64_t units = static_cast<int64_t>(jobs.size()) * tiles;
   const bool serial = packed.header->weights * s.rows < kSerialMacs || parallel.threads() == 1;
   const int64_t tasks = serial ? 1 : std::min<int64_t>(units, 4 * parallel.threads());
@@ -58,9 +59,7 @@ void linear_compact(const LinearShape& s, const float* x, const Packed& packed, 
       kernels::run_rows(k, panels,
                         {
                             .x = x + row * s.x_stride,
-                            .channel_stride = 1,
-                            .position_offset = &position,
-                            .taps = packed.taps + panel.first_tap,
+                            .offset = offset.data() + panel.first_tap,
                             .n_taps = panel.n_taps,
                             .w = packed.weights + panel.weight,
                             .panel_stride = panel.n_taps * panel.width,

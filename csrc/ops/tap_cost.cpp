@@ -35,10 +35,11 @@ double filters_cost(const kernels::GemmCompact& k, int width_class, int panels, 
          kSpread * panels * static_cast<double>(div_up(pixels, k.lanes));
 }
 
-double pixels_cost(const kernels::GemmCompact& k, int width, int64_t vectors, int window, double taps) {
+double pixels_cost(const kernels::GemmCompact& k, int width, int64_t vectors, int window, double taps, bool pointwise) {
   const int c = kernels::width_class(width);
   const double cycles = over_tiles(vectors, k.nr[c], [&](int64_t count) { return k.pixels_cycles[c][count - 1]; });
-  return (cycles * (window > 1 ? k.gather : 1.0) * taps + k.tile_cycles * static_cast<double>(vectors)) *
+  return (cycles * (window > 1 ? k.gather : 1.0) * (pointwise ? k.pointwise : 1.0) * taps +
+          k.tile_cycles * static_cast<double>(vectors)) *
          (width / k.mr[c]);
 }
 

@@ -47,7 +47,7 @@ struct TapPlan {
   ConvPlanes planes;
   Epilogue epilogue;
   std::vector<int64_t> position;  // offset of each kernel position
-  std::vector<int64_t> offset;    // in x of all taps of the weight, where panel kernels read the planes
+  std::vector<int64_t> offset;    // in x of all taps of the weight, where filters or panel kernels read the planes
   std::vector<Collection> collections;
   std::vector<Job> jobs;
   PixelTiles pixels, panel;

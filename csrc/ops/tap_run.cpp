@@ -30,6 +30,7 @@ constexpr int64_t kFarWeights = 256 * 1024;  // floats, likewise
 constexpr int64_t kFarFloats = 128 * 1024;   // of x, with more of which it comes from beyond L2
 constexpr int64_t kLine = 16;                // floats
 constexpr int64_t kPanelTiles = 8;           // collected at a time: with their sums they stay in L2
+constexpr int64_t kCollectTaps = 16;         // of all of them, one behind the other: each may be a page by itself
 
 // Tiles (by the panel kernel: and panels) of one job over `images` images.
 int64_t job_units(const TapPlan& plan, const Packed& packed, const Job& job, int64_t images) {
@@ -99,9 +100,7 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
   const auto& kernel = k.filters_kernel[kernels::width_class(panel.width)][job.panels - 1];
   const Output out = output_of(plan, data, panel.first_filter);
   FiltersArgs a{.x = nullptr,
-                .channel_stride = plan.planes.x.channel_stride,
-                .position_offset = plan.position.data(),
-                .taps = packed.taps + panel.first_tap,
+                .offset = plan.offset.data() + panel.first_tap,
                 .n_taps = panel.n_taps,
                 .w = packed.weights + panel.weight,
                 .panel_stride = panel.n_taps * panel.width,
@@ -155,7 +154,7 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
     const bool far = pointwise && share.far() && next > 0;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t from = block * panel.n_taps / blocks;
-      a.taps = packed.taps + panel.first_tap + from;
+      a.offset = plan.offset.data() + panel.first_tap + from;
       a.n_taps = (block + 1) * panel.n_taps / blocks - from;
       a.w = packed.weights + panel.weight + from * panel.width;
       for (int64_t i = 0; i < tiles; ++i) {
@@ -315,21 +314,26 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
     }
     unit += n > 1 ? n * job.panels : to - from;
     for (int64_t part = 0; part < c.count(); ++part) {
-      for (int64_t i = 0; i < n; ++i) {
-        if (at[i].some.count == 0) continue;
-        kernels::CollectArgs from{.x = data.x + at[i].image * plan.planes.x.image_stride,
-                                  .offset = c.offset.data() + c.parts[part],
-                                  .n_taps = c.parts[part + 1] - c.parts[part],
-                                  .vectors = at[i].some.vectors,
-                                  .copy = copies + i * copy_floats};
+      const auto collect = [&](int64_t i, int64_t begin, int64_t end) {
+        if (at[i].some.count == 0) return;
+        kernels::CollectArgs from{
+            .x = data.x + at[i].image * plan.planes.x.image_stride,
+            .offset = c.offset.data() + begin,
+            .n_taps = end - begin,
+            .vectors = at[i].some.vectors,
+            .copy = copies + i * copy_floats + (begin - c.parts[part]) * at[i].some.count * k.lanes};
         if (edges) {
           from.edges = {.first = data.x,
                         .end = data.x + plan.planes.x.readable,
-                        .position = c.position.data() + c.parts[part],
+                        .position = c.position.data() + begin,
                         .positions = static_cast<int>(plan.position.size()),
                         .inside = t.inside.data() + (from.vectors - t.vectors.data()) * plan.position.size()};
         }
         (edges ? k.collect_edges : k.collect)[static_cast<int>(t.reads)][at[i].some.count - 1](from);
+      };
+      for (int64_t begin = c.parts[part], end; begin < c.parts[part + 1]; begin = end) {
+        end = edges || n == 1 ? c.parts[part + 1] : std::min(begin + kCollectTaps, c.parts[part + 1]);
+        for (int64_t i = 0; i < n; ++i) collect(i, begin, end);
       }
       a.last = part == c.count() - 1;
       const float* far = nullptr;

@@ -230,6 +230,13 @@ Packed unpack(const char* op, std::span<const std::byte> bytes) {
           .bias = at<float>(base, h->bias_at)};
 }
 
+std::vector<int64_t> features_of(const Packed& packed) {
+  std::vector<int64_t> features(static_cast<size_t>(packed.header->taps));
+  std::transform(packed.taps, packed.taps + packed.header->taps, features.begin(),
+                 [](const kernels::Tap& t) { return int64_t{t.channel}; });
+  return features;
+}
+
 int next_panels(const Packed& packed, int64_t i, const kernels::GemmCompact& k) {
   const auto all = static_cast<int64_t>(packed.panels.size());
   const Panel& first = packed.panels[i];

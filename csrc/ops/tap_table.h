@@ -74,6 +74,9 @@ PackedBytes pack(const char* op, const TapTable& table);
 // the kernels allow, of about the same size.
 int next_panels(const Packed& packed, int64_t i, const kernels::GemmCompact& kernels);
 
+// Of each tap of a linear layer's weight.
+std::vector<int64_t> features_of(const Packed& packed);
+
 // Throws Error if these bytes are not a whole packed form of this build.
 Packed unpack(const char* op, std::span<const std::byte> bytes);
 

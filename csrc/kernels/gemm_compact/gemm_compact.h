@@ -132,9 +132,7 @@ struct PanelArgs {
 
 struct FiltersArgs {
   const float* x;
-  int64_t channel_stride;
-  const int64_t* position_offset;
-  const Tap* taps;
+  const int64_t* offset;  // [n_taps] in x
   int64_t n_taps;
   const float* w;  // of panel v from w + v * panel_stride on: [n_taps][panel width]
   int64_t panel_stride;
@@ -192,12 +190,13 @@ struct GemmCompact {
   double pixels_cycles[3][kMaxVectors];
   double filters_cycles[3][kMaxPanels];
   double tile_cycles = 35;                                  // of a pixels kernel and a vector, besides the taps
+  double pointwise = 1;                                     // times pixels_cycles, where each tap reads a page of its own
   PixelsKernel pixels_kernel[2][3][kMaxVectors];            // [gather][width class][NR - 1]
   FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]
   int panel_rows[kMaxVectors] = {};                         // filters at a time: [NR - 1]
   // As pixels_cycles, for 4 filters, from a copy; 0: no panel kernels.
   double panel_cycles[kMaxVectors] = {};
-  int panel_taps = 0;                                     // in a copy: it and a panel of weights stay in L1
+  int panel_taps = 0;                                     // in a copy
   double collect_cycles[kReads] = {};                     // of a tap and vector
   double mask_cycles[kReads] = {};                        // more than that where x has edges
   double store_cycles[2] = {};                            // of the panel kernel: of a whole vector, of a piece
