@@ -30,7 +30,7 @@ constexpr int64_t kFarWeights = 256 * 1024;  // floats, likewise
 constexpr int64_t kFarFloats = 128 * 1024;   // of x, with more of which it comes from beyond L2
 constexpr int64_t kLine = 16;                // floats
 constexpr int64_t kPanelTiles = 8;           // collected at a time: with their sums they stay in L2
-constexpr int64_t kCollectTaps = 16;         // of all of them, one behind the other: each may be a page by itself
+constexpr int64_t kCollectTaps = 16;         // for all of them, before the next: each may read a page of its own
 
 // Tiles (by the panel kernel: and panels) of one job over `images` images.
 int64_t job_units(const TapPlan& plan, const Packed& packed, const Job& job, int64_t images) {

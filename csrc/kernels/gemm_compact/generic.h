@@ -256,7 +256,7 @@ void filters(const FiltersArgs& a) {
   for (int p = 1; p < P; ++p) neighbours &= a.pixel[p] == a.pixel[0] + p;
   if (neighbours) {
     // Pixels of one row need one pointer, not more than there are registers. Left to itself, the compiler adds up each
-    // address: a third of the kernel's instructions.
+    // address: a sixth of the kernel's instructions.
     const float* const first = a.x + a.pixel[0];
     const auto place = [=](int64_t offset) {
       const float* px = first + offset;
