@@ -121,7 +121,6 @@ class Chooser {
 
   int64_t outputs() const { return plan_.planes.outputs(); }
   KernelSize kernel() const { return {packed_.header->kernel_h, packed_.header->kernel_w}; }
-  bool pointwise() const { return plan_.position.size() == 1; }
   // What edges cost a copy: a mask for each of its vectors.
   double masks(const CutSize& size, double taps) const {
     return edges_ ? k_.mask_cycles[static_cast<int>(size.reads)] * static_cast<double>(size.vectors) * taps : 0;
@@ -164,7 +163,7 @@ class Chooser {
 
   void choose_cuts() {
     const auto by_pixels = [&](const CutSize& size, int window) {
-      return pixels_cost(k_, 8, size.vectors, window, mean_taps_, pointwise());
+      return pixels_cost(k_, 8, size.vectors, window, mean_taps_, plan_.pointwise());
     };
     const bool gather = k_.gather > 0 && (g_.stride[1] != 1 || plan_.planes.y.width < 4 * k_.lanes);
     if (!edges_) pixels_ = gather ? cheapest({1, 2}, by_pixels) : cheapest({1}, by_pixels);
@@ -196,8 +195,9 @@ class Chooser {
       const int width = packed_.panels[p].width, nv = next_panels(packed_, p, k_);
       const double by_filters = filters_cost(k_, kernels::width_class(width), nv, filters_period_ * outputs(), taps) /
                                 static_cast<double>(filters_period_);
-      const double by_pixels = pixels_.of_image(
-          [&] { return pieces * pixels_cost(k_, width, pixels_.size.vectors, pixels_.cut.window, taps, pointwise()); });
+      const double by_pixels = pixels_.of_image([&] {
+        return pieces * pixels_cost(k_, width, pixels_.size.vectors, pixels_.cut.window, taps, plan_.pointwise());
+      });
       if (by_filters <= nv * by_pixels) {
         jobs.push_back({By::kFilters, p, nv});
         cost += by_filters;
@@ -221,13 +221,13 @@ class Chooser {
 
   // All blocks from one copy, if that is cheaper.
   void try_one_copy() {
-    int64_t own = 0;
+    Collection all = collect(packed_.panels, kSharedTaps);
+    const auto taps = static_cast<int64_t>(all.offset.size());
+    int64_t own = 0;  // of each block
     for (size_t i = 0; i < packed_.panels.size(); ++i) {
       if (i == 0 || packed_.panels[i].block != packed_.panels[i - 1].block) own += packed_.panels[i].n_taps;
     }
-    Collection all = collect(packed_.panels, kSharedTaps);
-    const auto taps = static_cast<int64_t>(all.offset.size());
-    // No two have a tap in common (conv groups): a copy of each is as small, and read in order.
+    // No two blocks have a tap in common (conv groups): a copy of each is as small, and read in order.
     if (taps == own && panel_.possible()) return;
     const Choice shared = cheapest_copy([&](const CutSize& size, int) {
       return shared_cost(k_, packed_, size, taps) + masks(size, static_cast<double>(taps));

@@ -53,6 +53,8 @@ struct TapPlan {
   PixelTiles pixels, panel;
   FilterTiles filters;
   double cost = 0;  // estimated cycles of an image
+
+  bool pointwise() const { return position.size() == 1; }  // each tap reads another channel
 };
 
 // Whether plan_taps takes an x without halo, of images of this size, and should run faster on one of them at a time

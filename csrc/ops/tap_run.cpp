@@ -121,7 +121,7 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
   // Where each tap reads another channel and weights or x come from afar, they are fetched ahead, and all tiles of a
   // span take so many taps at a time: fewer than the weights that L1 holds. (A 3x3 kernel reads the same x for many
   // taps, and lost 3 to 5 %.)
-  const bool pointwise = plan.position.size() == 1;
+  const bool pointwise = plan.pointwise();
   const bool far_weights = pointwise && packed.header->weights > kFarWeights;
   const bool in_blocks = far_weights || (pointwise && share.far());
   const int64_t blocks = in_blocks ? std::max<int64_t>(1, div_up(panel.n_taps * a.sums_stride, kBlockFloats)) : 1;
@@ -203,7 +203,7 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
   // The first jobs fetch one vector of the tile each, or where each job has other taps all fetch whole tiles.
   const bool blocks = packed.panels.front().block != packed.panels.back().block;
   const int64_t fetches = blocks ? 0 : &job - plan.jobs.data();
-  const bool far = plan.position.size() == 1 && (blocks ? share.far_in_blocks() : share.far()) && fetches < k.nr[c];
+  const bool far = plan.pointwise() && (blocks ? share.far_in_blocks() : share.far()) && fetches < k.nr[c];
   a.ahead_lines = blocks ? k.nr[c] : 1;
   // The next panel's weights, which the first strip is the first to read.
   const bool more = share.begin == 0 && job.panel + 1 < static_cast<int64_t>(packed.panels.size());

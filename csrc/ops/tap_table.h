@@ -74,7 +74,7 @@ PackedBytes pack(const char* op, const TapTable& table);
 // the kernels allow, of about the same size.
 int next_panels(const Packed& packed, int64_t i, const kernels::GemmCompact& kernels);
 
-// Of each tap of a linear layer's weight.
+// The feature that each tap of a linear layer reads.
 std::vector<int64_t> features_of(const Packed& packed);
 
 // Throws Error if these bytes are not a whole packed form of this build.

@@ -189,9 +189,9 @@ struct GemmCompact {
   // Measured cycles per tap of a full tile, by which the kernel for a shape is chosen: [width class][NR - 1], [NV - 1].
   double pixels_cycles[3][kMaxVectors];
   double filters_cycles[3][kMaxPanels];
-  double tile_cycles = 35;                        // of a pixels kernel and a vector, besides the taps
-  double pointwise = 1;                           // times pixels_cycles, where each tap reads a page of its own
-  PixelsKernel pixels_kernel[2][3][kMaxVectors];  // [gather][width class][NR - 1]
+  double tile_cycles = 35;                                  // of a pixels kernel and a vector, besides the taps
+  double pointwise = 1;                                     // what 1x1 multiplies pixels_cycles by: each tap is a page
+  PixelsKernel pixels_kernel[2][3][kMaxVectors];            // [gather][width class][NR - 1]
   FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]
   int panel_rows[kMaxVectors] = {};                         // filters at a time: [NR - 1]
   // As pixels_cycles, for 4 filters, from a copy; 0: no panel kernels.
