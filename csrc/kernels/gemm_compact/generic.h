@@ -228,28 +228,34 @@ void filters(const FiltersArgs& a) {
   const auto run = [&](auto place, auto fetch) {
     const float* w = a.w;
     const char* stream = static_cast<const char*>(a.stream);
-    for (const int64_t* offset = a.offset; offset != end; ++offset, w += W) {
+    const auto tap = [&](int64_t offset, const float* wt) {
       if constexpr (decltype(fetch)::value) {
-        __builtin_prefetch(ahead + *offset, 0, 2);
+        __builtin_prefetch(ahead + offset, 0, 2);
         __builtin_prefetch(stream, 0, 2);
         stream += 64;
       }
       typename V::Reg wv[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) {
-        const float* const at = w + (v / kPer) * a.panel_stride + (v % kPer) * V::kLanes;
+        const float* const at = wt + (v / kPer) * a.panel_stride + (v % kPer) * V::kLanes;
         wv[v] = V::load(at);
         // Several panels are more streams than the hardware prefetcher of L1 follows.
         if constexpr (NV > 1) __builtin_prefetch(at + kAhead * W);
       }
-      const auto px = place(*offset);
+      const auto px = place(offset);
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
         const typename V::Reg xp = V::broadcast(px(p));
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) acc[p][v] = V::fma(xp, wv[v], acc[p][v]);
       }
+    };
+    const int64_t* offset = a.offset;
+    for (; end - offset >= V::kRun; offset += V::kRun, w += V::kRun * W) {
+#pragma GCC unroll 4
+      for (int i = 0; i < V::kRun; ++i) tap(offset[i], w + i * W);
     }
+    for (; offset != end; ++offset, w += W) tap(*offset, w);
   };
   // The first and last do not tell: outputs that share a halo may read one place twice.
   bool neighbours = true;

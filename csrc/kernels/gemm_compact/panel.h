@@ -85,6 +85,31 @@ void collect(const CollectArgs& a) {
   }
 }
 
+// sum[m][v] += w[m] * x[v][at] for one tap, or for kRun of them that lie one behind the other in a copy.
+template <class V, int MR, int NR>
+struct Taps {
+  using Sums = typename V::Reg[MR][NR];
+  static constexpr int kRun = V::kRun;
+  static void one(Sums& sum, const float* const (&x)[NR], int64_t at, const float* w) {
+    typename V::Reg px[NR];
+#pragma GCC unroll 8
+    for (int v = 0; v < NR; ++v) px[v] = V::load(x[v] + at);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const typename V::Reg wm = V::broadcast(w + m);
+#pragma GCC unroll 8
+      for (int v = 0; v < NR; ++v) sum[m][v] = V::fma(wm, px[v], sum[m][v]);
+    }
+  }
+  static void run(Sums& sum, const float* x, const float* w, int64_t w_stride) {
+    const float* at[NR];
+#pragma GCC unroll 8
+    for (int v = 0; v < NR; ++v) at[v] = x + v * V::kLanes;
+#pragma GCC unroll 4
+    for (int i = 0; i < kRun; ++i) one(sum, at, i * NR * V::kLanes, w + i * w_stride);
+  }
+};
+
 // MR filters at a time, and Tail where no more are left: enough sums to keep two units of multiply-adds busy, whatever
 // NR. Weights and biases of filters that are not there are read (a packed weight has its biases, and zeros, behind it).
 template <class V, From F, int MR, int Tail, int NR>
@@ -106,7 +131,7 @@ void panel(const PanelArgs& a) {
     y[v] = o.y + s.y;
     residual[v] = o.residual ? o.residual + s.residual : nullptr;
     lanes[v] = V::lanes(s.lanes);
-    if constexpr (F == From::kPlanes) base[v] = a.x + a.vectors[v].offset;
+    base[v] = F == From::kPlanes ? a.x + a.vectors[v].offset : a.copy + v * V::kLanes;
   }
   const auto some = [&](auto rows, int first) {
     constexpr int kRows = decltype(rows)::value;
@@ -133,29 +158,28 @@ void panel(const PanelArgs& a) {
       }
     }
     const auto run = [&](auto fetch) {
+      using T = Taps<V, kRows, NR>;
+      constexpr int kFetch = decltype(fetch)::value;
+      constexpr int64_t kTile = NR * V::kLanes;
       const float *w = a.w + first, *next = a.next + first * a.n_taps;  // as many as it reads itself
-      for (int64_t t = 0; t < a.n_taps; ++t, w += a.w_stride) {
-        if constexpr (decltype(fetch)::value == kWeights) {
+      const int64_t n_taps = a.n_taps, w_stride = a.w_stride;
+      int64_t t = 0;
+      // Some taps at a time: where others use the core too, it is short of instructions other than multiply-adds.
+      for (; t + T::kRun <= n_taps; t += T::kRun, w += T::kRun * w_stride) {
+        if constexpr (kFetch == kWeights) {
           __builtin_prefetch(next);
-          next += kRows;
-        } else if constexpr (decltype(fetch)::value == kAhead) {
-          __builtin_prefetch(a.ahead + a.ahead_offset[t], 0, 2);
+          next += T::kRun * kRows;
         }
-        typename V::Reg px[NR];
-#pragma GCC unroll 8
-        for (int v = 0; v < NR; ++v) {
-          if constexpr (F == From::kPlanes) {
-            px[v] = V::load(base[v] + a.offset[t]);
-          } else {
-            px[v] = V::load(a.copy + ((F == From::kCopy ? t : a.slot[t]) * NR + v) * V::kLanes);
-          }
+#pragma GCC unroll 4
+        for (int i = 0; i < T::kRun; ++i) {
+          if constexpr (kFetch == kAhead) __builtin_prefetch(a.ahead + a.ahead_offset[t + i], 0, 2);
+          if constexpr (F == From::kPlanes) T::one(acc, base, a.offset[t + i], w + i * w_stride);
+          if constexpr (F == From::kSlots) T::one(acc, base, a.slot[t + i] * kTile, w + i * w_stride);
         }
-#pragma GCC unroll 16
-        for (int m = 0; m < kRows; ++m) {
-          const typename V::Reg wm = V::broadcast(w + m);
-#pragma GCC unroll 8
-          for (int v = 0; v < NR; ++v) acc[m][v] = V::fma(wm, px[v], acc[m][v]);
-        }
+        if constexpr (F == From::kCopy) T::run(acc, a.copy + t * kTile, w, w_stride);
+      }
+      for (; t < n_taps; ++t, w += w_stride) {
+        T::one(acc, base, F == From::kPlanes ? a.offset[t] : (F == From::kCopy ? t : a.slot[t]) * kTile, w);
       }
     };
     if (a.ahead && first + kRows >= a.filters) {

@@ -17,6 +17,7 @@ struct Vec4 {
   using Lanes = uint32_t;
   using Across = Vec4;
   static constexpr int kLanes = 4;
+  static constexpr int kRun = 1;
   static constexpr bool kMasks = true;
 
   static Reg load(const float* p) {

@@ -29,6 +29,7 @@ struct Vec8 {
   using Lanes = __mmask8;
   using Across = Vec8;
   static constexpr int kLanes = 8;
+  static constexpr int kRun = 1;
   static constexpr bool kMasks = true;
 
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
@@ -53,6 +54,7 @@ struct Vec4 {
   using Reg = __m128;
   using Across = Vec8;
   static constexpr int kLanes = 4;
+  static constexpr int kRun = 1;
   static Reg load(const float* p) { return _mm_loadu_ps(p); }
   static Reg broadcast(const float* p) { return _mm_broadcast_ss(p); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm_fmadd_ps(a, b, c); }
@@ -65,6 +67,7 @@ struct Vec16 {
   using Lanes = __mmask16;
   using Across = Vec8;
   static constexpr int kLanes = 16;
+  static constexpr int kRun = 1;
   static constexpr bool kMasks = true;
 
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
