@@ -16,6 +16,7 @@ double over_tiles(int64_t vectors, int most, const auto& tile) {
 }
 
 constexpr double kCall = 40, kSum = 1.5;  // cycles of a call, and of a vector of sums that waits for the next part
+constexpr double kPlanesCall = 80;        // of a call of the panel kernel on the planes
 
 double stores_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size) {
   return static_cast<double>(filters) *
@@ -35,12 +36,15 @@ double filters_cost(const kernels::GemmCompact& k, int width_class, int panels, 
          kSpread * panels * static_cast<double>(div_up(pixels, k.lanes));
 }
 
-double pixels_cost(const kernels::GemmCompact& k, int width, int64_t vectors, int window, double taps, bool pointwise) {
+double pixels_cost(const kernels::GemmCompact& k, int width, const CutSize& size, int window, double taps,
+                   double slower) {
   const int c = kernels::width_class(width);
-  const double cycles = over_tiles(vectors, k.nr[c], [&](int64_t count) { return k.pixels_cycles[c][count - 1]; });
-  return (cycles * (window > 1 ? k.gather : 1.0) * (pointwise ? k.pointwise : 1.0) * taps +
-          k.tile_cycles * static_cast<double>(vectors)) *
-         (width / k.mr[c]);
+  const double cycles =
+      over_tiles(size.vectors, k.nr[c], [&](int64_t count) { return k.pixels_cycles[c][count - 1]; }) *
+      (window > 1 ? k.gather : 1.0) * slower * taps * (width / k.mr[c]);
+  if (has_pixels(k)) return cycles + k.tile_cycles * static_cast<double>(size.vectors * (width / k.mr[c]));
+  return cycles + kPlanesCall * static_cast<double>(div_up(size.vectors, int64_t{k.nr[c]})) +
+         stores_cost(k, width, size);
 }
 
 double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
@@ -49,7 +53,8 @@ double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize&
   const auto tile = [&](int64_t vectors) {
     return taps * (k.panel_cycles[vectors - 1] * static_cast<double>(div_up(filters, 4)) +
                    k.collect_cycles[static_cast<int>(size.reads)] * static_cast<double>(vectors)) +
-           kCall * calls + (parts - 1) * (kCall * calls + kSum * static_cast<double>(filters * vectors));
+           k.copy_cycles + kCall * calls +
+           (parts - 1) * (kCall * calls + kSum * static_cast<double>(filters * vectors));
   };
   return over_tiles(size.vectors, k.nr[0], tile) + stores_cost(k, filters, size);
 }
@@ -59,7 +64,7 @@ double shared_cost(const kernels::GemmCompact& k, const Packed& packed, const Cu
   const auto tile = [&](int64_t vectors) {
     double cycles = static_cast<double>(taps * vectors) * k.collect_cycles[static_cast<int>(size.reads)];
     for (const Panel& p : packed.panels) {
-      cycles += static_cast<double>(p.n_taps * (p.width / 4)) * k.panel_cycles[vectors - 1] +
+      cycles += k.slots * static_cast<double>(p.n_taps * (p.width / 4)) * k.panel_cycles[vectors - 1] +
                 parts * (kCall + kSum * static_cast<double>(p.width * vectors));
     }
     return cycles;

@@ -15,8 +15,9 @@ inline constexpr int64_t kSharedTaps = 1536;  // in one for several blocks, of w
 // Cycles of a job of `taps` taps by the filters kernel, for some panels and pixels.
 double filters_cost(const kernels::GemmCompact& k, int width_class, int panels, int64_t pixels, double taps);
 
-// Of one panel by the pixels kernel, or the panel kernel on the planes. pointwise: of a 1x1 convolution.
-double pixels_cost(const kernels::GemmCompact& k, int width, int64_t vectors, int window, double taps, bool pointwise);
+// Of one panel by the pixels kernel, or the panel kernel on the planes. slower: by where x lies.
+double pixels_cost(const kernels::GemmCompact& k, int width, const CutSize& size, int window, double taps,
+                   double slower);
 
 // By the panel kernel, for some filters that share their taps.
 double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps);

@@ -18,7 +18,8 @@ using By = TapPlan::By;
 using Job = TapPlan::Job;
 using Tile = PixelTiles::Tile;
 
-constexpr int64_t kMaxPeriod = 16;  // images in one table of tiles
+constexpr int64_t kMaxPeriod = 16;          // images in one table of tiles
+constexpr int64_t kFarFloats = 256 * 1024;  // of an image of x
 
 // The taps of the first panel, or of all of them; `most` in a part.
 Collection collect_taps(const Packed& packed, std::span<const Panel> panels, int64_t most, const auto& offset_of) {
@@ -125,6 +126,12 @@ class Chooser {
   double masks(const CutSize& size, double taps) const {
     return edges_ ? k_.mask_cycles[static_cast<int>(size.reads)] * static_cast<double>(size.vectors) * taps : 0;
   }
+  // What kernels that read the planes take more for where each tap is a page, or beyond L2.
+  double slower() const {
+    const Planes& x = plan_.planes.x;
+    const int64_t floats = static_cast<int64_t>(packed_.channels.size()) * x.height * x.width;
+    return plan_.pointwise() ? k_.pointwise : floats > kFarFloats ? k_.far : 1.0;
+  }
   int64_t offset_of(const kernels::Tap& t) const {
     return t.channel * plan_.planes.x.channel_stride + plan_.position[t.position];
   }
@@ -163,7 +170,7 @@ class Chooser {
 
   void choose_cuts() {
     const auto by_pixels = [&](const CutSize& size, int window) {
-      return pixels_cost(k_, 8, size.vectors, window, mean_taps_, plan_.pointwise());
+      return pixels_cost(k_, 8, size, window, mean_taps_, slower());
     };
     const bool gather = k_.gather > 0 && (g_.stride[1] != 1 || plan_.planes.y.width < 4 * k_.lanes);
     if (!edges_) pixels_ = gather ? cheapest({1, 2}, by_pixels) : cheapest({1}, by_pixels);
@@ -195,9 +202,8 @@ class Chooser {
       const int width = packed_.panels[p].width, nv = next_panels(packed_, p, k_);
       const double by_filters = filters_cost(k_, kernels::width_class(width), nv, filters_period_ * outputs(), taps) /
                                 static_cast<double>(filters_period_);
-      const double by_pixels = pixels_.of_image([&] {
-        return pieces * pixels_cost(k_, width, pixels_.size.vectors, pixels_.cut.window, taps, plan_.pointwise());
-      });
+      const double by_pixels = pixels_.of_image(
+          [&] { return pieces * pixels_cost(k_, width, pixels_.size, pixels_.cut.window, taps, slower()); });
       if (by_filters <= nv * by_pixels) {
         jobs.push_back({By::kFilters, p, nv});
         cost += by_filters;

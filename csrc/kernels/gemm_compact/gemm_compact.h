@@ -191,6 +191,7 @@ struct GemmCompact {
   double filters_cycles[3][kMaxPanels];
   double tile_cycles = 35;                                  // of a pixels kernel and a vector, besides the taps
   double pointwise = 1;                                     // what 1x1 multiplies pixels_cycles by: each tap is a page
+  double far = 1;                                           // likewise, where it is not 1x1, x of more than 1 MiB
   PixelsKernel pixels_kernel[2][3][kMaxVectors];            // [gather][width class][NR - 1]
   FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]
   int panel_rows[kMaxVectors] = {};                         // filters at a time: [NR - 1]
@@ -200,6 +201,8 @@ struct GemmCompact {
   double collect_cycles[kReads] = {};                     // of a tap and vector
   double mask_cycles[kReads] = {};                        // more than that where x has edges
   double store_cycles[2] = {};                            // of the panel kernel: of a whole vector, of a piece
+  double copy_cycles = 0;                                 // of a tile that is copied for one block, besides its taps
+  double slots = 1;                                       // what From::kSlots multiplies panel_cycles by
   CollectKernel collect[kReads][kMaxVectors] = {};        // [Reads][NR - 1]
   CollectKernel collect_edges[kReads][kMaxVectors] = {};  // the same of planes with Edges
   PanelKernel panel_kernel[kFrom][kMaxVectors] = {};      // [From][NR - 1]

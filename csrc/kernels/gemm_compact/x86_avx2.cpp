@@ -26,7 +26,7 @@ struct Vec8 {
   using Lanes = __m256i;
   using Across = Vec8;
   static constexpr int kLanes = 8;
-  static constexpr int kRun = 2;
+  static constexpr int kRun = 2;         // taps at a time
   static constexpr bool kMasks = false;  // microcoded on AMD before Zen 4: a dozen cycles each
 
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
@@ -127,45 +127,51 @@ struct Vec4 {
   static void store(float* p, Reg r) { _mm_storeu_ps(p, r); }
 };
 
-// Written out: the sums, three vectors of x and a weight take all registers, and with more than one tap in its loop the
-// compiler spills some.
-#define SADMM_ROW(w, s0, s1, s2)             \
+// Written out: twelve sums, three vectors of x and a weight take all registers, and with two taps in its loop the
+// compiler spills some. The sums are operands 0 to 11, filter by filter.
+// clang-format off
+#define SADMM_FILTER(w, s0, s1, s2)          \
   "vbroadcastss " w ", %%ymm15\n\t"          \
   "vfmadd231ps %%ymm12, %%ymm15, " s0 "\n\t" \
   "vfmadd231ps %%ymm13, %%ymm15, " s1 "\n\t" \
   "vfmadd231ps %%ymm14, %%ymm15, " s2 "\n\t"
-#define SADMM_TAP(x0, x1, x2, w)         \
-  "vmovups " x0 ", %%ymm12\n\t"          \
-  "vmovups " x1 ", %%ymm13\n\t"          \
-  "vmovups " x2 ", %%ymm14\n\t"          \
-  SADMM_ROW("0" w, "%0", "%1", "%2")     \
-  SADMM_ROW("4" w, "%3", "%4", "%5")     \
-  SADMM_ROW("8" w, "%6", "%7", "%8")     \
-  SADMM_ROW("12" w, "%9", "%10", "%11")
-#define SADMM_ASM(text, ...)                                                                                   \
-  __m256 s0 = sum[0][0], s1 = sum[0][1], s2 = sum[0][2], s3 = sum[1][0], s4 = sum[1][1], s5 = sum[1][2],       \
-         s6 = sum[2][0], s7 = sum[2][1], s8 = sum[2][2], s9 = sum[3][0], s10 = sum[3][1], s11 = sum[3][2];     \
-  asm volatile(text                                                                                            \
-      : "+x"(s0), "+x"(s1), "+x"(s2), "+x"(s3), "+x"(s4), "+x"(s5), "+x"(s6), "+x"(s7), "+x"(s8), "+x"(s9),    \
-        "+x"(s10), "+x"(s11)                                                                                   \
-      : __VA_ARGS__                                                                                            \
-      : "ymm12", "ymm13", "ymm14", "ymm15");                                                                   \
-  sum[0][0] = s0, sum[0][1] = s1, sum[0][2] = s2, sum[1][0] = s3, sum[1][1] = s4, sum[1][2] = s5;              \
+#define SADMM_TAP(x0, x1, x2, w)           \
+  "vmovups " x0 ", %%ymm12\n\t"            \
+  "vmovups " x1 ", %%ymm13\n\t"            \
+  "vmovups " x2 ", %%ymm14\n\t"            \
+  SADMM_FILTER("0" w, "%0", "%1", "%2")    \
+  SADMM_FILTER("4" w, "%3", "%4", "%5")    \
+  SADMM_FILTER("8" w, "%6", "%7", "%8")    \
+  SADMM_FILTER("12" w, "%9", "%10", "%11")
+#define SADMM_SUM(taps, ...)                                                                                  \
+  __m256 s0 = sum[0][0], s1 = sum[0][1], s2 = sum[0][2], s3 = sum[1][0], s4 = sum[1][1], s5 = sum[1][2],      \
+         s6 = sum[2][0], s7 = sum[2][1], s8 = sum[2][2], s9 = sum[3][0], s10 = sum[3][1], s11 = sum[3][2];    \
+  asm volatile(taps                                                                                           \
+      : "+x"(s0), "+x"(s1), "+x"(s2), "+x"(s3), "+x"(s4), "+x"(s5), "+x"(s6), "+x"(s7), "+x"(s8), "+x"(s9),   \
+        "+x"(s10), "+x"(s11)                                                                                  \
+      : __VA_ARGS__                                                                                           \
+      : "ymm12", "ymm13", "ymm14", "ymm15");                                                                  \
+  sum[0][0] = s0, sum[0][1] = s1, sum[0][2] = s2, sum[1][0] = s3, sum[1][1] = s4, sum[1][2] = s5;             \
   sum[2][0] = s6, sum[2][1] = s7, sum[2][2] = s8, sum[3][0] = s9, sum[3][1] = s10, sum[3][2] = s11
+
 template <>
 struct Taps<Vec8, 4, 3> {
   using Sums = __m256[4][3];
   static constexpr int kRun = 2;
   static void one(Sums& sum, const float* const (&x)[3], int64_t at, const float* w) {
-    SADMM_ASM(SADMM_TAP("(%[x0],%[at],4)", "(%[x1],%[at],4)", "(%[x2],%[at],4)", "(%[w])"), [x0] "r"(x[0]),
-              [x1] "r"(x[1]), [x2] "r"(x[2]), [at] "r"(at), [w] "r"(w));
+    SADMM_SUM(SADMM_TAP("(%[x0],%[at],4)", "(%[x1],%[at],4)", "(%[x2],%[at],4)", "(%[w])"),
+              [x0] "r"(x[0]), [x1] "r"(x[1]), [x2] "r"(x[2]), [at] "r"(at), [w] "r"(w));
   }
   static void run(Sums& sum, const float* x, const float* w, int64_t w_stride) {
-    SADMM_ASM(SADMM_TAP("(%[x])", "32(%[x])", "64(%[x])", "(%[w])")
-                  SADMM_TAP("96(%[x])", "128(%[x])", "160(%[x])", "(%[w],%[w_stride],4)"),
+    SADMM_SUM(SADMM_TAP("(%[x])", "32(%[x])", "64(%[x])", "(%[w])")
+              SADMM_TAP("96(%[x])", "128(%[x])", "160(%[x])", "(%[w],%[w_stride],4)"),
               [x] "r"(x), [w] "r"(w), [w_stride] "r"(w_stride));
   }
 };
+#undef SADMM_SUM
+#undef SADMM_TAP
+#undef SADMM_FILTER
+// clang-format on
 
 template <From F>
 constexpr void fill_panel(GemmCompact& g) {
@@ -183,17 +189,20 @@ constexpr GemmCompact make() {
                 .nr = {3, 3, 3},
                 .nv = {1, 1, 1},
                 .gather = 0,
-                .pixels_cycles = {{2.8, 4.5, 6.5}, {2.8, 4.5, 6.5}, {2.8, 4.5, 6.5}},
+                .pixels_cycles = {{2.8, 5, 7.2}, {2.8, 5, 7.2}, {2.8, 5, 7.2}},
                 .filters_cycles = {{9}, {6.5}, {6.5}},
                 .pointwise = 1.3,
+                .far = 1.15,
                 .pixels_kernel = {},
                 .filters_kernel = {},
                 .panel_rows = {8, 6, 4},
                 .panel_cycles = {2.6, 4.3, 6.2},
                 .panel_taps = 384,
-                .collect_cycles = {1.5, 4.2, 8, 2, 2.5},
+                .collect_cycles = {3, 4.5, 8, 3.5, 3.5},
                 .mask_cycles = {1.5, 1.5, 1.5, 1.5, 1.5},
                 .store_cycles = {2, 8},
+                .copy_cycles = 200,
+                .slots = 1.2,
                 .collect = {},
                 .panel_kernel = {},
                 .spread = &spread<Vec8>};
