@@ -224,7 +224,7 @@ void filters(const FiltersArgs& a) {
     begin(a.start_stride);
   }
   const float* const ahead = a.x + a.ahead;
-  const int64_t* const end = a.offset + a.n_taps;
+  const int64_t *const end = a.offset + a.n_taps, *const whole = end - a.n_taps % V::kRun;
   const auto run = [&](auto place, auto fetch) {
     const float* w = a.w;
     const char* stream = static_cast<const char*>(a.stream);
@@ -251,11 +251,13 @@ void filters(const FiltersArgs& a) {
       }
     };
     const int64_t* offset = a.offset;
-    for (; end - offset >= V::kRun; offset += V::kRun, w += V::kRun * W) {
+    for (; offset != whole; offset += V::kRun, w += V::kRun * W) {
 #pragma GCC unroll 4
       for (int i = 0; i < V::kRun; ++i) tap(offset[i], w + i * W);
     }
-    for (; offset != end; ++offset, w += W) tap(*offset, w);
+    if constexpr (V::kRun > 1) {
+      for (; offset != end; ++offset, w += W) tap(*offset, w);
+    }
   };
   // The first and last do not tell: outputs that share a halo may read one place twice.
   bool neighbours = true;

@@ -178,8 +178,10 @@ void panel(const PanelArgs& a) {
         }
         if constexpr (F == From::kCopy) T::run(acc, a.copy + t * kTile, w, w_stride);
       }
-      for (; t < n_taps; ++t, w += w_stride) {
-        T::one(acc, base, F == From::kPlanes ? a.offset[t] : (F == From::kCopy ? t : a.slot[t]) * kTile, w);
+      if constexpr (T::kRun > 1) {
+        for (; t < n_taps; ++t, w += w_stride) {
+          T::one(acc, base, F == From::kPlanes ? a.offset[t] : (F == From::kCopy ? t : a.slot[t]) * kTile, w);
+        }
       }
     };
     if (a.ahead && first + kRows >= a.filters) {
