@@ -16,7 +16,7 @@ double over_tiles(int64_t vectors, int most, const auto& tile) {
 }
 
 constexpr double kCall = 40, kSum = 1.5;  // cycles of a call, and of a vector of sums that waits for the next part
-constexpr double kPlanesCall = 80;        // of a call of the panel kernel on the planes
+constexpr double kPlanesCall = 80;        // of a call of the panel kernel on the planes (AVX2, Zen 3)
 
 double stores_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size) {
   return static_cast<double>(filters) *

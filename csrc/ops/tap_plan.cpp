@@ -18,8 +18,8 @@ using By = TapPlan::By;
 using Job = TapPlan::Job;
 using Tile = PixelTiles::Tile;
 
-constexpr int64_t kMaxPeriod = 16;          // images in one table of tiles
-constexpr int64_t kFarFloats = 256 * 1024;  // of an image of x
+constexpr int64_t kMaxPeriod = 16;         // images in one table of tiles
+constexpr int64_t kFarImage = 256 * 1024;  // floats of x, from which on kernels that read its planes were slower
 
 // The taps of the first panel, or of all of them; `most` in a part.
 Collection collect_taps(const Packed& packed, std::span<const Panel> panels, int64_t most, const auto& offset_of) {
@@ -126,11 +126,11 @@ class Chooser {
   double masks(const CutSize& size, double taps) const {
     return edges_ ? k_.mask_cycles[static_cast<int>(size.reads)] * static_cast<double>(size.vectors) * taps : 0;
   }
-  // What kernels that read the planes take more for where each tap is a page, or beyond L2.
+  // What pixels kernels, or the panel kernel on the planes, take longer where each tap is a page, or x large.
   double slower() const {
     const Planes& x = plan_.planes.x;
     const int64_t floats = static_cast<int64_t>(packed_.channels.size()) * x.height * x.width;
-    return plan_.pointwise() ? k_.pointwise : floats > kFarFloats ? k_.far : 1.0;
+    return plan_.pointwise() ? k_.pointwise : floats > kFarImage ? k_.far : 1.0;
   }
   int64_t offset_of(const kernels::Tap& t) const {
     return t.channel * plan_.planes.x.channel_stride + plan_.position[t.position];
@@ -193,7 +193,8 @@ class Chooser {
   // Panels begin to end, of one block: all by the panel kernel from a copy, or each by what is cheaper of the others.
   void choose_block(int64_t begin, int64_t end) {
     const auto taps = static_cast<double>(packed_.panels[begin].n_taps);
-    const double pieces = outputs() < k_.lanes ? 1.25 : 1.0;  // a vector over several images is stored in pieces
+    const double pieces =
+        has_pixels(k_) && outputs() < k_.lanes ? 1.25 : 1.0;  // a vector over several images is stored in pieces
     std::vector<Job> jobs;
     double cost = 0;
     int64_t filters = 0;

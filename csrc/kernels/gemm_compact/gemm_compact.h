@@ -121,9 +121,11 @@ struct PanelArgs {
   const float* bias;      // null where the sums go on from `sums`
   float* sums = nullptr;  // [width of the panel][NR][lanes], of which a kernel may write all
   bool last = true;       // whether the sums are whole and go to y; otherwise to `sums`
-  // If given, filters * n_taps floats from here on are fetched meanwhile: the weights of the next call.
+  // If given, filters * n_taps floats from here on are fetched meanwhile, but perhaps the last: the weights of the next
+  // call.
   const float* next = nullptr;
-  // If given, a line of x at each of n_taps places from here on is fetched into L2 meanwhile, instead.
+  // If given, a line of x at each of n_taps places from here on, but perhaps the last, is fetched into L2 meanwhile,
+  // instead.
   const float* ahead = nullptr;
   const int64_t* ahead_offset = nullptr;  // [n_taps]
   const PixelVector* vectors;
@@ -189,9 +191,9 @@ struct GemmCompact {
   // Measured cycles per tap of a full tile, by which the kernel for a shape is chosen: [width class][NR - 1], [NV - 1].
   double pixels_cycles[3][kMaxVectors];
   double filters_cycles[3][kMaxPanels];
-  double tile_cycles = 35;                                  // of a pixels kernel and a vector, besides the taps
+  double tile_cycles = 35;                                  // of a vector, besides the taps: pixels kernels only
   double pointwise = 1;                                     // what 1x1 multiplies pixels_cycles by: each tap is a page
-  double far = 1;                                           // likewise, where it is not 1x1, x of more than 1 MiB
+  double far = 1;                                           // what others do where an image of x exceeds 1 MiB
   PixelsKernel pixels_kernel[2][3][kMaxVectors];            // [gather][width class][NR - 1]
   FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]
   int panel_rows[kMaxVectors] = {};                         // filters at a time: [NR - 1]

@@ -1,6 +1,6 @@
 // The pixels and filters kernels over a type V of vectors; V::kMasks: whether masked loads and stores cost no more than
-// whole ones. Included by the ISA files inside their anonymous namespaces, so that
-// nothing compiled for one instruction set can be called by another.
+// whole ones; V::kRun: taps that a loop takes at a time. Included by the ISA files inside their anonymous namespaces,
+// so that nothing compiled for one instruction set can be called by another.
 
 constexpr int kFloatsPerLine = 16;
 enum Fetch { kNothing, kWeights, kAhead, kTileAhead };

@@ -164,7 +164,7 @@ void panel(const PanelArgs& a) {
       const float *w = a.w + first, *next = a.next + first * a.n_taps;  // as many as it reads itself
       const int64_t n_taps = a.n_taps, w_stride = a.w_stride;
       int64_t t = 0;
-      // Some taps at a time: where others use the core too, it is short of instructions other than multiply-adds.
+      // Some taps at a time: a core that another thread shares is short of places for all that is not a multiply-add.
       for (; t + T::kRun <= n_taps; t += T::kRun, w += T::kRun * w_stride) {
         if constexpr (kFetch == kWeights) {
           __builtin_prefetch(next);

@@ -26,7 +26,7 @@ struct Vec8 {
   using Lanes = __m256i;
   using Across = Vec8;
   static constexpr int kLanes = 8;
-  static constexpr int kRun = 2;         // taps at a time
+  static constexpr int kRun = 2;
   static constexpr bool kMasks = false;  // microcoded on AMD before Zen 4: a dozen cycles each
 
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
@@ -128,7 +128,8 @@ struct Vec4 {
 };
 
 // Written out: twelve sums, three vectors of x and a weight take all registers, and with two taps in its loop the
-// compiler spills some. The sums are operands 0 to 11, filter by filter.
+// compiler spills some. The sums are operands 0 to 11, filter by filter. The compiler is not told of the memory that is
+// read: nothing in panel() writes to x, a copy or weights.
 // clang-format off
 #define SADMM_FILTER(w, s0, s1, s2)          \
   "vbroadcastss " w ", %%ymm15\n\t"          \
@@ -157,7 +158,8 @@ struct Vec4 {
 template <>
 struct Taps<Vec8, 4, 3> {
   using Sums = __m256[4][3];
-  static constexpr int kRun = 2;
+  static constexpr int kRun = Vec8::kRun;
+  static_assert(kRun == 2);
   static void one(Sums& sum, const float* const (&x)[3], int64_t at, const float* w) {
     SADMM_SUM(SADMM_TAP("(%[x0],%[at],4)", "(%[x1],%[at],4)", "(%[x2],%[at],4)", "(%[w])"),
               [x0] "r"(x[0]), [x1] "r"(x[1]), [x2] "r"(x[2]), [at] "r"(at), [w] "r"(w));
