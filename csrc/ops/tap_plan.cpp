@@ -193,8 +193,8 @@ class Chooser {
   // Panels begin to end, of one block: all by the panel kernel from a copy, or each by what is cheaper of the others.
   void choose_block(int64_t begin, int64_t end) {
     const auto taps = static_cast<double>(packed_.panels[begin].n_taps);
-    const double pieces =
-        has_pixels(k_) && outputs() < k_.lanes ? 1.25 : 1.0;  // a vector over several images is stored in pieces
+    // A vector over several images is stored in pieces, which the cost of the panel kernel on the planes counts itself.
+    const double pieces = has_pixels(k_) && outputs() < k_.lanes ? 1.25 : 1.0;
     std::vector<Job> jobs;
     double cost = 0;
     int64_t filters = 0;

@@ -159,7 +159,7 @@ void panel(const PanelArgs& a) {
     }
     const auto run = [&](auto fetch) {
       using T = Taps<V, kRows, NR>;
-      constexpr int kFetch = decltype(fetch)::value;
+      constexpr Fetch kFetch = decltype(fetch)::value;
       constexpr int64_t kTile = NR * V::kLanes;
       const float *w = a.w + first, *next = a.next + first * a.n_taps;  // as many as it reads itself
       const int64_t n_taps = a.n_taps, w_stride = a.w_stride;
