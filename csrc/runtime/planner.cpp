@@ -429,7 +429,17 @@ class Planner {
       const int64_t size = div_up(v.planes.readable * dtype_size(dtype_), kPlace) * kPlace;
       v.operand.where = v.crosses ? Operand::Where::kShared : Operand::Where::kLocal;
       v.operand.image_bytes = v.crosses ? v.planes.image_stride * dtype_size(dtype_) : 0;
+      // The residual of a convolution that is read for the last time is overwritten in place: what it adds to is then in
+      // the cache.
+      const auto mine = [&](const Place& p) { return p.dies == v.born && overwrites(i, p.offset, a); };
       if (v.halo == Halo{}) {
+        const auto same = std::find_if(arenas[a].plain.begin(), arenas[a].plain.end(), mine);
+        if (same != arenas[a].plain.end()) {
+          same->dies = v.dies;
+          v.operand.offset = same->offset;
+          placed.emplace_back(i, false);
+          continue;
+        }
         std::vector<Place> busy;
         for (const Place& p : arenas[a].plain) {
           if (p.dies >= v.born) busy.push_back(p);
@@ -446,13 +456,9 @@ class Planner {
         placed.emplace_back(i, false);
         continue;
       }
-      // The residual of a convolution that is read for the last time may be overwritten in place.
-      const auto free = [&](const Place& p) {
-        return p.dies < v.born || (p.dies == v.born && overwrites(i, p.offset, a));
-      };
       Place* found = nullptr;
       for (auto& [planes, p] : arenas[a].haloed) {
-        if (planes == v.planes && free(p)) found = &p;
+        if (planes == v.planes && (p.dies < v.born || mine(p))) found = &p;
       }
       if (!found) {
         arenas[a].haloed.push_back({v.planes, {haloed_size[a], size, 0}});
@@ -485,7 +491,7 @@ class Planner {
         (n.kind == Kind::kConv || n.kind == Kind::kLinear || n.kind == Kind::kCopy) && n.inputs.size() == 2;
     if (!adds || n.inputs[0] == n.inputs[1]) return false;
     const Value& r = values_[n.inputs[1]];
-    const bool mine = !r.direct && r.root == n.inputs[1] && (r.crosses ? 0 : 1) == arena && r.halo != Halo{};
+    const bool mine = !r.direct && r.root == n.inputs[1] && (r.crosses ? 0 : 1) == arena && r.planes == values_[i].planes;
     return mine && r.operand.offset == offset && root(n.inputs[0]) != n.inputs[1];
   }
 

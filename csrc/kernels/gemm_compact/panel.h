@@ -139,15 +139,18 @@ void panel(const PanelArgs& a) {
     // y and the residual come from wherever the layer before left them, and that is far: the weights went by since.
     if (whole) {
       // Where the vectors begin, and where the last one ends: they are neighbours, or of two rows.
-      constexpr auto at = [](int v) { return v == NR - 1 ? V::kLanes - 1 : 0; };
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) {
+      const auto fetch = [&](const auto& from, int64_t stride) __attribute__((always_inline)) {
+        const float* at[NR];
 #pragma GCC unroll 8
-        for (int v = 0; v < NR; ++v) {
-          __builtin_prefetch(y[v] + m * o.y_stride + at(v));
-          if (o.residual) __builtin_prefetch(residual[v] + m * o.residual_stride + at(v));
+        for (int v = 0; v < NR; ++v) at[v] = from[v] + first * stride + (v == NR - 1 ? V::kLanes - 1 : 0);
+#pragma GCC unroll 16
+        for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+          for (int v = 0; v < NR; ++v) __builtin_prefetch(at[v]), at[v] += stride;
         }
-      }
+      };
+      fetch(y, o.y_stride);
+      if (o.residual && o.residual != o.y) fetch(residual, o.residual_stride);
     }
     typename V::Reg acc[kRows][NR];
 #pragma GCC unroll 16
@@ -198,33 +201,51 @@ void panel(const PanelArgs& a) {
         for (int v = 0; v < NR; ++v) V::store(sums + (m * NR + v) * V::kLanes, acc[m][v]);
       }
     } else if (whole && a.filters - first >= kRows) {
+      // Of its own, so that they stay in registers.
+      float* to[NR];
+      typename V::Lanes inside[NR];
+#pragma GCC unroll 8
+      for (int v = 0; v < NR; ++v) to[v] = y[v] + first * o.y_stride, inside[v] = lanes[v];
+      const int64_t y_stride = o.y_stride;
       const auto low = V::broadcast(&o.epilogue.low), high = V::broadcast(&o.epilogue.high);
       if (o.residual) {
+        const float* add[NR];
+#pragma GCC unroll 8
+        for (int v = 0; v < NR; ++v) add[v] = residual[v] + first * o.residual_stride;
+        const int64_t stride = o.residual_stride;
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
           for (int v = 0; v < NR; ++v) {
             if constexpr (V::kMasks) {
-              acc[m][v] = V::add(acc[m][v], V::load_lanes(residual[v], lanes[v]));
+              acc[m][v] = V::add(acc[m][v], V::load_lanes(add[v], inside[v]));
             } else {
-              acc[m][v] = V::add(acc[m][v], V::load(residual[v]));
+              acc[m][v] = V::add(acc[m][v], V::load(add[v]));
             }
-            residual[v] += o.residual_stride;
+            add[v] += stride;
           }
         }
       }
+      const auto put = [&](auto limited) {
 #pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) {
+        for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-        for (int v = 0; v < NR; ++v) {
-          const auto r = V::min(high, V::max(low, acc[m][v]));
-          if constexpr (V::kMasks) {
-            V::store_lanes(y[v], lanes[v], r);
-          } else {
-            V::store(y[v], V::only(r, lanes[v]));
+          for (int v = 0; v < NR; ++v) {
+            auto r = V::max(low, acc[m][v]);
+            if constexpr (decltype(limited)::value) r = V::min(high, r);
+            if constexpr (V::kMasks) {
+              V::store_lanes(to[v], inside[v], r);
+            } else {
+              V::store(to[v], V::only(r, inside[v]));
+            }
+            to[v] += y_stride;
           }
-          y[v] += o.y_stride;
         }
+      };
+      if (o.epilogue.high < __builtin_inff()) {
+        put(std::true_type{});
+      } else {
+        put(std::false_type{});
       }
     } else {
       Output rest = o;
