@@ -27,9 +27,7 @@ constexpr int64_t kSpan = kernels::kMaxSpan;
 constexpr int64_t kBlockFloats = 6 * 1024;   // of the weights of a job, which tiles of a span read from L1
 constexpr int64_t kFarStrips = 4;            // of x, with more of which it does not stay in L2
 constexpr int64_t kFarWeights = 256 * 1024;  // floats, likewise
-constexpr int64_t kFarFloats = 128 * 1024;   // of x, with more of which it comes from beyond L2
-constexpr int64_t kLine = 16;                // floats
-constexpr int64_t kPanelTiles = 8;           // collected at a time: with their sums they stay in L2
+constexpr int64_t kPanelTiles = 12;          // collected at a time: with their sums they stay in L2
 constexpr int64_t kCollectTaps = 16;         // for all of them, before the next: each may read a page of its own
 
 // Tiles (by the panel kernel: and panels) of one job over `images` images.
@@ -296,9 +294,6 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
     const Panel& p = packed.panels[job.panel + j];
     return packed.weights + p.weight + (tap - first_of(j)) * p.width;
   };
-  const auto channels = static_cast<int64_t>(packed.channels.size());
-  const bool is_far =
-      !edges && !shared && data.images * channels * plan.planes.x.height * plan.planes.x.width > kFarFloats;
   const Output out = output_of(plan, data, 0);
   PanelArgs a{.n_taps = 0, .w = nullptr, .w_stride = 0, .filters = 0, .bias = nullptr, .vectors = nullptr, .out = out};
   a.out.stores = t.stores.data();
@@ -336,15 +331,6 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
         for (int64_t i = 0; i < n; ++i) collect(i, begin, end);
       }
       a.last = part == c.count() - 1;
-      const float* far = nullptr;
-      int64_t lines = 0;
-      if (is_far) {
-        const int64_t u = part + 1 < c.count() ? unit - n * job.panels : unit;
-        const Tile& then = t.tiles[0][u / job.panels % tiles];
-        far = data.x + u / job.panels / tiles * t.period * plan.planes.x.image_stride + t.vectors[then.first].offset;
-        a.ahead_offset = c.offset.data() + (part + 1 < c.count() ? c.parts[part + 1] : 0);
-        lines = u < share.end ? div_up(n * tile_floats * t.window, kLine) + 1 : 0;
-      }
       const auto run = [&](int64_t j, int64_t i) {
         if (at[i].some.count == 0) return;
         const Panel& p = packed.panels[job.panel + j];
@@ -357,10 +343,6 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
         a.filters = p.filters;
         a.bias = part == 0 ? packed.bias + p.first_filter : nullptr;
         a.sums = sums + (i * job.panels + j) * panel_floats;
-        // x at the taps of the next part, or of the first at the next tiles: a line of each in a call.
-        a.ahead = lines > 0 ? far : nullptr;
-        far += kLine;
-        --lines;
         a.next = nullptr;
         if (i == n - 1 || shared)
           a.next = j + 1 < to ? weights(j + 1, own(j + 1, part).first) : weights(from, own(from, part).second);

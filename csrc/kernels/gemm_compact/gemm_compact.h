@@ -124,10 +124,6 @@ struct PanelArgs {
   // If given, filters * n_taps floats from here on are fetched meanwhile, but perhaps the last: the weights of the next
   // call.
   const float* next = nullptr;
-  // If given, a line of x at each of n_taps places from here on, but perhaps the last, is fetched into L2 meanwhile,
-  // instead.
-  const float* ahead = nullptr;
-  const int64_t* ahead_offset = nullptr;  // [n_taps]
   const PixelVector* vectors;
   Output out;
 };

@@ -162,24 +162,24 @@ void panel(const PanelArgs& a) {
     }
     const auto run = [&](auto fetch) {
       using T = Taps<V, kRows, NR>;
-      constexpr Fetch kFetch = decltype(fetch)::value;
       constexpr int64_t kTile = NR * V::kLanes;
       const float *w = a.w + first, *next = a.next + first * a.n_taps;  // as many as it reads itself
       const int64_t n_taps = a.n_taps, w_stride = a.w_stride;
       int64_t t = 0;
       // Some taps at a time: a core that another thread shares is short of places for all that is not a multiply-add.
       for (; t + T::kRun <= n_taps; t += T::kRun, w += T::kRun * w_stride) {
-        if constexpr (kFetch == kWeights) {
+        if constexpr (decltype(fetch)::value) {
           __builtin_prefetch(next);
           next += T::kRun * kRows;
         }
+        if constexpr (F == From::kCopy) {
+          T::run(acc, a.copy + t * kTile, w, w_stride);
+          continue;
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < T::kRun; ++i) {
-          if constexpr (kFetch == kAhead) __builtin_prefetch(a.ahead + a.ahead_offset[t + i], 0, 2);
-          if constexpr (F == From::kPlanes) T::one(acc, base, a.offset[t + i], w + i * w_stride);
-          if constexpr (F == From::kSlots) T::one(acc, base, a.slot[t + i] * kTile, w + i * w_stride);
+          T::one(acc, base, F == From::kPlanes ? a.offset[t + i] : a.slot[t + i] * kTile, w + i * w_stride);
         }
-        if constexpr (F == From::kCopy) T::run(acc, a.copy + t * kTile, w, w_stride);
       }
       if constexpr (T::kRun > 1) {
         for (; t < n_taps; ++t, w += w_stride) {
@@ -187,12 +187,10 @@ void panel(const PanelArgs& a) {
         }
       }
     };
-    if (a.ahead && first + kRows >= a.filters) {
-      run(std::integral_constant<Fetch, kAhead>{});
-    } else if (a.next) {
-      run(std::integral_constant<Fetch, kWeights>{});
+    if (a.next) {
+      run(std::true_type{});
     } else {
-      run(std::integral_constant<Fetch, kNothing>{});
+      run(std::false_type{});
     }
     if (!a.last) {
 #pragma GCC unroll 16
