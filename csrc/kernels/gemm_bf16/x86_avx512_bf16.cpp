@@ -14,17 +14,19 @@ namespace {
 
 constexpr int kFilters = 8;
 
-// w: the tile that holds the filters, at the first of them; stride: to the tile of the next step.
+// w: the tile that holds the filters, at the first of them; stride: to the tile of the next step. rows: of the panel,
+// of which the last step may have fewer than 16.
 template <int V>
-void multiply(const Bf16* w, int64_t stride, const Bf16* panel, int steps, float* c) {
+void multiply(const Bf16* w, int64_t stride, const Bf16* panel, int rows, float* c) {
   __m512 sum[kFilters][V];
 #pragma GCC unroll 8
   for (int f = 0; f < kFilters; ++f) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum[f][v] = _mm512_setzero_ps();
   }
-  for (int s = 0; s < steps; ++s, w += stride, panel += V * kPanelTile) {
-    for (int r = 0; r < kTile; ++r) {
+  for (; rows > 0; rows -= kTile, w += stride, panel += V * kPanelTile) {
+    const int some = rows < kTile ? rows : kTile;
+    for (int r = 0; r < some; ++r) {
       __m512bh x[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
@@ -54,9 +56,10 @@ void run(const GemmBf16Args& a) {
   for (Walk walk(a); !walk.done(); walk.next()) {
     const GemmBf16Block& b = walk.block();
     const Units u = walk.units();
+    const int rows = (b.taps + 1) / 2;
     for (int i = 0; i < walk.pairs(); ++i) {
       const Place at = place(a, walk.first_pair() + i);
-      PanelRows(a, b, at, panel).gather(b.steps * kTile);
+      PanelRows(a, b, at, panel).gather(rows);
       for (int unit = u.first; unit < u.last; ++unit) {
         const int left = b.filters - unit * 2 * kTile, filters = left < 2 * kTile ? left : 2 * kTile;
         const int tiles = filters > kTile ? 2 : 1;
@@ -64,7 +67,7 @@ void run(const GemmBf16Args& a) {
         for (int f = 0; f < filters; f += kFilters) {
           const Bf16* first_w = w + f / kTile * kPanelTile + f % kTile * kStepTaps;
           const auto product = at.pair->vectors == 2 ? multiply<2> : multiply<1>;
-          product(first_w, tiles * kPanelTile, panel, b.steps, sums + f * 2 * kTile);
+          product(first_w, tiles * kPanelTile, panel, rows, sums + f * 2 * kTile);
         }
         const Sums done{sums, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile, filters, at};
         store_of(a, act, done)(a, done, 0, filters);
