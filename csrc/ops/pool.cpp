@@ -170,6 +170,7 @@ std::unique_ptr<Step> pool_step(const Planes& x, const Planes& y, const Pool& po
   a.column_lead = pool.padding[1];
   a.column_step = pool.dilation[1];
   a.kernel_columns = pool.kernel[1];
+  a.kernel_rows = pool.kernel[0];
   a.buffer_size =
       kernels::pool_buffer(x.width, y.width, a.column_stride, a.column_lead, (a.kernel_columns - 1) * a.column_step);
   return std::make_unique<WindowStep>(op, x, y, pool.max, a, std::move(rows), std::move(columns), isa);

@@ -10,9 +10,12 @@ namespace avx2 {
 inline Vec max_or_nan(Vec x, Vec y) {
   return {_mm256_blendv_ps(_mm256_max_ps(x.v, y.v), x.v, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q))};
 }
-inline Vec load_even(const float* p) {
-  const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8), 0x88));
+inline Vec even(Vec x, Vec y) {
+  const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(x.v, y.v, 0x88));
   return {_mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xD8))};
+}
+inline Vec load_even(const float* p) {
+  return even(Vec::load(p), Vec::load(p + Vec::kWidth));
 }
 // The even ones are the lower halves of 32 bits.
 inline Vec load_even(const Bf16* p) {

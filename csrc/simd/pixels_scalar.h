@@ -1,6 +1,7 @@
 // What kernels over planes of pixels need beside simd/vec_scalar.h; pixels_avx2.h and pixels_avx512.h have the same.
 //
 //   max_or_nan(x, y)            the larger one, NaN if either is
+//   even(x, y)                  x[0], x[2], ... y[0], y[2], ...
 //   load_even(p)                p[0], p[2], ... of two vectors
 //   load_strided(p, stride)     p[0], p[stride], ...
 //   load_triples(p, r)          r[j] lane i = p[3 * i + j]: three vectors deinterleaved
@@ -28,6 +29,11 @@ inline Vec load_strided(const T* p, int64_t stride) {
   Vec v;
   for (int i = 0; i < Vec::kWidth; ++i) v.a[i] = to_float(p[i * stride]);
   return v;
+}
+inline Vec even(Vec x, Vec y) {
+  Vec r;
+  for (int i = 0; i < Vec::kWidth; ++i) r.a[i] = 2 * i < Vec::kWidth ? x.a[2 * i] : y.a[2 * i - Vec::kWidth];
+  return r;
 }
 template <class T>
 inline Vec load_even(const T* p) {

@@ -190,7 +190,7 @@ constexpr GemmCompact on_zen4(GemmCompact g) {
   g.filters_cycles[1][0] = 8.6;
   for (int v = 0; v < 3; ++v) g.panel_cycles[v] = kWide[v] / 2;
   g.gather = 1.12;
-  g.panel_taps = 120;
+  g.panel_taps = 160;
   return g;
 }
 

@@ -32,9 +32,34 @@ void pool_columns(const PoolArgs& a, T* y, float row_divisor, const Load& load) 
   }
 }
 
+// Every other element of a row: windows of one.
+template <class T>
+void pick_even(const PoolArgs& a, const T* x, T* y) {
+  constexpr int kW = Vec::kWidth;
+  const auto some = [](const T* p, int64_t n) {
+    return n >= kW ? Vec::load(p) : Vec::load_n(p, static_cast<int>(n > 0 ? n : 0));
+  };
+  for (int64_t ox = 0; ox < a.out_width; ox += kW) {
+    const T* const p = x + 2 * ox;
+    const int64_t inside = a.width - 2 * ox, left = a.out_width - ox;
+    const Vec v = even(some(p, inside), some(p + kW, inside - kW));
+    if (left >= kW) {
+      v.store(y + ox);
+    } else {
+      v.store_n(y + ox, static_cast<int>(left));
+    }
+  }
+}
+
 template <bool Max, class T>
 void pool_windows(const PoolArgs& a) {
   constexpr int kW = Vec::kWidth;
+  if (Max && a.kernel_columns == 1 && a.column_stride == 2 && a.column_lead == 0 && a.kernel_rows == 1) {
+    for (int64_t oy = 0; oy < a.out_height; ++oy) {
+      pick_even(a, static_cast<const T*>(a.x) + a.rows[oy].first * a.x_pitch, static_cast<T*>(a.y) + oy * a.y_pitch);
+    }
+    return;
+  }
   for (int64_t i = 0; i < a.buffer_size; ++i) a.buffer[i] = kNothing<Max>;
   float* const row = a.buffer + a.column_lead;
   for (int64_t oy = 0; oy < a.out_height; ++oy) {

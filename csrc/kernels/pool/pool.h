@@ -9,6 +9,7 @@
 //
 // The maximum is NaN where a value is. A window without a value has maximum -inf. The sum of `planes` reads also what
 // lies between the end of a row and the next, which is zero. `buffer` holds one row and what lies beside it.
+// kernel_rows: the most rows of a window, or 0 where it is not said; windows of a single value are a copy.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +30,7 @@ struct PoolArgs {
   const PoolWindow* rows;     // [out_height]
   const PoolWindow* columns;  // [out_width]
   const float *row_divisors, *column_divisors;
-  int64_t row_step, column_stride, column_lead, column_step, kernel_columns;
+  int64_t row_step, column_stride, column_lead, column_step, kernel_columns, kernel_rows;
   float* buffer;        // [buffer_size]
   int64_t buffer_size;  // at least that of pool_buffer
 };
