@@ -231,6 +231,39 @@ def test_large_batches_go_in_chunks(l2: int, monkeypatch: pytest.MonkeyPatch) ->
     assert len({row["images"] for row in e.describe(tuple(x.shape))}) > 1
 
 
+class Bottlenecks(nn.Module):
+    """Values without a halo, `wide` channels each, that are added to narrow branches; `again`: one of them twice."""
+
+    def __init__(self, wide: int, again: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, wide, 1)
+        self.narrow = nn.ModuleList(nn.Conv2d(wide, 8, 1) for _ in range(3))
+        self.widen = nn.ModuleList(nn.Conv2d(8, wide, 1) for _ in range(3))
+        self.last = nn.Conv2d(wide, 4, 1)
+        self.again = again
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = first = torch.relu(self.stem(x))
+        for narrow, widen in zip(self.narrow, self.widen, strict=True):
+            x = torch.relu(widen(torch.relu(narrow(x))) + x)
+        return self.last(x + first if self.again else x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_residual_is_overwritten_where_it_was_read_for_the_last_time(again: bool, dtype: str) -> None:
+    torch.manual_seed(0)
+    net = Bottlenecks(64, again).eval()
+    x = torch.randn(1, 3, 24, 24)
+    e = engine(net, x, dtype)
+    with torch.no_grad():
+        close(e.run(x.numpy()), net(x).numpy(), 1e-4 if dtype == "float32" else 0.05)
+    wide = 64 * 24 * 24 * (4 if dtype == "float32" else 2)
+    # One wide value and the narrow ones beside it (and what is kept until it is read again), not two in turns.
+    places = e._core.arena_bytes([list(x.shape)]) / wide
+    assert (2 if again else 1) < places < (2.5 if again else 1.5)
+
+
 @pytest.mark.parametrize("isa", _core.supported_isas())
 def test_bf16_convolutions_take_the_callers_f32(isa: str) -> None:
     """No step before the convolution nor behind it, where the instruction set has products of bf16; the same numbers as

@@ -429,8 +429,8 @@ class Planner {
       const int64_t size = div_up(v.planes.readable * dtype_size(dtype_), kPlace) * kPlace;
       v.operand.where = v.crosses ? Operand::Where::kShared : Operand::Where::kLocal;
       v.operand.image_bytes = v.crosses ? v.planes.image_stride * dtype_size(dtype_) : 0;
-      // The residual of a convolution that is read for the last time is overwritten in place: what it adds to is then in
-      // the cache.
+      // The residual of a convolution that is read for the last time is overwritten in place: it comes into the cache
+      // but once, and nothing else is driven out.
       const auto mine = [&](const Place& p) { return p.dies == v.born && overwrites(i, p.offset, a); };
       if (v.halo == Halo{}) {
         const auto same = std::find_if(arenas[a].plain.begin(), arenas[a].plain.end(), mine);
@@ -491,7 +491,8 @@ class Planner {
         (n.kind == Kind::kConv || n.kind == Kind::kLinear || n.kind == Kind::kCopy) && n.inputs.size() == 2;
     if (!adds || n.inputs[0] == n.inputs[1]) return false;
     const Value& r = values_[n.inputs[1]];
-    const bool mine = !r.direct && r.root == n.inputs[1] && (r.crosses ? 0 : 1) == arena && r.planes == values_[i].planes;
+    const bool mine =
+        !r.direct && r.root == n.inputs[1] && (r.crosses ? 0 : 1) == arena && r.planes == values_[i].planes;
     return mine && r.operand.offset == offset && root(n.inputs[0]) != n.inputs[1];
   }
 
