@@ -397,3 +397,36 @@ def test_single_weights_keep_values_in_lanes(isa: str, size: tuple[int, int]) ->
         assert all("__" + isa in k for k in inner)
         if size == (16, 16):  # grids divide the maps
             assert len(inner) >= 6, kernels
+
+
+class Wide(nn.Module):
+    """Outputs of many filters over few channels, the last one added to the first; both large, clamped on both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 250, 1), nn.Conv2d(8, 250, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(self.second(x) + torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("size", [(132, 132), (131, 133)])
+def test_outputs_that_caches_do_not_keep(size: tuple[int, int]) -> None:
+    """More than 16 MiB: where filters lie whole lines apart, AVX-512 writes them past the caches. torch's memory begins
+    at a line, NumPy's elsewhere.
+    """
+    torch.manual_seed(0)
+    net = Wide().eval()
+    x = torch.randn(1, 8, *size)
+    with torch.no_grad():
+        want = net(x)
+    assert want.numel() * 4 > 16 << 20
+    close(engine(net, x).run(x.numpy()), want.numpy(), 1e-5)
+    fast = sa.optimize(net, x, budget=0.0, report=False)
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            close(fast(x).numpy(), want.numpy(), 1e-5)
+    finally:
+        torch.set_num_threads(threads)

@@ -272,7 +272,9 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
   const auto& t = plan.panel;
   const Collection& c = plan.collections[job.collection];
   const bool shared = !c.slot.empty(), edges = !t.inside.empty();
-  const auto& kernel = k.panel_kernel[static_cast<int>(shared ? From::kSlots : From::kCopy)];
+  const bool past_caches = plan.planes.y.past_caches && !shared && k.panel_past_caches[0];
+  const auto& kernel =
+      past_caches ? k.panel_past_caches : k.panel_kernel[static_cast<int>(shared ? From::kSlots : From::kCopy)];
   const auto tiles = static_cast<int64_t>(t.tiles[0].size());
   const int64_t tile_floats = k.nr[0] * k.lanes, panel_floats = kernels::kMaxPanel * tile_floats;
   const int64_t copy_floats = most_taps(c) * tile_floats;
@@ -404,6 +406,9 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
                                               : run_planes)(plan, packed, job, data, {begin, end, n});
       }
     }
+#if SADMM_X86
+    if (plan.planes.y.past_caches) __builtin_ia32_sfence();  // what went past the caches comes before what follows
+#endif
   });
 }
 

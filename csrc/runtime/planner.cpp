@@ -17,7 +17,8 @@
 namespace structadmm::runtime {
 namespace {
 
-constexpr int64_t kPlace = 64;  // places begin at cache lines
+constexpr int64_t kPlace = 64;             // places begin at cache lines
+constexpr int64_t kPastCaches = 16 << 20;  // bytes of an output, with more of which it is not in L3 when it is read
 
 // STRUCTADMM_L2_BYTES stands in for what the system says, so that a test sees the plans of other machines.
 int64_t l2_bytes() {
@@ -240,6 +241,7 @@ class Planner {
         v.direct = true;
         v.operand = {.where = Operand::Where::kOutput, .index = static_cast<int>(k)};
         v.planes = planes_of(out_[k], v);
+        v.planes.past_caches = v.planes.readable * dtype_size(v.planes.dtype) > kPastCaches;
       }
     }
   }

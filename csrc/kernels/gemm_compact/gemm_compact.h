@@ -204,6 +204,9 @@ struct GemmCompact {
   CollectKernel collect[kReads][kMaxVectors] = {};        // [Reads][NR - 1]
   CollectKernel collect_edges[kReads][kMaxVectors] = {};  // the same of planes with Edges
   PanelKernel panel_kernel[kFrom][kMaxVectors] = {};      // [From][NR - 1]
+  // From::kCopy, for a y that is more than caches keep until it is read: lines that are written as a whole go past them
+  // and are not fetched before. The caller fences. Null where there is none.
+  PanelKernel panel_past_caches[kMaxVectors] = {};
   SpreadKernel spread;
 };
 

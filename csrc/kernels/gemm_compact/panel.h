@@ -112,13 +112,15 @@ struct Taps {
 
 // MR filters at a time, and Tail where no more are left: enough sums to keep two units of multiply-adds busy, whatever
 // NR. Weights and biases of filters that are not there are read (a packed weight has its biases, and zeros, behind it).
-template <class V, From F, int MR, int Tail, int NR>
+// kPast: GemmCompact::panel_past_caches.
+template <class V, From F, int MR, int Tail, int NR, bool kPast = false>
 void panel(const PanelArgs& a) {
   // Twice Tail, where each has sums enough, rather than MR of which some filters are not there.
   constexpr int kTail = Tail * NR >= 8 && 2 * Tail < MR ? 2 * Tail : Tail;
   // Found once for all filters: whether a tile goes to y from registers, as it is.
   const Output& o = a.out;
   bool whole = a.last && o.epilogue.activation == Activation::kClamp;
+  bool lines = kPast && o.y_stride % kFloatsPerLine == 0;  // whether its vectors are whole lines of y
   float* y[NR];
   const float* residual[NR];
   const float* base[NR];
@@ -129,6 +131,7 @@ void panel(const PanelArgs& a) {
     const bool straight = V::kMasks ? s.straight : is_whole<V>(s);
     whole = whole && a.vectors[v].stores == 1 && straight && s.image < o.images;
     y[v] = o.y + s.y;
+    if constexpr (kPast) lines = lines && s.count == V::kLanes && reinterpret_cast<uintptr_t>(y[v]) % 64 == 0;
     residual[v] = o.residual ? o.residual + s.residual : nullptr;
     lanes[v] = V::lanes(s.lanes);
     base[v] = F == From::kPlanes ? a.x + a.vectors[v].offset : a.copy + v * V::kLanes;
@@ -138,7 +141,8 @@ void panel(const PanelArgs& a) {
     float* const sums = a.sums + first * NR * V::kLanes;
     // y and the residual come from wherever the layer before left them, and that is far: the weights went by since.
     if (whole) {
-      // Where the vectors begin, and where the last one ends: they are neighbours, or of two rows.
+      // Where the vectors begin, and where the last one ends: they are neighbours, or of two rows. Inlined, or the
+      // compiler takes it for a function without effect.
       const auto fetch = [&](const auto& from, int64_t stride) __attribute__((always_inline)) {
         const float* at[NR];
 #pragma GCC unroll 8
@@ -149,8 +153,8 @@ void panel(const PanelArgs& a) {
           for (int v = 0; v < NR; ++v) __builtin_prefetch(at[v]), at[v] += stride;
         }
       };
-      fetch(y, o.y_stride);
-      if (o.residual && o.residual != o.y) fetch(residual, o.residual_stride);
+      if (!lines) fetch(y, o.y_stride);
+      if (o.residual && (lines || o.residual != o.y)) fetch(residual, o.residual_stride);
     }
     typename V::Reg acc[kRows][NR];
 #pragma GCC unroll 16
@@ -199,7 +203,7 @@ void panel(const PanelArgs& a) {
         for (int v = 0; v < NR; ++v) V::store(sums + (m * NR + v) * V::kLanes, acc[m][v]);
       }
     } else if (whole && a.filters - first >= kRows) {
-      // Of its own, so that they stay in registers.
+      // Copies, for what the lambda captured is read from memory, vector by vector.
       float* to[NR];
       typename V::Lanes inside[NR];
 #pragma GCC unroll 8
@@ -224,14 +228,16 @@ void panel(const PanelArgs& a) {
           }
         }
       }
-      const auto put = [&](auto limited) {
+      const auto put = [&](auto limited, auto stream) __attribute__((always_inline)) {
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
           for (int v = 0; v < NR; ++v) {
             auto r = V::max(low, acc[m][v]);
             if constexpr (decltype(limited)::value) r = V::min(high, r);
-            if constexpr (V::kMasks) {
+            if constexpr (decltype(stream)::value) {
+              V::stream(to[v], r);
+            } else if constexpr (V::kMasks) {
               V::store_lanes(to[v], inside[v], r);
             } else {
               V::store(to[v], V::only(r, inside[v]));
@@ -240,10 +246,17 @@ void panel(const PanelArgs& a) {
           }
         }
       };
-      if (o.epilogue.high < __builtin_inff()) {
-        put(std::true_type{});
+      const auto put_limited = [&](auto stream) __attribute__((always_inline)) {
+        if (o.epilogue.high < __builtin_inff()) {
+          put(std::true_type{}, stream);
+        } else {
+          put(std::false_type{}, stream);
+        }
+      };
+      if (lines) {
+        if constexpr (kPast) put_limited(std::true_type{});
       } else {
-        put(std::false_type{});
+        put_limited(std::false_type{});
       }
     } else {
       Output rest = o;

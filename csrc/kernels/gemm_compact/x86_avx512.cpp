@@ -5,6 +5,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 
+#include <cstdint>
 #include <type_traits>
 #include <utility>
 
@@ -77,6 +78,7 @@ struct Vec16 {
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static void store(float* p, Reg r) { _mm512_storeu_ps(p, r); }
+  static void stream(float* p, Reg r) { _mm512_stream_ps(p, r); }  // p: aligned to a line
 
   static Index index(const int8_t* lane) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lane)));
@@ -166,6 +168,9 @@ constexpr GemmCompact make() {
   fill_collect<Vec16, 3>(g);
   fill_panel<From::kCopy>(g);
   fill_panel<From::kSlots>(g);
+  g.panel_past_caches[0] = &panel<Vec16, From::kCopy, 8, 4, 1, true>;
+  g.panel_past_caches[1] = &panel<Vec16, From::kCopy, 8, 4, 2, true>;
+  g.panel_past_caches[2] = &panel<Vec16, From::kCopy, 8, 4, 3, true>;
   fill_pixels<Vec16, 8, false>(g.pixels_kernel[0][0], upto<3>());
   fill_pixels<Vec16, 8, false>(g.pixels_kernel[0][1], upto<3>());
   fill_pixels<Vec16, 4, false>(g.pixels_kernel[0][2], upto<6>());
