@@ -253,7 +253,7 @@ void panel(const PanelArgs& a) {
           put(std::false_type{}, stream);
         }
       };
-      if (lines) {
+      if (kPast && lines) {
         if constexpr (kPast) put_limited(std::true_type{});
       } else {
         put_limited(std::false_type{});
