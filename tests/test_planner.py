@@ -252,16 +252,38 @@ class Bottlenecks(nn.Module):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("again", [False, True])
 def test_a_residual_is_overwritten_where_it_was_read_for_the_last_time(again: bool, dtype: str) -> None:
-    torch.manual_seed(0)
     net = Bottlenecks(64, again).eval()
     x = torch.randn(1, 3, 24, 24)
-    e = engine(net, x, dtype)
-    with torch.no_grad():
-        close(e.run(x.numpy()), net(x).numpy(), 1e-4 if dtype == "float32" else 0.05)
     wide = 64 * 24 * 24 * (4 if dtype == "float32" else 2)
     # One wide value and the narrow ones beside it (and what is kept until it is read again), not two in turns.
-    places = e._core.arena_bytes([list(x.shape)]) / wide
+    places = engine(net, x, dtype)._core.arena_bytes([list(x.shape)]) / wide
     assert (2 if again else 1) < places < (2.5 if again else 1.5)
+
+
+@pytest.mark.parametrize("isa", _core.supported_isas())
+@pytest.mark.parametrize("zeros", [0.0, 0.9])
+@pytest.mark.parametrize("size", [(24, 24), (13, 11), (4, 4), (1, 1)])
+def test_residuals_in_place(size: tuple[int, int], zeros: float, isa: str) -> None:
+    """By every family that adds one: taps, and single weights, where most of them are zero."""
+    torch.manual_seed(0)
+    net = Bottlenecks(68, True).eval()
+    with torch.no_grad():
+        for conv in (*net.narrow, *net.widen):
+            conv.weight[torch.rand_like(conv.weight) < zeros] = 0
+        x = torch.randn(5, 3, *size)
+        want = net(x).numpy()
+    threads = _core.get_num_threads()
+    _core.set_isa(isa)
+    try:
+        for dtype, share in (("float32", 1e-4), ("bfloat16", 0.05)):
+            e = engine(net, x, dtype)
+            for n in (1, 2, 3):
+                _core.set_num_threads(n)
+                for batch in (1, 5):
+                    close(e.run(x[:batch].numpy()), want[:batch], share)
+    finally:
+        _core.set_num_threads(threads)
+        _core.set_isa("")
 
 
 @pytest.mark.parametrize("isa", _core.supported_isas())

@@ -3,6 +3,7 @@
 // so that nothing compiled for one instruction set can be called by another.
 
 constexpr int kFloatsPerLine = 16;
+constexpr int kFetchTaps = 16;  // fewer are done before anything arrives
 enum Fetch { kNothing, kWeights, kAhead, kTileAhead };
 
 // Some vectors of sums, one per filter, to where a PixelStore says.
@@ -127,6 +128,15 @@ void pixels(const PixelsArgs& a) {
   for (int v = 0; v < NR; ++v) {
     base[v] = a.x + a.vectors[v].offset;
     if constexpr (Gather) index[v] = V::index(a.vectors[v].lane);
+  }
+  // As the panel kernel: y comes from wherever the layer before left it, while there is something to do meanwhile.
+  if (a.n_taps >= kFetchTaps) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NR; ++v) {
+      const float* y = a.out.y + a.out.stores[a.vectors[v].first_store].y;
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m, y += a.out.y_stride) __builtin_prefetch(y);
+    }
   }
   const Tap* const end = a.taps + a.n_taps;
   // In a version of its own: on what is there already, a fetch per tap cost up to a seventh.
