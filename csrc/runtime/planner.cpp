@@ -431,8 +431,8 @@ class Planner {
       const int64_t size = div_up(v.planes.readable * dtype_size(dtype_), kPlace) * kPlace;
       v.operand.where = v.crosses ? Operand::Where::kShared : Operand::Where::kLocal;
       v.operand.image_bytes = v.crosses ? v.planes.image_stride * dtype_size(dtype_) : 0;
-      // The residual of a convolution that is read for the last time is overwritten in place: it comes into the cache
-      // but once, and nothing else is driven out.
+      // The residual of a convolution that is read for the last time may be overwritten in place, and without a halo
+      // is: it comes into the cache but once, and nothing else is driven out.
       const auto mine = [&](const Place& p) { return p.dies == v.born && overwrites(i, p.offset, a); };
       if (v.halo == Halo{}) {
         const auto same = std::find_if(arenas[a].plain.begin(), arenas[a].plain.end(), mine);

@@ -14,6 +14,7 @@
 //
 // Every output is one chain of multiply-adds over its filter's nonzeros in order, begun with the bias. Patches and sums
 // are aligned to vectors; planes need no alignment, and nothing is read or written of them but what the arguments name.
+// residual and y may be the same memory in the same order.
 #pragma once
 
 #include <cstdint>

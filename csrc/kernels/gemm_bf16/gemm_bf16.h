@@ -14,7 +14,8 @@
 // Sums are f32, taps in ascending order within each of a fixed number of chains that the instruction set decides; an
 // output depends on nothing but the taps of its block. Tiles and dot products take subnormal bf16 for zero.
 //
-// x is read in [0, readable) only, as the tables were made; y is written where windows say, nowhere else.
+// x is read in [0, readable) only, as the tables were made; y is written where windows say, nowhere else. residual and
+// y may be the same memory in the same order.
 #pragma once
 
 #include <cstddef>

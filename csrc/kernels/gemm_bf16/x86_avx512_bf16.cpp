@@ -18,7 +18,7 @@ constexpr int64_t kNearWeights = 1 << 18;  // elements of a block, with more of 
 // w: the tile that holds the filters, at the first of them; stride: to the tile of the next step. rows: of the panel,
 // of which the last step may have fewer than 16. kNext: eight lines from `next` on are fetched with each step, all of
 // the next unit in the four calls of one. (A call reads eight lines of every 32, a pattern that the processor does not
-// follow by itself: without, small maps waited for their weights half of the time.)
+// follow by itself, and small maps waited for their weights.)
 template <int V, bool kNext>
 void multiply(const Bf16* w, int64_t stride, const Bf16* next, const Bf16* panel, int rows, float* c) {
   __m512 sum[kFilters][V];

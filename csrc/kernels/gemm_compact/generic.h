@@ -129,7 +129,7 @@ void pixels(const PixelsArgs& a) {
     base[v] = a.x + a.vectors[v].offset;
     if constexpr (Gather) index[v] = V::index(a.vectors[v].lane);
   }
-  // As the panel kernel: y comes from wherever the layer before left it, while there is something to do meanwhile.
+  // y comes from wherever the layer before left it: the first line of each vector, while there is something to do.
   if (a.n_taps >= kFetchTaps) {
 #pragma GCC unroll 8
     for (int v = 0; v < NR; ++v) {

@@ -131,7 +131,10 @@ void panel(const PanelArgs& a) {
     const bool straight = V::kMasks ? s.straight : is_whole<V>(s);
     whole = whole && a.vectors[v].stores == 1 && straight && s.image < o.images;
     y[v] = o.y + s.y;
-    if constexpr (kPast) lines = lines && s.count == V::kLanes && reinterpret_cast<uintptr_t>(y[v]) % 64 == 0;
+    if constexpr (kPast) {
+      constexpr uint32_t kAll = (uint64_t{1} << V::kLanes) - 1;
+      lines = lines && s.lanes == kAll && reinterpret_cast<uintptr_t>(y[v]) % 64 == 0;
+    }
     residual[v] = o.residual ? o.residual + s.residual : nullptr;
     lanes[v] = V::lanes(s.lanes);
     base[v] = F == From::kPlanes ? a.x + a.vectors[v].offset : a.copy + v * V::kLanes;

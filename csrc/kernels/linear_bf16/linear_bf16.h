@@ -5,7 +5,8 @@
 // A *panel* is `lanes` consecutive filters that share their taps; its weights are stored by pairs of taps,
 // [pair][lane][2], zeros behind the last filter and the last tap. A tile is P rows of x by V panels of one block, V *
 // lanes filters. A sum runs over the taps in order, so it does not depend on the tile; vdpbf16ps (x86_avx512bf16) adds
-// a pair at a time and takes subnormals for zeros. y and residual are written and read only where filters are.
+// a pair at a time and takes subnormals for zeros. y and residual are written and read only where filters are,
+// and may be the same memory.
 //
 // Where taps are all of x's channels, x86_amx_bf16 has a kernel `block` for any number of rows and panels up to its
 // own, for which the pairs of a panel are a multiple of kBlockPairs. It adds odd and even taps of 32 apart, whatever

@@ -9,7 +9,7 @@
 //
 // The maximum is NaN where a value is. A window without a value has maximum -inf. The sum of `planes` reads also what
 // lies between the end of a row and the next, which is zero. `buffer` holds one row and what lies beside it.
-// kernel_rows: the most rows of a window, or 0 where it is not said; windows of a single value are a copy.
+// kernel_rows: as kernel_columns, or 0. Where both are 1, and nothing is padded, every window has exactly one value.
 #pragma once
 
 #include <cstdint>
