@@ -8,6 +8,7 @@ room for 2000-term sums over a dozen layers). bf16 keeps 8 bits per value, and e
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -260,16 +261,34 @@ def test_a_residual_is_overwritten_where_it_was_read_for_the_last_time(again: bo
     assert (2 if again else 1) < places < (2.5 if again else 1.5)
 
 
+class Neighbours(nn.Module):
+    """Values without a halo that a depthwise and a 3x3 convolution (by Winograd's algorithm where that pays) add."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.start, self.beside = nn.Conv2d(3, channels, 1), nn.Conv2d(3, channels, 1)
+        self.depthwise = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels)
+        self.square = nn.Conv2d(channels, channels, 3, 1, 1)
+        self.last = nn.Conv2d(channels, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        beside = torch.relu(self.beside(x))
+        y = torch.relu(self.depthwise(beside) + torch.relu(self.start(x)))
+        return self.last(torch.relu(self.square(beside) + y))
+
+
 @pytest.mark.parametrize("isa", _core.supported_isas())
-@pytest.mark.parametrize("zeros", [0.0, 0.9])
+@pytest.mark.parametrize("kind", ["taps", "single weights", "neighbours"])
 @pytest.mark.parametrize("size", [(24, 24), (13, 11), (4, 4), (1, 1)])
-def test_residuals_in_place(size: tuple[int, int], zeros: float, isa: str) -> None:
-    """By taps, by single weights (where most are zero), and by linear layers (maps of one pixel)."""
+def test_residuals_in_place(size: tuple[int, int], kind: str, isa: str) -> None:
+    """By taps, by single weights (where most are zero), by linear layers (maps of one pixel), depthwise and 3x3."""
     torch.manual_seed(0)
-    net = Bottlenecks(68, True).eval()
+    net: Any = Neighbours(68) if kind == "neighbours" else Bottlenecks(68, True)
+    net.eval()
     with torch.no_grad():
-        for conv in (*net.narrow, *net.widen):
-            conv.weight[torch.rand_like(conv.weight) < zeros] = 0
+        if kind == "single weights":
+            for conv in (*net.narrow, *net.widen):
+                conv.weight[torch.rand_like(conv.weight) < 0.9] = 0
         x = torch.randn(5, 3, *size)
         want = net(x).numpy()
     threads = _core.get_num_threads()
