@@ -17,8 +17,9 @@
 namespace structadmm::runtime {
 namespace {
 
-constexpr int64_t kPlace = 64;             // places begin at cache lines
-constexpr int64_t kPastCaches = 16 << 20;  // bytes of an output, with more of which it is not in L3 when it is read
+constexpr int64_t kPlace = 64;  // places begin at cache lines
+// Bytes of an output, with more of which it is taken not to stay in an L3 that others share until it is read.
+constexpr int64_t kPastCaches = 16 << 20;
 
 // STRUCTADMM_L2_BYTES stands in for what the system says, so that a test sees the plans of other machines.
 int64_t l2_bytes() {
@@ -433,13 +434,13 @@ class Planner {
       v.operand.image_bytes = v.crosses ? v.planes.image_stride * dtype_size(dtype_) : 0;
       // The residual of a convolution that is read for the last time may be overwritten in place, and without a halo
       // is: it comes into the cache but once, and nothing else is driven out.
-      const auto mine = [&](const Place& p) { return p.dies == v.born && overwrites(i, p.offset, a); };
+      const auto residual = [&](const Place& p) { return p.dies == v.born && overwrites(i, p.offset, a); };
       if (v.halo == Halo{}) {
-        const auto same = std::find_if(arenas[a].plain.begin(), arenas[a].plain.end(), mine);
-        if (same != arenas[a].plain.end()) {
-          same->dies = v.dies;
-          v.operand.offset = same->offset;
-          placed.emplace_back(i, false);
+        placed.emplace_back(i, false);
+        const auto found = std::find_if(arenas[a].plain.begin(), arenas[a].plain.end(), residual);
+        if (found != arenas[a].plain.end()) {
+          found->dies = v.dies;
+          v.operand.offset = found->offset;
           continue;
         }
         std::vector<Place> busy;
@@ -455,12 +456,11 @@ class Planner {
         arenas[a].plain.push_back({offset, size, v.dies});
         plain_size[a] = std::max(plain_size[a], offset + size);
         v.operand.offset = offset;
-        placed.emplace_back(i, false);
         continue;
       }
       Place* found = nullptr;
       for (auto& [planes, p] : arenas[a].haloed) {
-        if (planes == v.planes && (p.dies < v.born || mine(p))) found = &p;
+        if (planes == v.planes && (p.dies < v.born || residual(p))) found = &p;
       }
       if (!found) {
         arenas[a].haloed.push_back({v.planes, {haloed_size[a], size, 0}});

@@ -11,8 +11,8 @@ inline Vec max_or_nan(Vec x, Vec y) {
   return {_mm512_mask_max_ps(x.v, _mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q), x.v, y.v)};
 }
 inline Vec even(Vec x, Vec y) {
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  return {_mm512_permutex2var_ps(x.v, even, y.v)};
+  const __m512i lanes = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return {_mm512_permutex2var_ps(x.v, lanes, y.v)};
 }
 inline Vec load_even(const float* p) {
   return even(Vec::load(p), Vec::load(p + Vec::kWidth));

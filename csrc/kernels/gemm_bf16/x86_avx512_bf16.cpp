@@ -64,7 +64,7 @@ void run(const GemmBf16Args& a) {
     const GemmBf16Block& b = walk.block();
     const Units u = walk.units();
     const int rows = (b.taps + 1) / 2;
-    const int64_t step = 2 * kPanelTile, unit_size = b.steps * step;
+    const int64_t unit_size = int64_t{b.steps} * 2 * kPanelTile;
     const bool stay = unit_size * (u.last - u.first) <= kNearWeights;
     for (int i = 0; i < walk.pairs(); ++i) {
       const Place at = place(a, walk.first_pair() + i);
