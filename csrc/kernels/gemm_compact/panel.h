@@ -53,35 +53,41 @@ void collect(const CollectArgs& a) {
       }
     }
   }
-  for (int64_t t = 0; t < a.n_taps; ++t, to += NR * V::kLanes) {
+  // Vectors are stored through pointers that may point at anything: what a loop needs is in locals, and read once.
+  const int64_t n_taps = a.n_taps, *const offset = a.offset;
+  const uint8_t* const position = a.edges.position;
+  for (int64_t t = 0; t < n_taps; ++t, to += NR * V::kLanes) {
+    const int64_t tap = offset[t];
+    const float(*masks)[V::kLanes] = nullptr;
     if constexpr (WithEdges) {
-      if (low + a.offset[t] < a.edges.first || high + a.offset[t] + kWindow * V::kLanes > a.edges.end) {
+      if (low + tap < a.edges.first || high + tap + kWindow * V::kLanes > a.edges.end) {
         for (int v = 0; v < NR; ++v) {
-          const unsigned inside = a.edges.inside[v * a.edges.positions + a.edges.position[t]];
-          collect_one<V>(base[v] + a.offset[t], a.vectors[v], inside, to + v * V::kLanes);
+          const unsigned inside = a.edges.inside[v * a.edges.positions + position[t]];
+          collect_one<V>(base[v] + tap, a.vectors[v], inside, to + v * V::kLanes);
         }
         continue;
       }
+      masks = mask[position[t]];
     }
+    typename V::Reg r[NR];
 #pragma GCC unroll 8
     for (int v = 0; v < NR; ++v) {
-      const float* const at = base[v] + a.offset[t];
-      const auto put = [&](typename V::Reg r) {
-        if constexpr (WithEdges) r = V::masked(r, mask[a.edges.position[t]][v]);
-        V::store(to + v * V::kLanes, r);
-      };
+      const float* const at = base[v] + tap;
       if constexpr (R == Reads::kWindow1) {
-        put(V::load(at));
+        r[v] = V::load(at);
       } else if constexpr (R == Reads::kWindow2) {
-        put(V::gather(at, index[v]));
+        r[v] = V::gather(at, index[v]);
       } else if constexpr (R == Reads::kWindow4) {
-        put(V::gather4(at, index[v]));
+        r[v] = V::gather4(at, index[v]);
       } else if constexpr (R == Reads::kTwoRuns) {
-        put(V::two_runs(at, at + gap[v], index[v]));
+        r[v] = V::two_runs(at, at + gap[v], index[v]);
       } else {
-        put(V::alternate(at));
+        r[v] = V::alternate(at);
       }
+      if constexpr (WithEdges) r[v] = V::masked(r[v], masks[v]);
     }
+#pragma GCC unroll 8
+    for (int v = 0; v < NR; ++v) V::store(to + v * V::kLanes, r[v]);
   }
 }
 
