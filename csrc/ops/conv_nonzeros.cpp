@@ -31,7 +31,6 @@ using kernels::kMostTileCols;
 using kernels::kMostTileRows;
 using kernels::Nonzero;
 
-constexpr int64_t kTilePatchVectors = 576;   // of a chunk: 36 of 48 KiB in AVX-512; the sums go through the rest
 constexpr int64_t kBlockSumVectors = 10240;  // of all filters: 640 KiB in AVX-512, a third of level 2
 constexpr int64_t kSerialMacs = 1 << 22;     // some seventy microseconds of work: waking a pool costs as much
 
@@ -153,12 +152,13 @@ Cut best_cut(const Sizes& s, const ConvNonzeros& k) {
   Cut best{};
   double least = std::numeric_limits<double>::infinity();
   const auto consider = [&](Cut c) {
+    const int64_t patch = c.tile[0] * c.tile[1] <= 2 ? k.patch_small : k.patch;
     int64_t places = 1;
     for (int i = 0; i < 2; ++i) {
       places *= make_axis(c.tile[i], s.kernel[i], s.stride[i], s.dilation[i]).size;
       c.block[i] = std::min(c.region[i], c.tile[i]);
     }
-    c.chunk = std::clamp<int64_t>(kTilePatchVectors / places, 1, std::max<int64_t>(s.channels, 1));
+    c.chunk = std::clamp<int64_t>(patch / places, 1, std::max<int64_t>(s.channels, 1));
     c.chunk = div_up(s.channels, std::max<int64_t>(1, div_up(s.channels, c.chunk)));
     // The block grows by tiles while its sums fit, to the right first: whole rows of planes are read and written at
     // once (measured: 10 % of a network of 3 x 3 convolutions).

@@ -96,6 +96,9 @@ using NonzerosSum = void (*)(const NonzerosSumArgs&);
 struct ConvNonzeros {
   const char* isa;
   int lanes;
+  // Vectors of a patch that stay in level 1 while sums and nonzeros go by, for all filters: of a tile of one or two
+  // vectors, which waits for each place that is not there, and of larger ones, whose loads hide it.
+  int patch_small, patch;
   NonzerosSum sum[kMostTileRows][kMostTileCols];  // [rows - 1][cols - 1], null where registers do not hold the tile
   void (*pack)(NonzerosPackArgs);
   void (*gather)(NonzerosGatherArgs);

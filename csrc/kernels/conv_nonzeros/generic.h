@@ -38,7 +38,13 @@ inline void sum_filters(const NonzerosSumArgs& a, int64_t first) {
     common = end[m] - at[m] < common ? end[m] - at[m] : common;
   }
   if constexpr (M > 1) {
+    const Nonzero* ahead = end[M - 1];
     for (int64_t i = 0; i < common; ++i) {
+      // Short streams side by side, each gone before a prefetcher follows it: the weights of the next filters.
+      if constexpr (M > 2) {
+        __builtin_prefetch(ahead);
+        ahead += M;
+      }
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         multiply_add<V, R, Q>(a.patch + at[m][i].offset, a.row_stride, at[m][i].weight, acc[m]);
@@ -257,9 +263,11 @@ constexpr void fill_row(NonzerosSum (&row)[kMostTileCols], std::integer_sequence
 }
 
 template <class V, int most>
-constexpr ConvNonzeros make(const char* isa) {
+constexpr ConvNonzeros make(const char* isa, int patch_small, int patch) {
   ConvNonzeros k{.isa = isa,
                  .lanes = V::kLanes,
+                 .patch_small = patch_small,
+                 .patch = patch,
                  .sum = {},
                  .pack = &pack<V>,
                  .gather = &gather<V>,

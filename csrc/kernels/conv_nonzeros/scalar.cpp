@@ -70,6 +70,6 @@ struct Vec4 {
 
 }  // namespace
 
-extern constinit const ConvNonzeros conv_nonzeros_scalar = make<Vec4, 8>("scalar");
+extern constinit const ConvNonzeros conv_nonzeros_scalar = make<Vec4, 8>("scalar", 576, 576);
 
 }  // namespace structadmm::kernels

@@ -68,6 +68,6 @@ struct Vec8 {
 
 }  // namespace
 
-extern constinit const ConvNonzeros conv_nonzeros_avx2 = make<Vec8, 12>("avx2");
+extern constinit const ConvNonzeros conv_nonzeros_avx2 = make<Vec8, 12>("avx2", 576, 850);
 
 }  // namespace structadmm::kernels

@@ -73,6 +73,6 @@ struct Vec16 {
 
 }  // namespace
 
-extern constinit const ConvNonzeros conv_nonzeros_avx512 = make<Vec16, 28>("avx512");
+extern constinit const ConvNonzeros conv_nonzeros_avx512 = make<Vec16, 28>("avx512", 576, 576);
 
 }  // namespace structadmm::kernels
