@@ -385,10 +385,74 @@ inline void spread_by_lanes(const SpreadArgs& a) {
   }
 }
 
+constexpr int kSpreadFilters = 4;  // at a time, where vectors go from register to register
+
+// Where each vector is one store at most, as it is, and filters come in fours.
+template <class V, bool kResidual, bool kLimited>
+inline void spread_straight(const SpreadArgs& a) {
+  constexpr int N = V::kLanes;
+  const Output& o = a.out;
+  const auto low = V::broadcast(&o.epilogue.low), high = V::broadcast(&o.epilogue.high);
+  const int64_t y_stride = o.y_stride, residual_stride = o.residual_stride, sums_stride = a.sums_stride;
+  struct {
+    const float *sums, *residual;
+    float* y;
+    typename V::Lanes lanes;
+    int count;
+  } some[kMaxSpan / N];
+  int vectors = 0;
+  for (int v = 0; v < a.vectors; ++v) {
+    const PixelStore& s = o.stores[a.stores[v].first];
+    if (a.stores[v].count == 0 || s.image >= o.images) continue;
+    some[vectors++] = {a.sums + v * N * sums_stride, kResidual ? o.residual + s.residual : nullptr, o.y + s.y,
+                       V::lanes(s.lanes), s.count};
+  }
+  for (int first = 0; first < a.filters; first += kSpreadFilters) {
+    for (int v = 0; v < vectors; ++v) {
+      auto& at = some[v];
+      const auto put = [=](auto load, auto store) __attribute__((always_inline)) {
+        typename V::Reg r[kSpreadFilters];
+        V::transpose(at.sums + first, sums_stride, r);
+        const float* residual = at.residual;
+        float* y = at.y;
+        const auto lanes = at.lanes;
+#pragma GCC unroll 4
+        for (int f = 0; f < kSpreadFilters; ++f, y += y_stride, residual += kResidual ? residual_stride : 0) {
+          if constexpr (kResidual) r[f] = V::add(r[f], load(residual, lanes));
+          r[f] = V::max(low, r[f]);
+          if constexpr (kLimited) r[f] = V::min(high, r[f]);
+          store(y, V::only(r[f], lanes));
+        }
+      };
+      if (at.count == N) {
+        put([](const float* p, auto) { return V::load(p); }, [](float* p, auto r) { V::store(p, r); });
+      } else {
+        V::with_store(at.count, [&](auto store) { put([](const float* p, auto l) { return V::load_lanes(p, l); }, store); });
+      }
+      at.y += kSpreadFilters * y_stride;
+      if constexpr (kResidual) at.residual += kSpreadFilters * residual_stride;
+    }
+  }
+}
+
+template <class V>
+inline bool is_straight(const SpreadArgs& a) {
+  bool straight = a.filters % kSpreadFilters == 0 && a.out.epilogue.activation == Activation::kClamp;
+  for (int v = 0; v < a.vectors; ++v) {
+    straight = straight && (a.stores[v].count == 0 || (a.stores[v].count == 1 && a.out.stores[a.stores[v].first].straight));
+  }
+  return straight;
+}
+
 template <class V>
 inline void spread_by_vectors(const SpreadArgs& a) {
   constexpr int N = V::kLanes;
   const Output& o = a.out;
+  if (is_straight<V>(a)) {
+    const bool limited = o.epilogue.high < __builtin_inff();
+    if (o.residual) return limited ? spread_straight<V, true, true>(a) : spread_straight<V, true, false>(a);
+    return limited ? spread_straight<V, false, true>(a) : spread_straight<V, false, false>(a);
+  }
   const bool curve = o.epilogue.activation != Activation::kClamp, limited = o.epilogue.high < __builtin_inff();
   const auto low = V::broadcast(&o.epilogue.low), high = V::broadcast(&o.epilogue.high);
   for (int first = 0; first < a.filters; first += N) {

@@ -96,22 +96,29 @@ struct Vec8 {
     return _mm256_shuffle_ps(halves(p), halves(p + 4), 0x88);
   }
 
-  // Halves of two rows make one vector by loads that insert; what is left are shuffles within 128 bits.
+  // Four filters of eight pixels. Halves of two rows make one vector by loads that insert; what is left are shuffles
+  // within 128 bits.
+  static void transpose(const float* sums, int64_t stride, Reg (&out)[4]) {
+    Reg r[4];  // 128-bit lane L holds the filters of pixel 4 L + i
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const float* const p = sums + i * stride;
+      r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+    }
+    const Reg low0 = _mm256_unpacklo_ps(r[0], r[1]), low1 = _mm256_unpacklo_ps(r[2], r[3]);
+    const Reg high0 = _mm256_unpackhi_ps(r[0], r[1]), high1 = _mm256_unpackhi_ps(r[2], r[3]);
+    out[0] = _mm256_shuffle_ps(low0, low1, 0x44);
+    out[1] = _mm256_shuffle_ps(low0, low1, 0xEE);
+    out[2] = _mm256_shuffle_ps(high0, high1, 0x44);
+    out[3] = _mm256_shuffle_ps(high0, high1, 0xEE);
+  }
   static void transpose(const float* sums, int64_t stride, float (&out)[8][8]) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      Reg r[4];  // 128-bit lane L holds filters 4 half to 4 half + 3 of pixel 4 L + i
+      Reg r[4];
+      transpose(sums + 4 * half, stride, r);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const float* const p = sums + i * stride + 4 * half;
-        r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
-      }
-      const Reg low0 = _mm256_unpacklo_ps(r[0], r[1]), low1 = _mm256_unpacklo_ps(r[2], r[3]);
-      const Reg high0 = _mm256_unpackhi_ps(r[0], r[1]), high1 = _mm256_unpackhi_ps(r[2], r[3]);
-      _mm256_store_ps(out[4 * half], _mm256_shuffle_ps(low0, low1, 0x44));
-      _mm256_store_ps(out[4 * half + 1], _mm256_shuffle_ps(low0, low1, 0xEE));
-      _mm256_store_ps(out[4 * half + 2], _mm256_shuffle_ps(high0, high1, 0x44));
-      _mm256_store_ps(out[4 * half + 3], _mm256_shuffle_ps(high0, high1, 0xEE));
+      for (int i = 0; i < 4; ++i) _mm256_store_ps(out[4 * half + i], r[i]);
     }
   }
 };
