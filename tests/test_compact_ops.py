@@ -285,7 +285,8 @@ def test_nan_and_infinity_propagate() -> None:
 
 # What runs where. Column sparsity of many taps holds vectors of filters, or where registers are few collects the pixels
 # of its taps; narrow blocks hold vectors of pixels. Where rows are short pixels are gathered, or collected for many
-# blocks together; a whole vector never reads where there is nothing.
+# blocks together; a whole vector never reads where there is nothing. A few pixels that would be a vector are
+# multiplied one by one (rest).
 @pytest.mark.parametrize(
     "isa,x,blocks,kernels",
     [
@@ -300,12 +301,13 @@ def test_nan_and_infinity_propagate() -> None:
         ("avx512_bf16", (1, 64, 32, 32), [64], {"filters_6x64__avx512"}),
         ("amx_bf16", (1, 192, 13, 13), [384], {"filters_6x64__avx512"}),
         ("avx2", (1, 512, 4, 4), [512], {"panel_6x16__avx2"}),
-        ("avx2", (1, 192, 13, 13), [384], {"panel_4x24_gather__avx2"}),
+        ("avx2", (1, 192, 13, 13), [384], {"panel_4x24_rest__avx2"}),
         ("avx2", (1, 128, 32, 32), [128], {"panel_4x24__avx2"}),
         ("avx2", (1, 512, 4, 4), [8] * 64, {"shared_6x16__avx2"}),
+        ("avx2", (1, 512, 7, 7), [8] * 64, {"shared_4x24_rest__avx2"}),
         ("avx2", (1, 64, 1, 1), [8] * 8, {"filters_6x8__avx2"}),
         ("avx2", (1, 64, 32, 32), [8] * 8, {"pixels_4x24__avx2"}),
-        ("avx2", (1, 512, 28, 28), [8] * 64, {"shared_4x24_gather__avx2"}),
+        ("avx2", (1, 512, 28, 28), [8] * 64, {"shared_4x24__avx2"}),
         ("avx2", (1, 64, 32, 32), [8], {"pixels_4x24__avx2"}),
         ("scalar", (1, 64, 32, 32), [8] * 8, {"pixels_4x8__scalar"}),
     ],

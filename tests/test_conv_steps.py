@@ -112,16 +112,21 @@ def inputs(c: dict[str, Any], spec: dict[str, Any], dense: Tensor) -> tuple[Tens
     return x, None if c["residual"] == "none" else torch.randn(out)
 
 
-def run(
+def run_step(
     family: str, isa: str, c: dict[str, Any], spec: dict[str, Any], x: Tensor, residual: Tensor | None, **more: Any
-) -> Tensor:
+) -> tuple[Tensor, str]:
+    """y, and the kernel that computed it."""
     names = ("x_layout", "y_layout", "y_halo", "spare_images", "threads", "guard")
     halo = c["x_halo"] if c["x_layout"] == "arena" else (0, 0, 0, 0)
     where = more if residual is None else {**more, "residual_layout": c["residual"]}
     added = None if residual is None else residual.numpy()
     y, kernel = _core.conv_step(family, isa, spec, x.numpy(), added, x_halo=halo, **where, **{n: c[n] for n in names})
     assert (isa if isa in ("scalar", "avx2") else "avx512") in kernel  # the best row not above
-    return torch.from_numpy(y)
+    return torch.from_numpy(y), kernel
+
+
+def run(*args: Any, **more: Any) -> Tensor:
+    return run_step(*args, **more)[0]
 
 
 def check_within(got: Tensor, curve: dict[str, Any], before: Tensor, bound: Tensor) -> None:
@@ -211,6 +216,37 @@ def test_edges_of_more_taps_than_a_copy_holds(isa: str, core: str, monkeypatch: 
         got = run("taps_f32", isa, {**c, "x_layout": "tensor"}, spec, x, None)
         check_close(got, c, x, dense, bias, None)
         assert torch.equal(got, run("taps_f32", isa, c, spec, x, None))
+
+
+@pytest.mark.parametrize("isa", [i for i in ISAS if i != "scalar"])
+@pytest.mark.parametrize("batch,size", [(1, (7, 7)), (1, (13, 13)), (2, (5, 5)), (3, (3, 11)), (1, (10, 10))])
+@pytest.mark.parametrize("filters,curve", [(16, {}), (45, {"low": 0.0}), (28, {"low": 0.0, "high": 6.0}),
+                                           (64, {"activation": "silu"})])  # fmt: skip
+@pytest.mark.parametrize("bare,residual", [(False, "arena"), (True, "y"), (True, "none")])
+@pytest.mark.parametrize("block,density", [(1000, 0.8), (16, 0.3), (4, 0.3)])
+def test_pixels_that_fill_no_vector(
+    isa: str,
+    batch: int,
+    size: tuple[int, int],
+    filters: int,
+    curve: dict[str, Any],
+    bare: bool,
+    residual: str,
+    block: int,
+    density: float,
+) -> None:
+    """Whether or not they are multiplied one by one: tails of filters, and more taps than a copy holds."""
+    c = {"groups": 1, "kernel": (3, 3), "dilation": (1, 1), "padding": (1, 1), "stride": (1, 1), "size": size}
+    c |= {"batch": batch, "channels": 70, "filters": filters, "block": block, "density": density, "bias": True, "seed": 3}
+    c |= {"curve": curve, "residual": residual, "x_layout": "tensor" if bare else "arena", "y_layout": "tensor"}
+    c |= {"x_halo": (0, 0, 0, 0) if bare else (1, 1, 1, 1), "y_halo": (0, 0, 0, 0)}
+    c |= {"spare_images": 0, "guard": "end", "threads": 1}
+    spec, dense, bias = make_spec(c)
+    x, more = inputs(c, spec, dense)
+    got, kernel = run_step("taps_f32", isa, c, spec, x, more)
+    check_close(got, c, x, dense, bias, more)
+    if isa == "avx2" and batch == 1 and size != (10, 10) and block == 1000 and (bare or filters > 16):
+        assert "_rest" in kernel
 
 
 def needs_halo(c: dict[str, Any]) -> bool:

@@ -139,6 +139,8 @@ CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes) {
   CutSize size;
   ReadsOf reads(cut.window, lanes);
   std::vector<PixelStore> stores;  // of one vector
+  int filled = 0;                  // of its lanes, from the first on
+  bool in_order = true;
   const auto settle = [&] {
     for (const PixelStore& s : stores) ++(s.straight && s.count == lanes ? size.whole : size.pieces);
     stores.clear();
@@ -148,13 +150,17 @@ CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes) {
       [&](int64_t) {
         settle();
         ++size.vectors;
+        filled = 0;
+        in_order = true;
         reads.begin();
       },
       [&](const Outputs& o, int lane, int64_t at) {
+        in_order = in_order && lane == filled++;
         add_to_stores(o, lane, lanes, 0, stores);
         reads.add(lane, at);
       });
   settle();
+  if (in_order && filled < lanes) size.rest = filled;
   size.reads = reads.reads();
   return size;
 }
@@ -184,8 +190,9 @@ std::vector<uint16_t> inside_of(const ConvPlanes& planes, const KernelSize& kern
   return inside;
 }
 
-PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::GemmCompact& k) {
+PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::GemmCompact& k, bool rest) {
   PixelTiles t;
+  int last = 0;  // pixels of the last vector
   t.window = cut.window;
   t.period = cut.period;
   ReadsOf reads(cut.window, k.lanes);
@@ -193,12 +200,14 @@ PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::
       Outputs(planes, t.period), cut, k.lanes,
       [&](int64_t offset) {
         t.vectors.push_back({offset, static_cast<int32_t>(t.stores.size()), 0, {}});
+        last = 0;
         reads.begin();
       },
       [&](const Outputs& o, int lane, int64_t at) {
         kernels::PixelVector& v = t.vectors.back();
         v.lane[lane] = static_cast<int8_t>(at);
         reads.add(lane, at);
+        ++last;
         // Lanes that hold no output go on as a run would.
         for (int i = lane + 1; i < std::min(k.lanes, kernels::kMaxLanes); ++i) {
           v.lane[i] = static_cast<int8_t>(std::min<int64_t>(i + reads.gap(), cut.window * k.lanes - 1));
@@ -208,11 +217,12 @@ PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::
       });
   t.reads = reads.reads();
   for (int c = 0; c < 3; ++c) {
-    const auto count = static_cast<int64_t>(t.vectors.size());
+    const int64_t count = static_cast<int64_t>(t.vectors.size()) - (rest ? 1 : 0);
     const int64_t tiles = div_up(count, k.nr[c]);
     for (int64_t i = 0; i < tiles; ++i) {
       t.tiles[c].push_back({i * count / tiles, static_cast<int>((i + 1) * count / tiles - i * count / tiles)});
     }
+    if (rest) t.tiles[c].push_back({count, 1, last});
   }
   return t;
 }

@@ -33,6 +33,7 @@ struct PixelTiles {
   struct Tile {
     int64_t first;
     int count;
+    int rest = 0;  // pixels of a vector that is a tile by itself, where they are few
   };
   int window = 1;  // vectors of x that hold the pixels of one: 1, 2 or 4
   kernels::Reads reads = kernels::Reads::kWindow1;
@@ -88,10 +89,13 @@ std::vector<uint16_t> inside_of(const ConvPlanes& planes, const KernelSize& kern
 
 struct CutSize {
   int64_t vectors = 0, whole = 0, pieces = 0;  // stores of a whole vector (the halo in it included), and of less
+  int rest = 0;                                // pixels of the last vector, where it is not full and has them in order
   kernels::Reads reads = kernels::Reads::kWindow1;
 };
 CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes);
-PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::GemmCompact& kernels);
+// rest: whether the last vector, which CutSize::rest tells of, becomes a tile by itself.
+PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::GemmCompact& kernels,
+                       bool rest = false);
 
 // most: tiles in a block. lanes: of a vector of pixels, of a run of tiles.
 SquareTiles cut_squares(const ConvPlanes& planes, int64_t period, int64_t most, int pixel_lanes, int run_lanes);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "base/div_up.h"
 
@@ -47,29 +48,83 @@ double pixels_cost(const kernels::GemmCompact& k, int width, const CutSize& size
          stores_cost(k, width, size);
 }
 
-double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
+namespace {
+
+// With the pixels of the last vector as a vector, or one by one, which costs infinity where it can't be.
+struct PanelCost {
+  double vectors, rest;
+  double least() const { return std::min(vectors, rest); }
+};
+
+bool can_rest(const kernels::GemmCompact& k, const CutSize& size) {
+  return k.rest_cycles[0] > 0 && size.vectors > 1 && size.rest > 0 && size.rest <= std::min({k.pixels[0][0], k.pixels[1][0], k.pixels[2][0]});
+}
+
+double rest_cycles(const kernels::GemmCompact& k, int pixels) {
+  return std::max(k.rest_cycles[0], k.rest_cycles[1] * pixels);
+}
+
+constexpr double kRestCall = 60, kNever = std::numeric_limits<double>::infinity();
+
+PanelCost panel_costs(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
   const auto calls = static_cast<double>(div_up(filters, int64_t{kernels::kMaxPanel})),
              parts = std::max(1.0, std::ceil(taps / static_cast<double>(k.panel_taps)));
+  const double collect = k.collect_cycles[static_cast<int>(size.reads)];
   const auto tile = [&](int64_t vectors) {
     return taps * (k.panel_cycles[vectors - 1] * static_cast<double>(div_up(filters, 4)) +
-                   k.collect_cycles[static_cast<int>(size.reads)] * static_cast<double>(vectors)) +
+                   collect * static_cast<double>(vectors)) +
            k.copy_cycles + kCall * calls +
            (parts - 1) * (kCall * calls + kSum * static_cast<double>(filters * vectors));
   };
-  return over_tiles(size.vectors, k.nr[0], tile) + stores_cost(k, filters, size);
+  const double stores = stores_cost(k, filters, size);
+  PanelCost cost{over_tiles(size.vectors, k.nr[0], tile) + stores, kNever};
+  if (can_rest(k, size)) {
+    cost.rest = over_tiles(size.vectors - 1, k.nr[0], tile) + stores +
+                taps * (rest_cycles(k, size.rest) * calls + collect) + parts * kRestCall * calls + k.copy_cycles;
+  }
+  return cost;
 }
 
-double shared_cost(const kernels::GemmCompact& k, const Packed& packed, const CutSize& size, int64_t taps) {
+PanelCost shared_costs(const kernels::GemmCompact& k, const Packed& packed, const CutSize& size, int64_t taps) {
   const auto parts = static_cast<double>(div_up(taps, kSharedTaps));
+  const double collect = static_cast<double>(taps) * k.collect_cycles[static_cast<int>(size.reads)];
   const auto tile = [&](int64_t vectors) {
-    double cycles = static_cast<double>(taps * vectors) * k.collect_cycles[static_cast<int>(size.reads)];
+    double cycles = collect * static_cast<double>(vectors);
     for (const Panel& p : packed.panels) {
       cycles += k.slots * static_cast<double>(p.n_taps * (p.width / 4)) * k.panel_cycles[vectors - 1] +
                 parts * (kCall + kSum * static_cast<double>(p.width * vectors));
     }
     return cycles;
   };
-  return over_tiles(size.vectors, k.nr[0], tile) + stores_cost(k, packed.header->out_channels, size);
+  const double stores = stores_cost(k, packed.header->out_channels, size);
+  PanelCost cost{over_tiles(size.vectors, k.nr[0], tile) + stores, kNever};
+  if (can_rest(k, size)) {
+    cost.rest = over_tiles(size.vectors - 1, k.nr[0], tile) + stores + collect;
+    for (const Panel& p : packed.panels) {
+      cost.rest += rest_cycles(k, size.rest) * static_cast<double>(p.n_taps) + parts * kRestCall;
+    }
+  }
+  return cost;
+}
+
+}  // namespace
+
+double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
+  return panel_costs(k, filters, size, taps).least();
+}
+
+bool rest_pays(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
+  const PanelCost cost = panel_costs(k, filters, size, taps);
+  return cost.rest < cost.vectors;
+}
+
+double shared_cost(const kernels::GemmCompact& k, const Packed& packed, const CutSize& size, int64_t taps) {
+  return shared_costs(k, packed, size, taps).least();
+}
+
+bool shared_rest_pays(const kernels::GemmCompact& k, const Packed& packed, const CutSize& size, int64_t taps) {
+  const PanelCost cost = shared_costs(k, packed, size, taps);
+  return cost.rest < cost.vectors;
 }
 
 }  // namespace structadmm

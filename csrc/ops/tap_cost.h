@@ -19,10 +19,13 @@ double filters_cost(const kernels::GemmCompact& k, int width_class, int panels, 
 double pixels_cost(const kernels::GemmCompact& k, int width, const CutSize& size, int window, double taps,
                    double slower);
 
-// By the panel kernel, for some filters that share their taps.
+// By the panel kernel, for some filters that share their taps; and whether that is cheaper with the last vector in
+// filters kernels.
 double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps);
+bool rest_pays(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps);
 
-// Of all panels by the panel kernel, from one copy of the `taps` taps that some block has.
+// Of all panels by the panel kernel, from one copy of the `taps` taps that some block has; and the same.
 double shared_cost(const kernels::GemmCompact& k, const Packed& packed, const CutSize& size, int64_t taps);
+bool shared_rest_pays(const kernels::GemmCompact& k, const Packed& packed, const CutSize& size, int64_t taps);
 
 }  // namespace structadmm

@@ -175,16 +175,15 @@ class Chooser {
     const bool gather = k_.gather > 0 && (g_.stride[1] != 1 || plan_.planes.y.width < 4 * k_.lanes);
     if (!edges_) pixels_ = gather ? cheapest({1, 2}, by_pixels) : cheapest({1}, by_pixels);
     // The panel kernel needs enough filters of a block: the largest one chooses.
-    int64_t widest = 0;
     for (size_t i = 0, filters = 0; i < packed_.panels.size(); ++i) {
       filters = i > 0 && packed_.panels[i].block == packed_.panels[i - 1].block ? filters : 0;
       filters += packed_.panels[i].filters;
-      widest = std::max<int64_t>(widest, filters);
+      widest_ = std::max<int64_t>(widest_, filters);
     }
     const auto by_panel = [&](const CutSize& size, int) {
-      return panel_cost(k_, widest, size, mean_taps_) + masks(size, mean_taps_);
+      return panel_cost(k_, widest_, size, mean_taps_) + masks(size, mean_taps_);
     };
-    if (has_panels(k_) && (edges_ || widest >= k_.mr[0] * 2)) panel_ = cheapest_copy(by_panel);
+    if (has_panels(k_) && (edges_ || widest_ >= k_.mr[0] * 2)) panel_ = cheapest_copy(by_panel);
     // Offsets of several images must fit the 32 bits of the table.
     filters_period_ = choose_period(std::abs(plan_.planes.x.image_stride) > (1 << 26) ? 1 : images_, outputs(),
                                     [&](int64_t n) { return filters_cost(k_, 0, 1, n * outputs(), mean_taps_); });
@@ -259,10 +258,20 @@ class Chooser {
       for (int64_t t = 0; t < packed_.header->taps; ++t) plan_.offset.push_back(offset_of(packed_.taps[t]));
     }
     if (any(By::kPanel)) {
-      plan_.panel = cut_vectors(plan_.planes, panel_.cut, k_);
+      const Collection& c = plan_.collections[0];
+      const bool rest = c.slot.empty()
+                            ? rest_pays(k_, widest_, panel_.size, mean_taps_)
+                            : shared_rest_pays(k_, packed_, panel_.size, static_cast<int64_t>(c.offset.size()));
+      plan_.panel = cut_vectors(plan_.planes, panel_.cut, k_, rest);
+      if (rest) rest_offsets(c);
       if (edges_) plan_.panel.inside = inside_of(plan_.planes, kernel(), panel_.cut, k_.lanes);
     }
     if (any(By::kFilters)) plan_.filters = cut_pixels(plan_.planes, filters_period_, k_.lanes);
+  }
+
+  void rest_offsets(const Collection& c) {
+    for (const int64_t slot : c.slot) plan_.rest_offset.push_back(slot * k_.lanes);
+    for (int64_t t = 0; c.slot.empty() && t < k_.panel_taps; ++t) plan_.rest_offset.push_back(t * k_.lanes);
   }
 
   const Packed& packed_;
@@ -274,7 +283,7 @@ class Chooser {
   int64_t farthest_ = 0, last_ = 0;  // of a tap from its output's place; the last output's place
   double mean_taps_ = 0, cost_ = 0;  // cost_: of the jobs, an image
   Choice pixels_, panel_;
-  int64_t filters_period_ = 1;
+  int64_t filters_period_ = 1, widest_ = 0;  // widest_: filters of a block, at most
 };
 
 }  // namespace
@@ -311,6 +320,7 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& geom
                .epilogue = epilogue,
                .position = {},
                .offset = {},
+               .rest_offset = {},
                .collections = {},
                .jobs = {},
                .pixels = {},
@@ -326,9 +336,9 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& geom
 std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) {
   const GemmCompact& k = *plan.kernels;
   std::vector<std::string> names;
-  const auto name = [&](const char* by, int rows, int cols, int window) {
+  const auto name = [&](const char* by, int rows, int cols, int window, bool rest = false) {
     return std::string("gemm_compact_f32_") + by + std::to_string(rows) + "x" + std::to_string(cols) +
-           (window > 1 ? "_gather" : "") + "__" + k.isa;
+           (window > 1 ? "_gather" : "") + (rest ? "_rest" : "") + "__" + k.isa;
   };
   for (const Job& job : plan.jobs) {
     const int width = packed.panels[job.panel].width, c = kernels::width_class(width);
@@ -341,7 +351,8 @@ std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) 
     for (const Tile& tile : t.tiles[job.by == By::kPanel ? 0 : c]) most = std::max(most, tile.count);
     if (job.by == By::kPanel) {
       const bool shared = !plan.collections[job.collection].slot.empty();
-      names.push_back(name(shared ? "shared_" : "panel_", k.panel_rows[most - 1], most * k.lanes, t.window));
+      names.push_back(name(shared ? "shared_" : "panel_", k.panel_rows[most - 1], most * k.lanes, t.window,
+                           t.tiles[0].back().rest > 0));
     } else {
       names.push_back(name("pixels_", k.mr[c], most * k.lanes, t.window));
     }

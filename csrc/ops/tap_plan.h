@@ -48,6 +48,7 @@ struct TapPlan {
   Epilogue epilogue;
   std::vector<int64_t> position;  // offset of each kernel position
   std::vector<int64_t> offset;    // in x of all taps of the weight, where filters or panel kernels read the planes
+  std::vector<int64_t> rest_offset;  // in a copy of one vector, of the taps in a part, or of each Collection::slot
   std::vector<Collection> collections;
   std::vector<Job> jobs;
   PixelTiles pixels, panel;

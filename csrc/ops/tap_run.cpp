@@ -76,9 +76,10 @@ void to_image(const TapPlan& plan, const Output& first, int64_t image, int64_t i
 struct Some {
   const kernels::PixelVector* vectors;
   int count;
+  int rest;  // as in the tile
 };
 Some there(const PixelTiles& t, const Tile& tile, int64_t images) {
-  Some some{t.vectors.data() + tile.first, tile.count};
+  Some some{t.vectors.data() + tile.first, tile.count, tile.rest};
   while (some.count > 0 && t.stores[some.vectors[some.count - 1].first_store].image >= images) --some.count;
   return some;
 }
@@ -208,7 +209,7 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
   const float* const behind = more ? packed.weights + packed.panels[job.panel + 1].weight : nullptr;
   for (int64_t u = share.begin; u < share.end; ++u) {
     const int64_t image = u / tiles * t.period, images = std::min(t.period, data.images - image);
-    const auto [vectors, n] = there(t, t.tiles[c][u % tiles], images);
+    const auto [vectors, n, rest] = there(t, t.tiles[c][u % tiles], images);
     if (n == 0) continue;
     a.vectors = vectors;
     if (far) {
@@ -254,7 +255,7 @@ void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const
   const float* const behind = a.w + panel.n_taps * panel.width;  // the next panel's weights
   for (int64_t u = share.begin; u < share.end; ++u) {
     const int64_t image = u / tiles * t.period, images = std::min(t.period, data.images - image);
-    const auto [vectors, count] = there(t, all[u % tiles], images);
+    const auto [vectors, count, rest] = there(t, all[u % tiles], images);
     if (count == 0) continue;
     a.vectors = vectors;
     a.x = data.x + image * plan.planes.x.image_stride;
@@ -262,6 +263,34 @@ void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const
     to_image(plan, out, image, images, a.out);
     kernel[count - 1](a);
   }
+}
+
+// As a panel kernel does, but pixel by pixel, for the `pixels` first lanes of a copy of one vector. offset: of the taps
+// in it.
+void multiply_rest(const TapPlan& plan, int width, int pixels, const int64_t* offset, const PanelArgs& a) {
+  static constexpr int32_t kPixel[kernels::kMaxPixels] = {0, 1, 2, 3, 4, 5, 6, 7};
+  const GemmCompact& k = *plan.kernels;
+  k.filters_kernel[kernels::width_class(width)][0][pixels - 1]({.x = a.copy,
+                                                                .offset = offset,
+                                                                .n_taps = a.n_taps,
+                                                                .w = a.w,
+                                                                .panel_stride = 0,
+                                                                .start = a.bias ? a.bias : a.sums,
+                                                                .start_stride = a.bias ? 0 : width,
+                                                                .filters = a.filters,
+                                                                .pixel = kPixel,
+                                                                .row = nullptr,
+                                                                .sums = a.sums,
+                                                                .sums_stride = width,
+                                                                .out = {}});
+  if (!a.last) return;
+  const kernels::StoreRange stores{a.vectors->first_store, a.vectors->stores};
+  k.spread({.sums = a.sums,
+            .sums_stride = width,
+            .filters = a.filters,
+            .vectors = 1,
+            .stores = &stores,
+            .out = a.out});
 }
 
 // Unit u is panel u % job.panels of tile u / job.panels. The taps go in parts: x at those of a part and the pixels of
@@ -346,7 +375,9 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
         a.bias = part == 0 ? packed.bias + p.first_filter : nullptr;
         a.sums = sums + (i * job.panels + j) * panel_floats;
         a.next = nullptr;
-        if (i == n - 1 || shared)
+        // By the last tile that takes long enough.
+        const int64_t fetches = n > 1 && at[n - 1].some.rest > 0 ? n - 2 : n - 1;
+        if (i == fetches || shared)
           a.next = j + 1 < to ? weights(j + 1, own(j + 1, part).first) : weights(from, own(from, part).second);
         a.vectors = at[i].some.vectors;
         a.out.y = out.y + p.first_filter * out.y_stride + at[i].image * plan.planes.y.image_stride;
@@ -355,7 +386,11 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
               out.residual + p.first_filter * out.residual_stride + at[i].image * plan.planes.residual.image_stride;
         }
         a.out.images = static_cast<int>(at[i].images);
-        kernel[at[i].some.count - 1](a);
+        if (at[i].some.rest > 0) {
+          multiply_rest(plan, p.width, at[i].some.rest, plan.rest_offset.data() + (shared ? begin : 0), a);
+        } else {
+          kernel[at[i].some.count - 1](a);
+        }
       };
       // In L1 are a copy and a panel of weights. Of few taps a panel's weights are less than the copy.
       if (shared) {

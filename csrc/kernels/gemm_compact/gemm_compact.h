@@ -200,6 +200,9 @@ struct GemmCompact {
   double mask_cycles[kReads] = {};                        // more than that where x has edges
   double store_cycles[2] = {};                            // of the panel kernel: of a whole vector, of a piece
   double copy_cycles = 0;                                 // of a tile that is copied for one block, besides its taps
+  // Of a tap by a filters kernel from a copy, for pixels that fill no vector: at least (a chain of multiply-adds waits
+  // for itself), and of each pixel. 0: not measured, and such pixels are a vector.
+  double rest_cycles[2] = {};
   double slots = 1;                                       // what From::kSlots multiplies panel_cycles by
   CollectKernel collect[kReads][kMaxVectors] = {};        // [Reads][NR - 1]
   CollectKernel collect_edges[kReads][kMaxVectors] = {};  // the same of planes with Edges

@@ -211,6 +211,7 @@ constexpr GemmCompact make() {
                 .mask_cycles = {1.3, 1, 1.2, 1.6, 1.4},
                 .store_cycles = {2, 8},
                 .copy_cycles = 200,
+                .rest_cycles = {4.2, 1.1},
                 .slots = 1.2,
                 .collect = {},
                 .panel_kernel = {},
