@@ -98,6 +98,33 @@ class Fork(nn.Module):
         return z, {"sum": z + y, "x": x}
 
 
+def test_calls_of_one_segment_go_to_its_op_at_once(monkeypatch) -> None:
+    """But for whatever looks on: hooks of the network, of the segment and of all modules, tracers, other inputs."""
+    model, x = make(), example()
+    fast = lowered(model, x)
+    segment = segments.segments_of(fast)["segment_0"]
+    want, seen = fast(x), []
+    monkeypatch.setattr(nn.Module, "__call__", lambda self, *args, **kwargs: seen.append(self) or self.forward(*args))
+    assert torch.equal(fast(x), want) and not seen
+    monkeypatch.undo()
+    for watched in (fast, segment):
+        for register in (watched.register_forward_hook, watched.register_forward_pre_hook):
+            hook = register(lambda m, *_: seen.append(m))
+            assert torch.equal(fast(x), want) and seen == [watched]
+            hook.remove()
+            seen.clear()
+    hook = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    assert torch.equal(fast(x), want) and seen == [segment, fast]
+    hook.remove()
+    assert torch.equal(fast(x=x), want) and torch.equal(fast(nn.Parameter(x, requires_grad=False)), want)
+    with pytest.raises(TypeError):
+        fast(x, x)
+    with pytest.raises(ValueError, match="wanted 3 channels"):
+        fast(x[:, :2])
+    outer = torch.fx.symbolic_trace(nn.Sequential(fast))
+    assert torch.equal(outer(x), want)
+
+
 def test_segments_are_convex_and_many_outputs_keep_their_places() -> None:
     model = Fork().eval()
     inputs = (example(), torch.randn(2, 6, 12, 12))

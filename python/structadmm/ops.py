@@ -182,7 +182,7 @@ def _conv_out(
 # Bound once: looking an op up costs as much as a small layer.
 _conv2d_packed = _ops.conv2d_packed.default
 _linear_packed = _ops.linear_packed.default
-_run_segment = _ops.run_segment.default
+run_segment_op = _ops.run_segment.default
 
 
 @_value_errors
@@ -308,7 +308,7 @@ def run_segment(inputs: Sequence[Tensor], program: Tensor, dtype: str, shapes: s
     the outputs' shapes as tracers need them, dimensions joined by commas, outputs by semicolons: `x0_2` is dimension 2
     of input 0; numbers, + - * // and min are what an expression is made of. CPU only, no autograd.
     """
-    result: list[Tensor] = _run_segment(list(inputs), program, dtype, shapes)
+    result: list[Tensor] = run_segment_op(list(inputs), program, dtype, shapes)
     return result
 
 

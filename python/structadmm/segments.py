@@ -47,8 +47,11 @@ class Segment(nn.Module):
         super().train(False)
 
     def forward(self, *inputs: Tensor) -> Any:
-        # Not by `self.program`, whose search through the module takes as long as a small layer.
-        outputs = ops.run_segment(inputs, self._buffers["program"], self.dtype, self.shapes)  # type: ignore[arg-type]
+        # As ops.run_segment, but in one call; and not by `self.program`, for which nn.Module searches.
+        try:
+            outputs = ops.run_segment_op(list(inputs), self._buffers["program"], self.dtype, self.shapes)
+        except RuntimeError as e:
+            raise ops.as_value_error(e) from None
         return outputs[0] if self._single else tuple(outputs)
 
     def train(self, mode: bool = True) -> Any:
@@ -62,6 +65,56 @@ class Segment(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.program.numel()} bytes, {self.dtype}, shapes={self.shapes!r}"
+
+
+_everywhere = torch.nn.modules.module
+
+
+def _is_watched(m: Any, n: Any) -> bool:
+    """Whether nn.Module's calls of them would do more than call their forward."""
+    return bool(
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or n._forward_hooks
+        or n._forward_pre_hooks
+        or n._backward_hooks
+        or n._backward_pre_hooks
+        or _everywhere._global_forward_hooks
+        or _everywhere._global_forward_pre_hooks
+        or _everywhere._global_backward_hooks
+        or _everywhere._global_backward_pre_hooks
+    )
+
+
+def call_at_once(network: fx.GraphModule) -> None:
+    """Let a call of a network that is one segment go to its op at once, where nothing looks on.
+
+    What torch.fx and nn.Module do in between takes ten microseconds, as long as a small layer: the instructions are no
+    longer in the caches when a layer ends. Hooks, tracers and compilers, and inputs that are not plain tensors, find
+    the way as it was. Other networks, and copies, are left as they are.
+    """
+    *first, last = network.graph.nodes
+    inputs = [n for n in first if n.op == "placeholder"]
+    calls = [n for n in first if n.op != "placeholder"]
+    if len(calls) != 1 or list(calls[0].args) != inputs or last.args != (calls[0],):
+        return
+    name, plain = str(calls[0].target), (Tensor,) * len(inputs)
+    if not isinstance(network.get_submodule(name), Segment) or name not in network._modules:
+        return
+    in_turn = type(network).__call__  # torch.fx gives every GraphModule a class of its own
+    is_compiling, is_tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return nn.Module.__call__(self, *args, **kwargs)
+        segment = self._modules[name]
+        if tuple(map(type, args)) != plain or kwargs or _is_watched(self, segment) or is_tracing():
+            return in_turn(self, *args, **kwargs)
+        return segment.forward(*args)
+
+    type(network).__call__ = call  # type: ignore[method-assign]
 
 
 # What the runtime holds.
@@ -529,7 +582,9 @@ def lower(
         rows = [((None, *shapes[n][1:]), torch.float32) for n in inputs]
         program = _program(network, nodes, inputs, outputs, rows, families)
         made.append((list(nodes), Segment(program, dtype, text)))
-    return _contract(network, made)
+    lowered = _contract(network, made)
+    call_at_once(lowered)
+    return lowered
 
 
 def boundary(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
