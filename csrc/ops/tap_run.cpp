@@ -28,7 +28,7 @@ constexpr int64_t kBlockFloats = 6 * 1024;   // of the weights of a job, which t
 constexpr int64_t kFarStrips = 4;            // of x, with more of which it does not stay in L2
 constexpr int64_t kFarWeights = 256 * 1024;  // floats, likewise
 constexpr int64_t kPanelTiles = 12;          // collected at a time: they stay in L2
-constexpr int64_t kCollectTaps = 16;         // for all of them, before the next: each may read a page of its own
+constexpr int64_t kCollectTaps = 32;         // for all of them, before the next: each may read a page of its own
 
 // Tiles (by the panel kernel: and panels) of one job over `images` images.
 int64_t job_units(const TapPlan& plan, const Packed& packed, const Job& job, int64_t images) {

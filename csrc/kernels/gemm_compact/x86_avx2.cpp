@@ -206,7 +206,7 @@ constexpr GemmCompact make() {
                 .filters_kernel = {},
                 .panel_rows = {8, 6, 4},
                 .panel_cycles = {2.6, 4.3, 6.2},
-                .panel_taps = 384,
+                .panel_taps = 512,
                 .collect_cycles = {2.6, 4.8, 8.4, 3.4, 4.1},
                 .mask_cycles = {1.3, 1, 1.2, 1.6, 1.4},
                 .store_cycles = {2, 8},
