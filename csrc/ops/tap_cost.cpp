@@ -57,7 +57,8 @@ struct PanelCost {
 };
 
 bool can_rest(const kernels::GemmCompact& k, const CutSize& size) {
-  return k.rest_cycles[0] > 0 && size.vectors > 1 && size.rest > 0 && size.rest <= std::min({k.pixels[0][0], k.pixels[1][0], k.pixels[2][0]});
+  return k.rest_cycles[0] > 0 && size.vectors > 1 && size.rest > 0 &&
+         size.rest <= std::min({k.pixels[0][0], k.pixels[1][0], k.pixels[2][0]});
 }
 
 double rest_cycles(const kernels::GemmCompact& k, int pixels) {

@@ -46,8 +46,8 @@ struct TapPlan {
   const kernels::GemmCompact* kernels;
   ConvPlanes planes;
   Epilogue epilogue;
-  std::vector<int64_t> position;  // offset of each kernel position
-  std::vector<int64_t> offset;    // in x of all taps of the weight, where filters or panel kernels read the planes
+  std::vector<int64_t> position;     // offset of each kernel position
+  std::vector<int64_t> offset;       // in x of all taps of the weight, where filters or panel kernels read the planes
   std::vector<int64_t> rest_offset;  // in a copy of one vector, of the taps in a part, or of each Collection::slot
   std::vector<Collection> collections;
   std::vector<Job> jobs;

@@ -285,12 +285,7 @@ void multiply_rest(const TapPlan& plan, int width, int pixels, const int64_t* of
                                                                 .out = {}});
   if (!a.last) return;
   const kernels::StoreRange stores{a.vectors->first_store, a.vectors->stores};
-  k.spread({.sums = a.sums,
-            .sums_stride = width,
-            .filters = a.filters,
-            .vectors = 1,
-            .stores = &stores,
-            .out = a.out});
+  k.spread({.sums = a.sums, .sums_stride = width, .filters = a.filters, .vectors = 1, .stores = &stores, .out = a.out});
 }
 
 // Unit u is panel u % job.panels of tile u / job.panels. The taps go in parts: x at those of a part and the pixels of

@@ -37,11 +37,14 @@ struct Nonzero {
   float weight;
 };
 
+// Filters come in an order in which those that are summed together have about as many nonzeros: the i-th is i +
+// shift[i].
 struct NonzerosSumArgs {
   const float* patch;  // at the tile's first pixel
   int64_t row_stride;
   const Nonzero* nonzeros;
-  const int32_t* begin;  // [filters + 1] into nonzeros
+  const int32_t* begin;  // [filters + 1] into nonzeros, of the i-th
+  const int32_t* shift;  // [filters]
   int64_t filters;
   const float* bias;  // [filters], or null: `sums` go on
   float* sums;        // [filters][rows][cols][lanes]

@@ -18,14 +18,17 @@ inline void multiply_add(const float* patch, int64_t row_stride, float weight, t
 template <class V, int R, int Q, int M>
 inline void sum_filters(const NonzerosSumArgs& a, int64_t first) {
   typename V::Reg acc[M][R][Q];
-  float* const sums = a.sums + first * (R * Q * V::kLanes);
+  int64_t filter[M];
+  float* sums[M];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
+    filter[m] = first + m + a.shift[first + m];
+    sums[m] = a.sums + filter[m] * (R * Q * V::kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) {
-        acc[m][r][q] = a.bias ? V::broadcast(a.bias[first + m]) : V::load(sums + ((m * R + r) * Q + q) * V::kLanes);
+        acc[m][r][q] = a.bias ? V::broadcast(a.bias[filter[m]]) : V::load(sums[m] + (r * Q + q) * V::kLanes);
       }
     }
   }
@@ -65,7 +68,7 @@ inline void sum_filters(const NonzerosSumArgs& a, int64_t first) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int q = 0; q < Q; ++q) V::store(sums + ((m * R + r) * Q + q) * V::kLanes, acc[m][r][q]);
+      for (int q = 0; q < Q; ++q) V::store(sums[m] + (r * Q + q) * V::kLanes, acc[m][r][q]);
     }
   }
 }

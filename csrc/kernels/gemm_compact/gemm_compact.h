@@ -195,11 +195,11 @@ struct GemmCompact {
   int panel_rows[kMaxVectors] = {};                         // filters at a time: [NR - 1]
   // As pixels_cycles, for 4 filters, from a copy; 0: no panel kernels.
   double panel_cycles[kMaxVectors] = {};
-  int panel_taps = 0;                                     // in a copy
-  double collect_cycles[kReads] = {};                     // of a tap and vector
-  double mask_cycles[kReads] = {};                        // more than that where x has edges
-  double store_cycles[2] = {};                            // of the panel kernel: of a whole vector, of a piece
-  double copy_cycles = 0;                                 // of a tile that is copied for one block, besides its taps
+  int panel_taps = 0;                  // in a copy
+  double collect_cycles[kReads] = {};  // of a tap and vector
+  double mask_cycles[kReads] = {};     // more than that where x has edges
+  double store_cycles[2] = {};         // of the panel kernel: of a whole vector, of a piece
+  double copy_cycles = 0;              // of a tile that is copied for one block, besides its taps
   // Of a tap by a filters kernel from a copy, for pixels that fill no vector: at least (a chain of multiply-adds waits
   // for itself), and of each pixel. 0: not measured, and such pixels are a vector.
   double rest_cycles[2] = {};

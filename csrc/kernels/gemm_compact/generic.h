@@ -427,7 +427,8 @@ inline void spread_straight(const SpreadArgs& a) {
       if (at.count == N) {
         put([](const float* p, auto) { return V::load(p); }, [](float* p, auto r) { V::store(p, r); });
       } else {
-        V::with_store(at.count, [&](auto store) { put([](const float* p, auto l) { return V::load_lanes(p, l); }, store); });
+        V::with_store(at.count,
+                      [&](auto store) { put([](const float* p, auto l) { return V::load_lanes(p, l); }, store); });
       }
       at.y += kSpreadFilters * y_stride;
       if constexpr (kResidual) at.residual += kSpreadFilters * residual_stride;
@@ -439,7 +440,8 @@ template <class V>
 inline bool is_straight(const SpreadArgs& a) {
   bool straight = a.filters % kSpreadFilters == 0 && a.out.epilogue.activation == Activation::kClamp;
   for (int v = 0; v < a.vectors; ++v) {
-    straight = straight && (a.stores[v].count == 0 || (a.stores[v].count == 1 && a.out.stores[a.stores[v].first].straight));
+    straight =
+        straight && (a.stores[v].count == 0 || (a.stores[v].count == 1 && a.out.stores[a.stores[v].first].straight));
   }
   return straight;
 }

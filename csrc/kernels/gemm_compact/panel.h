@@ -58,7 +58,7 @@ void collect(const CollectArgs& a) {
   const uint8_t* const position = a.edges.position;
   for (int64_t t = 0; t < n_taps; ++t, to += NR * V::kLanes) {
     const int64_t tap = offset[t];
-    const float(*masks)[V::kLanes] = nullptr;
+    const float (*masks)[V::kLanes] = nullptr;
     if constexpr (WithEdges) {
       if (low + tap < a.edges.first || high + tap + kWindow * V::kLanes > a.edges.end) {
         for (int v = 0; v < NR; ++v) {
