@@ -112,6 +112,18 @@ def test_an_image_does_not_depend_on_its_batch_or_the_threads(isa: str, size: tu
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_filters_that_are_summed_together_keep_their_places(isa: str) -> None:
+    """Sorted by how many weights they have, in conv groups that are no whole number of windows, on several threads."""
+    c = {**CASE, "size": (2, 2), "batch": 33, "channels": 400, "filters": 80, "groups": 2, "block": 1, "density": 0.3}
+    spec, dense, bias = make_spec(c)
+    x, _ = inputs(c, spec, dense)
+    one = run("nonzeros", isa, c, spec, x, None)
+    check_close(one, c, x, dense, bias, None)
+    for threads in (2, 3):
+        assert torch.equal(run("nonzeros", isa, {**c, "threads": threads}, spec, x, None), one)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_nan_stays_in_its_outputs_and_a_zero_weight_does_not_see_it(isa: str) -> None:
     c = {**CASE, "size": (6, 6), "batch": 17, "channels": 2, "filters": 2, "block": 2, "bias": False}
     c |= {"curve": {"low": 0.0}}

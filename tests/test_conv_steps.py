@@ -235,12 +235,13 @@ def test_pixels_that_fill_no_vector(
     block: int,
     density: float,
 ) -> None:
-    """Whether or not they are multiplied one by one: tails of filters, and more taps than a copy holds."""
+    """Whether or not they are multiplied one by one: tails of filters, more taps than a copy holds (of one block or of
+    all), images that are not there, two threads."""
     c = {"groups": 1, "kernel": (3, 3), "dilation": (1, 1), "padding": (1, 1), "stride": (1, 1), "size": size}
-    c |= {"batch": batch, "channels": 70, "filters": filters, "block": block, "density": density, "bias": True}
+    c |= {"batch": batch, "channels": 200, "filters": filters, "block": block, "density": density, "bias": True}
     c |= {"curve": curve, "residual": residual, "x_layout": "tensor" if bare else "arena", "y_layout": "tensor"}
     c |= {"x_halo": (0, 0, 0, 0) if bare else (1, 1, 1, 1), "y_halo": (0, 0, 0, 0)}
-    c |= {"spare_images": 0, "guard": "end", "threads": 1, "seed": 3}
+    c |= {"spare_images": 2, "guard": "end", "threads": 2, "seed": 3}
     spec, dense, bias = make_spec(c)
     x, more = inputs(c, spec, dense)
     got, kernel = run_step("taps_f32", isa, c, spec, x, more)

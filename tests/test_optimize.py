@@ -104,9 +104,9 @@ def test_calls_of_one_segment_go_to_its_op_at_once(monkeypatch) -> None:
     fast = lowered(model, x)
     segment = segments.segments_of(fast)["segment_0"]
     want, seen = fast(x), []
-    monkeypatch.setattr(nn.Module, "__call__", lambda self, *args, **kwargs: seen.append(self) or self.forward(*args))
-    assert torch.equal(fast(x), want) and not seen
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.Module, "__call__", lambda self, *args: seen.append(self) or self.forward(*args))
+        assert torch.equal(fast(x), want) and not seen
     for watched in (fast, segment):
         for register in (watched.register_forward_hook, watched.register_forward_pre_hook):
             hook = register(lambda m, *_: seen.append(m))
@@ -121,8 +121,29 @@ def test_calls_of_one_segment_go_to_its_op_at_once(monkeypatch) -> None:
         fast(x, x)
     with pytest.raises(ValueError, match="wanted 3 channels"):
         fast(x[:, :2])
+    for replaced in (fast, segment):  # as wrappers of modules do
+        forward = replaced.forward
+        replaced.forward = lambda *args, forward=forward: seen.append(1) or forward(*args)
+        seen.clear()
+        assert torch.equal(fast(x), want) and seen
+        del replaced.forward
+    fast._compiled_call_impl = lambda *args: seen.append(2) or want
+    assert fast(x) is want and seen[-1] == 2
+    fast._compiled_call_impl = None
+    seen.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.Module, "__call__", lambda self, *args: seen.append(self) or self.forward(*args))
+        assert torch.equal(fast(x), want) and not seen
     outer = torch.fx.symbolic_trace(nn.Sequential(fast))
     assert torch.equal(outer(x), want)
+
+
+def test_networks_without_segments_are_called_as_they_were() -> None:
+    for function in (F.relu, lambda x: x.relu(), lambda x: torch.exp(x)):
+        network = torch.fx.symbolic_trace(function)
+        before = type(network).__call__
+        segments.call_at_once(network)
+        assert type(network).__call__ is before
 
 
 def test_segments_are_convex_and_many_outputs_keep_their_places() -> None:

@@ -257,15 +257,15 @@ class NonzerosStep final : public Step {
     const int64_t macs = static_cast<int64_t>(weights_->ones.size()) * y_.height * y_.width * images;
     const bool serial = macs < kSerialMacs || parallel.threads() == 1;
     // Filters are split where there are too few units to share out evenly: as little as will do, for each part packs
-    // its patches again.
+    // its patches again; and not where they change places.
     const int64_t threads = serial ? 1 : parallel.threads();
     int64_t parts = 1;
-    const int64_t most = div_up(filters_, kSorted);
+    const int64_t window = sorts() ? kSorted : 1, most = div_up(filters_, window);
     while (units * parts < 4 * threads && units * parts % threads != 0 && parts < most) ++parts;
     const auto task = [&](int64_t i) {
       const int64_t part = i % parts, block = i / parts % blocks, unit = i / parts / blocks;
       run_block(inputs, static_cast<float*>(output), images, unit / groups_, unit % groups_, block,
-                part * most / parts * kSorted, std::min(filters_, (part + 1) * most / parts * kSorted));
+                part * most / parts * window, std::min(filters_, (part + 1) * most / parts * window));
     };
     if (serial) {
       for (int64_t i = 0; i < units * parts; ++i) task(i);
@@ -295,7 +295,7 @@ class NonzerosStep final : public Step {
       for (int64_t first = 0; first == 0 || first < count; first += cut_.chunk) {
         const int64_t last = std::min(count, first + cut_.chunk);
         begins.push_back(begin_.size());
-        shifts.push_back(shift_.size());
+        shifts.push_back(filter_shift_.size());
         chunks_.push_back({channels.data() + first, last - first, nullptr, nullptr});
         for (int64_t f = 0; f < filters_; ++f) {
           end[f] = next[f];
@@ -303,7 +303,7 @@ class NonzerosStep final : public Step {
         }
         for (int64_t at = 0; at < filters_; ++at) {
           if (at % kSorted == 0) add_order(at, next, end);
-          const int64_t f = at + shift_[shifts.back() + at];
+          const int64_t f = at + filter_shift_[shifts.back() + at];
           begin_.push_back(static_cast<int32_t>(nonzeros_.size()));
           for (int64_t& i = next[f]; i < end[f]; ++i) {
             const auto& one = weights_->ones[i];
@@ -324,24 +324,27 @@ class NonzerosStep final : public Step {
     first_chunk_.push_back(chunks_.size());
     for (size_t i = 0; i < chunks_.size(); ++i) {
       chunks_[i].begin = begin_.data() + begins[i];
-      chunks_[i].shift = shift_.data() + shifts[i];
+      chunks_[i].shift = filter_shift_.data() + shifts[i];
     }
     for (size_t i = 0; i < feature_place_.size(); ++i) feature_place_[i] = static_cast<int32_t>(i);
     const auto features = static_cast<int64_t>(feature_place_.size()) * kernels_.lanes;
     patch_floats_ = std::max(patch_floats_, div_up(features, kMostLanes) * kMostLanes);
   }
 
+  // Whether filters change places. One by one they are left as they are: their sums come and go in order (measured: 5 %
+  // of a layer).
+  bool sorts() const { return kernels::filters_at_once(static_cast<int>(cut_.tile[0] * cut_.tile[1])) > 1; }
+
   // The shifts of up to kSorted filters from `first` on: those of many nonzeros come first, for a kernel that sums a
   // few filters together goes on with single ones where the shortest ends.
   void add_order(int64_t first, std::span<const int64_t> begin, std::span<const int64_t> end) {
     std::vector<int64_t> order;
     for (int64_t f = first; f < std::min(filters_, first + kSorted); ++f) order.push_back(f);
-    // One by one they are left as they are: their sums come and go in order (measured: 5 % of a layer).
-    if (kernels::filters_at_once(static_cast<int>(cut_.tile[0] * cut_.tile[1])) > 1) {
+    if (sorts()) {
       std::stable_sort(order.begin(), order.end(),
                        [&](int64_t a, int64_t b) { return end[a] - begin[a] > end[b] - begin[b]; });
     }
-    for (const int64_t f : order) shift_.push_back(static_cast<int32_t>(f - first++));
+    for (const int64_t f : order) filter_shift_.push_back(static_cast<int32_t>(f - first++));
   }
 
   // Where the vectors of each block's patch come from, if x is in lanes.
@@ -554,9 +557,9 @@ class NonzerosStep final : public Step {
   Axis axis_[2];
   int64_t row_stride_ = 0, channel_stride_ = 0, patch_floats_ = 0, sum_floats_ = 0;
   bool x_features_ = false, y_features_ = false;
-  std::vector<Nonzero> nonzeros_;  // chunk after chunk, filter after filter
+  std::vector<Nonzero> nonzeros_;  // chunk after chunk, filter after filter in the order of filter_shift_
   std::vector<int32_t> begin_, feature_place_;
-  std::vector<int32_t> shift_;
+  std::vector<int32_t> filter_shift_;
   std::vector<Chunk> chunks_;
   std::vector<size_t> first_chunk_;  // [groups + 1]
   struct Places {

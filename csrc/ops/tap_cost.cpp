@@ -61,10 +61,12 @@ bool can_rest(const kernels::GemmCompact& k, const CutSize& size) {
          size.rest <= std::min({k.pixels[0][0], k.pixels[1][0], k.pixels[2][0]});
 }
 
-double rest_cycles(const kernels::GemmCompact& k, int pixels) {
+// Of a panel and tap.
+double cycles_of_rest(const kernels::GemmCompact& k, int pixels) {
   return std::max(k.rest_cycles[0], k.rest_cycles[1] * pixels);
 }
 
+// kRestCall: cycles of a panel and part, with the way of its sums to y.
 constexpr double kRestCall = 60, kNever = std::numeric_limits<double>::infinity();
 
 PanelCost panel_costs(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
@@ -81,7 +83,7 @@ PanelCost panel_costs(const kernels::GemmCompact& k, int64_t filters, const CutS
   PanelCost cost{over_tiles(size.vectors, k.nr[0], tile) + stores, kNever};
   if (can_rest(k, size)) {
     cost.rest = over_tiles(size.vectors - 1, k.nr[0], tile) + stores +
-                taps * (rest_cycles(k, size.rest) * calls + collect) + parts * kRestCall * calls + k.copy_cycles;
+                taps * (cycles_of_rest(k, size.rest) * calls + collect) + parts * kRestCall * calls + k.copy_cycles;
   }
   return cost;
 }
@@ -102,7 +104,7 @@ PanelCost shared_costs(const kernels::GemmCompact& k, const Packed& packed, cons
   if (can_rest(k, size)) {
     cost.rest = over_tiles(size.vectors - 1, k.nr[0], tile) + stores + collect;
     for (const Panel& p : packed.panels) {
-      cost.rest += rest_cycles(k, size.rest) * static_cast<double>(p.n_taps) + parts * kRestCall;
+      cost.rest += cycles_of_rest(k, size.rest) * static_cast<double>(p.n_taps) + parts * kRestCall;
     }
   }
   return cost;

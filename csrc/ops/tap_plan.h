@@ -33,7 +33,8 @@ struct Collection {
 };
 
 struct TapPlan {
-  // Some panels of weights under the panel kernel, from a copy of x (of one block, or of all), or under the filters
+  // Some panels of weights under the panel kernel, from a copy of x (of one block, or of all; pixels that fill no
+  // vector under the filters kernel, from the same copy), or under the filters
   // kernel (of one block), or one panel that reads the planes under the pixels or the panel kernel.
   enum class By { kPixels, kFilters, kPanel };
   struct Job {

@@ -27,7 +27,7 @@ constexpr int64_t kSpan = kernels::kMaxSpan;
 constexpr int64_t kBlockFloats = 6 * 1024;   // of the weights of a job, which tiles of a span read from L1
 constexpr int64_t kFarStrips = 4;            // of x, with more of which it does not stay in L2
 constexpr int64_t kFarWeights = 256 * 1024;  // floats, likewise
-constexpr int64_t kPanelTiles = 12;          // collected at a time: they stay in L2
+constexpr int64_t kPanelTiles = 12;          // collected at a time, at most; fewer or more made no difference
 constexpr int64_t kCollectTaps = 32;         // for all of them, before the next: each may read a page of its own
 
 // Tiles (by the panel kernel: and panels) of one job over `images` images.
@@ -387,7 +387,7 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
           kernel[at[i].some.count - 1](a);
         }
       };
-      // In L1 are a copy and a panel of weights. Of few taps a panel's weights are less than the copy.
+      // In L1 are a panel of weights and, of few taps, a copy. Of few taps a panel's weights are less than the copy.
       if (shared) {
         for (int64_t i = 0; i < n; ++i) {
           for (int64_t j = from; j < to; ++j) run(j, i);

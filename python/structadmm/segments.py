@@ -71,16 +71,20 @@ _everywhere = torch.nn.modules.module
 
 
 def _is_watched(m: Any, n: Any) -> bool:
-    """Whether nn.Module's calls of them would do more than call their forward."""
+    """Whether nn.Module's calls of them would do more than call their class's forward: hooks, or what was compiled or
+    put in its place."""
     return bool(
         m._forward_hooks
         or m._forward_pre_hooks
         or m._backward_hooks
         or m._backward_pre_hooks
+        or m._compiled_call_impl
+        or "forward" in m.__dict__
         or n._forward_hooks
         or n._forward_pre_hooks
         or n._backward_hooks
         or n._backward_pre_hooks
+        or n._compiled_call_impl
         or _everywhere._global_forward_hooks
         or _everywhere._global_forward_pre_hooks
         or _everywhere._global_backward_hooks
@@ -98,10 +102,10 @@ def call_at_once(network: fx.GraphModule) -> None:
     *first, last = network.graph.nodes
     inputs = [n for n in first if n.op == "placeholder"]
     calls = [n for n in first if n.op != "placeholder"]
-    if len(calls) != 1 or list(calls[0].args) != inputs or last.args != (calls[0],):
+    if [n.op for n in calls] != ["call_module"] or list(calls[0].args) != inputs or last.args != (calls[0],):
         return
     name, plain = str(calls[0].target), (Tensor,) * len(inputs)
-    if not isinstance(network.get_submodule(name), Segment) or name not in network._modules:
+    if not isinstance(network._modules.get(name), Segment):
         return
     in_turn = type(network).__call__  # torch.fx gives every GraphModule a class of its own
     is_compiling, is_tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
@@ -112,7 +116,7 @@ def call_at_once(network: fx.GraphModule) -> None:
         segment = self._modules[name]
         if tuple(map(type, args)) != plain or kwargs or _is_watched(self, segment) or is_tracing():
             return in_turn(self, *args, **kwargs)
-        return segment.forward(*args)
+        return segment.forward(*args) if type(segment) is Segment else in_turn(self, *args)
 
     type(network).__call__ = call  # type: ignore[method-assign]
 
@@ -778,4 +782,5 @@ def restore(network: fx.GraphModule, record: Any) -> fx.GraphModule:
     fast = _contract(network, made)
     if vendor:
         use_vendor(fast, vendor)
+    call_at_once(fast)
     return fast
