@@ -113,7 +113,8 @@ def test_an_image_does_not_depend_on_its_batch_or_the_threads(isa: str, size: tu
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_filters_that_are_summed_together_keep_their_places(isa: str) -> None:
-    """Sorted by how many weights they have, in conv groups that are no whole number of windows, on several threads."""
+    """Sorted by how many weights they have, in conv groups that are no whole number of windows, on several threads. A
+    map of four pixels is at most four vectors a filter, of which registers hold those of several filters."""
     c = {**CASE, "size": (2, 2), "batch": 33, "channels": 400, "filters": 80, "groups": 2, "block": 1, "density": 0.3}
     spec, dense, bias = make_spec(c)
     x, _ = inputs(c, spec, dense)

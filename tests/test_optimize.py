@@ -130,6 +130,9 @@ def test_calls_of_one_segment_go_to_its_op_at_once(monkeypatch) -> None:
     fast._compiled_call_impl = lambda *args: seen.append(2) or want
     assert fast(x) is want and seen[-1] == 2
     fast._compiled_call_impl = None
+    fast.segment_0 = nn.Identity()
+    assert fast(x) is x
+    fast.segment_0 = segment
     seen.clear()
     with monkeypatch.context() as patched:
         patched.setattr(nn.Module, "__call__", lambda self, *args: seen.append(self) or self.forward(*args))

@@ -76,10 +76,9 @@ void to_image(const TapPlan& plan, const Output& first, int64_t image, int64_t i
 struct Some {
   const kernels::PixelVector* vectors;
   int count;
-  int rest;  // as in the tile
 };
 Some there(const PixelTiles& t, const Tile& tile, int64_t images) {
-  Some some{t.vectors.data() + tile.first, tile.count, tile.rest};
+  Some some{t.vectors.data() + tile.first, tile.count};
   while (some.count > 0 && t.stores[some.vectors[some.count - 1].first_store].image >= images) --some.count;
   return some;
 }
@@ -209,7 +208,7 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
   const float* const behind = more ? packed.weights + packed.panels[job.panel + 1].weight : nullptr;
   for (int64_t u = share.begin; u < share.end; ++u) {
     const int64_t image = u / tiles * t.period, images = std::min(t.period, data.images - image);
-    const auto [vectors, n, rest] = there(t, t.tiles[c][u % tiles], images);
+    const auto [vectors, n] = there(t, t.tiles[c][u % tiles], images);
     if (n == 0) continue;
     a.vectors = vectors;
     if (far) {
@@ -255,7 +254,7 @@ void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const
   const float* const behind = a.w + panel.n_taps * panel.width;  // the next panel's weights
   for (int64_t u = share.begin; u < share.end; ++u) {
     const int64_t image = u / tiles * t.period, images = std::min(t.period, data.images - image);
-    const auto [vectors, count, rest] = there(t, all[u % tiles], images);
+    const auto [vectors, count] = there(t, all[u % tiles], images);
     if (count == 0) continue;
     a.vectors = vectors;
     a.x = data.x + image * plan.planes.x.image_stride;
@@ -307,6 +306,7 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
   float* const sums = copies + most * copy_floats;
   struct {
     Some some;
+    int rest;  // as in the tile
     int64_t image, images;
   } at[kPanelTiles];
   // The taps of panel j in a part: from which of its own on, and behind which.
@@ -331,7 +331,8 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
     for (int64_t i = 0; i < n; ++i) {
       const int64_t u = unit / job.panels + i, image = u / tiles * t.period;
       const int64_t images = std::min(t.period, data.images - image);
-      at[i] = {there(t, t.tiles[0][u % tiles], images), image, images};
+      const Tile& tile = t.tiles[0][u % tiles];
+      at[i] = {there(t, tile, images), tile.rest, image, images};
     }
     unit += n > 1 ? n * job.panels : to - from;
     for (int64_t part = 0; part < c.count(); ++part) {
@@ -371,7 +372,7 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
         a.sums = sums + (i * job.panels + j) * panel_floats;
         a.next = nullptr;
         // By the last tile that takes long enough.
-        const int64_t fetches = n > 1 && at[n - 1].some.rest > 0 ? n - 2 : n - 1;
+        const int64_t fetches = n > 1 && at[n - 1].rest > 0 ? n - 2 : n - 1;
         if (i == fetches || shared)
           a.next = j + 1 < to ? weights(j + 1, own(j + 1, part).first) : weights(from, own(from, part).second);
         a.vectors = at[i].some.vectors;
@@ -381,13 +382,14 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
               out.residual + p.first_filter * out.residual_stride + at[i].image * plan.planes.residual.image_stride;
         }
         a.out.images = static_cast<int>(at[i].images);
-        if (at[i].some.rest > 0) {
-          multiply_rest(plan, p.width, at[i].some.rest, plan.rest_offset.data() + (shared ? begin : 0), a);
+        if (at[i].rest > 0) {
+          multiply_rest(plan, p.width, at[i].rest, plan.rest_offset.data() + (shared ? begin : 0), a);
         } else {
           kernel[at[i].some.count - 1](a);
         }
       };
-      // In L1 are a panel of weights and, of few taps, a copy. Of few taps a panel's weights are less than the copy.
+      // All tiles read a panel's weights from L1; of blocks, whose weights are less than the copy they share, all
+      // panels read the copy.
       if (shared) {
         for (int64_t i = 0; i < n; ++i) {
           for (int64_t j = from; j < to; ++j) run(j, i);

@@ -70,21 +70,22 @@ class Segment(nn.Module):
 _everywhere = torch.nn.modules.module
 
 
-def _is_watched(m: Any, n: Any) -> bool:
+def _is_watched(network: Any, segment: Any) -> bool:
     """Whether nn.Module's calls of them would do more than call their class's forward: hooks, or what was compiled or
     put in its place."""
     return bool(
-        m._forward_hooks
-        or m._forward_pre_hooks
-        or m._backward_hooks
-        or m._backward_pre_hooks
-        or m._compiled_call_impl
-        or "forward" in m.__dict__
-        or n._forward_hooks
-        or n._forward_pre_hooks
-        or n._backward_hooks
-        or n._backward_pre_hooks
-        or n._compiled_call_impl
+        network._forward_hooks
+        or network._forward_pre_hooks
+        or network._backward_hooks
+        or network._backward_pre_hooks
+        or network._compiled_call_impl
+        or "forward" in network.__dict__
+        or type(segment) is not Segment
+        or segment._forward_hooks
+        or segment._forward_pre_hooks
+        or segment._backward_hooks
+        or segment._backward_pre_hooks
+        or segment._compiled_call_impl
         or _everywhere._global_forward_hooks
         or _everywhere._global_forward_pre_hooks
         or _everywhere._global_backward_hooks
@@ -116,7 +117,7 @@ def call_at_once(network: fx.GraphModule) -> None:
         segment = self._modules[name]
         if tuple(map(type, args)) != plain or kwargs or _is_watched(self, segment) or is_tracing():
             return in_turn(self, *args, **kwargs)
-        return segment.forward(*args) if type(segment) is Segment else in_turn(self, *args)
+        return segment.forward(*args)
 
     type(network).__call__ = call  # type: ignore[method-assign]
 
