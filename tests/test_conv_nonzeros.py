@@ -43,7 +43,7 @@ def test_planes_in_lanes_hold_the_same(isa: str, c: dict[str, Any], data: Any) -
     where = st.sampled_from(["lanes", "arena"])
     c |= {"block": 1, "batch": data.draw(st.integers(1, 2 * grid[0] + 1)), "x_layout": data.draw(where)}
     c |= {"y_layout": data.draw(where), "x_halo": (0, 0, 0, 0), "y_halo": (0, 0, 0, 0)}
-    c |= {"residual": data.draw(st.sampled_from(["none", "lanes", "arena", "tensor"]))}
+    c |= {"residual": data.draw(st.sampled_from(["none", "lanes", "arena", "tensor", "y"]))}
     spec, dense, bias = make_spec(c)
     x, residual = inputs(c, spec, dense)
     got = run("nonzeros", isa, c, spec, x, residual, grid=grid)

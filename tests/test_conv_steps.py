@@ -220,8 +220,16 @@ def test_edges_of_more_taps_than_a_copy_holds(isa: str, core: str, monkeypatch: 
 
 @pytest.mark.parametrize("isa", [i for i in ISAS if i != "scalar"])
 @pytest.mark.parametrize("batch,size", [(1, (7, 7)), (1, (13, 13)), (2, (5, 5)), (3, (3, 11)), (1, (10, 10))])
-@pytest.mark.parametrize("filters,curve", [(16, {}), (45, {"low": 0.0}), (28, {"low": 0.0, "high": 6.0}),
-                                           (64, {"activation": "silu"})])  # fmt: skip
+@pytest.mark.parametrize(
+    "filters,curve",
+    [
+        (16, {}),
+        (45, {"low": 0.0}),
+        (100, {"low": 0.0}),
+        (28, {"low": 0.0, "high": 6.0}),
+        (64, {"activation": "silu"}),
+    ],
+)
 @pytest.mark.parametrize("bare,residual", [(False, "arena"), (True, "y"), (True, "none")])
 @pytest.mark.parametrize("block,density", [(1000, 0.8), (16, 0.3), (4, 0.3)])
 def test_pixels_that_fill_no_vector(

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import structadmm as sa
 from networks import VGG, ResNet, random_chain, randomise
@@ -139,6 +140,15 @@ def test_calls_of_one_segment_go_to_its_op_at_once(monkeypatch) -> None:
         assert torch.equal(fast(x), want) and not seen
     outer = torch.fx.symbolic_trace(nn.Sequential(fast))
     assert torch.equal(outer(x), want)
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        assert torch.equal(fast(x), want)
+    assert torch.ops.structadmm.run_segment.default in seen
 
 
 def test_networks_without_segments_are_called_as_they_were() -> None:
@@ -452,12 +462,12 @@ def test_threads_are_restored_and_results_do_not_depend_on_them() -> None:
 
 
 def test_a_candidate_that_is_wrong_is_left_out(monkeypatch) -> None:
-    right = segments.Segment.forward
+    right = segments.Segment.forward_one
 
-    def wrong(self, *inputs):
-        return right(self, *inputs) + 1
+    def wrong(self, x):
+        return right(self, x) + 1
 
-    monkeypatch.setattr(segments.Segment, "forward", wrong)
+    monkeypatch.setattr(segments.Segment, "forward_one", wrong)
     with pytest.warns(UserWarning, match="segments got outputs that differ"):
         fast = lowered(make("B"), example())
     assert fast.report.choice in forms.FORMS and any("left out" in r for r in fast.report.remarks)

@@ -118,9 +118,22 @@ def test_another_program_at_the_same_address_is_another_segment():
         close(ops.run_segment([x], buffer, "float32", "x0_0,4,3,3"), [model(x)], 2e-5)
 
 
+@torch.no_grad()
+def test_one_tensor_is_one_of_a_list():
+    x = torch.randn(3, 4, 6, 5)
+    code = program(nn.Sequential(nn.Conv2d(4, 5, 3, padding=1), nn.ReLU()).eval(), x)
+    for dtype in ("float32", "bfloat16"):
+        for t in (x, x.bfloat16(), x.half(), x[:0], x.contiguous(memory_format=torch.channels_last)):
+            got = torch.ops.structadmm.run_segment_1(t, code, dtype == "bfloat16")
+            (want,) = ops.run_segment([t], code, dtype, "x0_0,5,6,5")
+            assert got.dtype == want.dtype and torch.equal(got, want)
+
+
 def test_errors(segment):
     _, code, shapes = segment
     x = torch.zeros(1, 3, 8, 8)
+    with pytest.raises((ValueError, RuntimeError), match="run_segment: program got 2 outputs, wanted one"):
+        torch.ops.structadmm.run_segment_1(x, code, False)
 
     def error(*arguments):
         with pytest.raises((ValueError, RuntimeError)) as caught:

@@ -96,6 +96,35 @@ def test_import_copies_and_rounds_once(door: Any, size: Any, flat: Any, dtype: A
     assert np.array_equal(got.reshape(x.shape), want.numpy()), d.kernel
 
 
+@settings(max_examples=200, deadline=None)
+@given(doors, sizes, st.sampled_from(list(DTYPES)), st.sampled_from(LAYOUTS), st.data())
+def test_import_of_some_channels(door: Any, size: Any, dtype: Any, layout: Any, data: Any) -> None:
+    x = user_tensor(random(size, 1), dtype, layout)
+    some = sorted(data.draw(st.sets(st.integers(0, size[1] - 1), min_size=1)))
+    d = _core.StepDoor(**door)
+    got = d.import_tensor(as_numpy(x), size[1:], some)
+    want = x.to(DTYPES[door["dtype"]]).float()
+    assert np.array_equal(got[:, some], want.numpy()[:, some]), d.kernel
+
+
+def test_import_leaves_out_channels() -> None:
+    d = _core.StepDoor(ISAS[-1])
+    x = random((2, 7, 3, 5), 1)
+    got, some = d.import_tensor(x.numpy(), (7, 3, 5), [1, 2, 5]), [1, 2, 5]
+    left_out = [c for c in range(7) if c not in some]
+    assert np.array_equal(got[:, some], x.numpy()[:, some]) and np.isnan(got[:, left_out]).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_import_of_some_channels_of_columns_in_channels_last(isa: str) -> None:
+    """Width 1, and a stride of 1 for it as for the channels: neither rows of pixels nor NHWC."""
+    x = random((2, 9, 11), 1).contiguous().transpose(1, 2).contiguous().transpose(1, 2).unsqueeze(-1)
+    assert x.stride() == (99, 1, 9, 1)
+    for halo in ((1, 0, 1, 0), (0, 0, 0, 0), (1, 1, 1, 1)):
+        got = _core.StepDoor(isa, y_halo=halo).import_tensor(x.numpy(), (9, 11, 1), [0, 3, 4, 8])
+        assert np.array_equal(got[:, [0, 3, 4, 8]], x.numpy()[:, [0, 3, 4, 8]])
+
+
 @settings(max_examples=300, deadline=None)
 @given(doors, sizes, st.booleans(), st.sampled_from(list(DTYPES)), st.sampled_from(LAYOUTS[:-1]))
 def test_export_writes_the_tensor_and_nothing_beside_it(
@@ -264,6 +293,8 @@ def test_what_does_not_fit_is_refused() -> None:
     x = np.zeros((1, 3, 4, 4), "f4")
     with pytest.raises(ValueError, match=r"import: x got shape \[1, 3, 4, 4\], wanted \[N, 3, 4, 5\]"):
         d.import_tensor(x, (3, 4, 5))
+    with pytest.raises(ValueError, match="import: channels got 3, wanted 0 to 2"):
+        d.import_tensor(x, (3, 4, 4), [0, 3])
     with pytest.raises(ValueError, match="import: x got f64, wanted f32, bf16 or f16"):
         d.import_tensor(x.astype("f8"), (3, 4, 4))
     with pytest.raises(ValueError, match="multiply: gate got planes of"):

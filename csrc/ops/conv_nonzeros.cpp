@@ -244,6 +244,7 @@ class NonzerosStep final : public Step {
     // Features lie one behind the other: four channels of an image are then read, or four filters written, at a time.
     x_features_ = axis_[0].size * axis_[1].size == 1 && x.channel_stride == 1;
     y_features_ = y.height * y.width == 1 && y.channel_stride == 1 && (!residual || residual->channel_stride == 1);
+    direct_ = y.in_lanes() && epilogue_.activation == Activation::kClamp && (!residual || residual->in_lanes());
     add_chunks(s);
     if (x.in_lanes()) add_places();
   }
@@ -487,7 +488,7 @@ class NonzerosStep final : public Step {
         const float* const row_of_tiles = sums;
         for (int64_t q = 0; q < cols; q += cut_.tile[1]) {
           const int64_t tile_cols = std::min(cut_.tile[1], cols - q);
-          kernels_.sum[tile_rows - 1][tile_cols - 1]({
+          kernels::NonzerosSumArgs sum{
               .patch = patch + r * row_stride_ + q * kernels_.lanes,
               .row_stride = row_stride_,
               .nonzeros = nonzeros_.data(),
@@ -496,10 +497,12 @@ class NonzerosStep final : public Step {
               .filters = last - first,
               .bias = starts ? weights_->bias.data() + group * filters_ + first : nullptr,
               .sums = sums,
-          });
+          };
+          if (ends && direct_) to_lanes(inputs, output, {lane_group, row + r, col + q}, group * filters_ + first, sum);
+          kernels_.sum[tile_rows - 1][tile_cols - 1](sum);
           sums += (last - first) * tile_rows * tile_cols * kernels_.lanes;
         }
-        if (ends) {
+        if (ends && !direct_) {
           unpack(inputs, output, lanes, {lane_group, row + r, col}, r, group * filters_ + first, last - first,
                  tile_rows, cols, row_of_tiles);
         }
@@ -512,6 +515,20 @@ class NonzerosStep final : public Step {
     int64_t lane_group, row, col;
     int64_t in(const Planes& p) const { return lane_group * p.image_stride + row * p.pitch + col * p.grid.lanes(); }
   };
+
+  // The sums of a tile that is at `at`, and of filters from `filter` on, go to y at once.
+  void to_lanes(std::span<const void* const> inputs, float* output, const At& at, int64_t filter,
+                kernels::NonzerosSumArgs& sum) const {
+    sum.y = output + filter * y_.channel_stride + at.in(y_);
+    sum.filter_stride = y_.channel_stride;
+    sum.y_row_stride = y_.pitch;
+    sum.low = epilogue_.low;
+    sum.high = epilogue_.high;
+    if (!epilogue_.residual) return;
+    sum.residual = static_cast<const float*>(inputs[1]) + filter * residual_.channel_stride + at.in(residual_);
+    sum.residual_filter_stride = residual_.channel_stride;
+    sum.residual_row_stride = residual_.pitch;
+  }
 
   // row: within the block.
   void unpack(std::span<const void* const> inputs, float* output, const Lanes& lanes, const At& at, int64_t row,
@@ -557,6 +574,7 @@ class NonzerosStep final : public Step {
   Axis axis_[2];
   int64_t row_stride_ = 0, channel_stride_ = 0, patch_floats_ = 0, sum_floats_ = 0;
   bool x_features_ = false, y_features_ = false;
+  bool direct_ = false;            // whether sums go to y without a stop: in lanes, and with no curve
   std::vector<Nonzero> nonzeros_;  // chunk after chunk, filter after filter in the order of filter_shift_
   std::vector<int32_t> begin_, feature_place_;
   std::vector<int32_t> filter_shift_;

@@ -87,6 +87,7 @@ struct Work {
   Place x, b, y;
   std::vector<float> scale, shift;  // of kAffine
   Epilogue epilogue;
+  std::vector<int64_t> channels;  // of kCopy: those that are wanted, ascending; empty: all
 };
 
 class ElementStep final : public Step {
@@ -102,10 +103,18 @@ class ElementStep final : public Step {
     operands_ = {x, b, y, s};
     std::copy(w_.sizes, w_.sizes + 3, sizes_);
     const bool plain = w_.op == RowOp::kCopy && Epilogue{} == w_.epilogue;
-    collapse();
+    // Only rows of pixels can be left out: elsewhere each line that is read has all channels.
+    const int inner = sizes_[2] > 1 ? 2 : 1;
+    if (sizes_[inner] == 1 || X().strides[inner] != 1 || Y().strides[inner] != 1) w_.channels.clear();
+    if (w_.channels.empty()) {
+      collapse(0);
+    } else {
+      sizes_[0] = static_cast<int64_t>(w_.channels.size());
+      collapse(1);
+    }
     const int xi = kernels::dtype_index(w_.x.dtype), yi = kernels::dtype_index(w_.y.dtype);
     const bool rows = (sizes_[2] == 1 || (X().strides[2] == 1 && Y().strides[2] == 1)) && B().strides[2] <= 1;
-    if (!rows && plain && sizes_[0] * sizes_[1] > 1) {
+    if (!rows && plain && w_.channels.empty() && sizes_[0] * sizes_[1] > 1) {
       // A dimension in which x is contiguous and another in which y is.
       for (int i = 0; i < 2; ++i) {
         if (X().strides[i] == 1 && Y().strides[2] == 1) plan_transpose(i, 2);
@@ -121,8 +130,9 @@ class ElementStep final : public Step {
       if (!rows) way_ = Way::kSlow;
       if (w_.op == RowOp::kMultiply && B().strides[2] == 0 && sizes_[2] > 1) w_.op = RowOp::kGate;
       if (w_.op == RowOp::kAffine && operands_[3].strides[2] == 1 && sizes_[2] > 1) w_.op = RowOp::kAffines;
-      kernel_ = way_ == Way::kSlow ? kernels_.rows[static_cast<int>(w_.op)][0][0]
-                                   : kernels_.rows[static_cast<int>(w_.op)][xi][yi];
+      kernel_ = way_ == Way::kSlow            ? kernels_.rows[static_cast<int>(w_.op)][0][0]
+                : plain && xi == yi && xi < 2 ? kernels_.move[xi]
+                                              : kernels_.rows[static_cast<int>(w_.op)][xi][yi];
     }
   }
 
@@ -160,22 +170,23 @@ class ElementStep final : public Step {
   const Operand& B() const { return operands_[1]; }
   const Operand& Y() const { return operands_[2]; }
 
-  // Drops dimensions of size one and merges neighbours, so that the last is as long as it can be.
-  void collapse() {
-    int n = 0;
-    for (int i = 0; i < 3; ++i) {
+  // Drops dimensions of size one and merges neighbours, so that the last is as long as it can be; those from `first`
+  // on.
+  void collapse(int first) {
+    int n = first;
+    for (int i = first; i < 3; ++i) {
       if (sizes_[i] == 1) continue;
       const auto merges = [&](const Operand& o) { return o.strides[n - 1] == o.strides[i] * sizes_[i]; };
-      const bool merge =
-          n > 0 && std::all_of(operands_.begin(), operands_.end(), merges) && sizes_[n - 1] * sizes_[i] <= kLongestRow;
+      const bool merge = n > first && std::all_of(operands_.begin(), operands_.end(), merges) &&
+                         sizes_[n - 1] * sizes_[i] <= kLongestRow;
       const int64_t size = merge ? sizes_[n - 1] * sizes_[i] : sizes_[i];
       if (!merge) ++n;
       sizes_[n - 1] = size;
       for (Operand& o : operands_) o.strides[n - 1] = o.strides[i];
     }
-    for (int i = 2; i >= 0; --i, --n) {
-      sizes_[i] = n > 0 ? sizes_[n - 1] : 1;
-      for (Operand& o : operands_) o.strides[i] = n > 0 ? o.strides[n - 1] : 0;
+    for (int i = 2; i >= first; --i, --n) {
+      sizes_[i] = n > first ? sizes_[n - 1] : 1;
+      for (Operand& o : operands_) o.strides[i] = n > first ? o.strides[n - 1] : 0;
     }
   }
 
@@ -209,25 +220,27 @@ class ElementStep final : public Step {
     }
   }
 
+  int64_t channel(int64_t i) const { return w_.channels.empty() ? i : w_.channels[static_cast<size_t>(i)]; }
+
   void run_rows(const char* x, const char* b, char* y, int64_t begin, int64_t end) const {
-    for (int64_t u = begin; u < end;) {
-      const int64_t n = u / (sizes_[0] * sizes_[1]), i = u / sizes_[1] % sizes_[0], j = u % sizes_[1];
+    RowsArgs a;
+    a.cols = sizes_[2];
+    a.x_stride = X().strides[1];
+    a.b_stride = B().strides[1];
+    a.y_stride = Y().strides[1];
+    a.scale_stride = operands_[3].strides[1];
+    a.epilogue = w_.epilogue;
+    const int64_t plane = begin / sizes_[1];
+    int64_t n = plane / sizes_[0], i = plane % sizes_[0], j = begin % sizes_[1];
+    for (int64_t u = begin; u < end; u += a.rows) {
       const auto at = [&](const Operand& o, int64_t image_stride) {
-        return o.offset + n * image_stride + i * o.strides[0] + j * o.strides[1];
+        return o.offset + n * image_stride + channel(i) * o.strides[0] + j * o.strides[1];
       };
-      RowsArgs a;
       a.rows = std::min(sizes_[1] - j, end - u);
-      a.cols = sizes_[2];
-      a.x_stride = X().strides[1];
-      a.b_stride = B().strides[1];
-      a.y_stride = Y().strides[1];
-      a.scale_stride = operands_[3].strides[1];
-      a.epilogue = w_.epilogue;
       if (!w_.scale.empty()) {
         a.scale = w_.scale.data() + at(operands_[3], 0);
         a.shift = w_.shift.data() + at(operands_[3], 0);
       }
-      u += a.rows;
       const int64_t xo = at(X(), w_.x.strides[0]), bo = at(B(), w_.b.strides[0]), yo = at(Y(), w_.y.strides[0]);
       if (way_ == Way::kSlow) {
         run_slow(a, x, b, y, xo, bo, yo);
@@ -237,6 +250,8 @@ class ElementStep final : public Step {
         a.y = const_cast<char*>(moved(y, w_.y.dtype, yo));
         kernel_(a);
       }
+      j = 0;
+      if (++i == sizes_[0]) i = 0, ++n;
     }
   }
 
@@ -283,29 +298,9 @@ Work work(RowOp op, const Planes& sizes, Place x, Place y, const Epilogue& epilo
           .y = y,
           .scale = {},
           .shift = {},
-          .epilogue = epilogue};
+          .epilogue = epilogue,
+          .channels = {}};
 }
-
-// Runs of channels, one after the other, each a step of its own.
-class PartsStep final : public Step {
- public:
-  PartsStep(std::vector<std::unique_ptr<Step>> parts, int64_t elements)
-      : parts_(std::move(parts)), elements_(elements) {}
-
-  void run(std::span<const void* const> inputs, void* output, int64_t images, Parallel& parallel) const override {
-    split(parallel, static_cast<int64_t>(parts_.size()), images * elements_, kSerialElements,
-          [&](int64_t begin, int64_t end) {
-            Serial serial;
-            for (int64_t i = begin; i < end; ++i) parts_[static_cast<size_t>(i)]->run(inputs, output, images, serial);
-          });
-  }
-
-  std::string kernel() const override { return parts_.front()->kernel(); }
-
- private:
-  std::vector<std::unique_ptr<Step>> parts_;
-  int64_t elements_;  // of an image
-};
 
 }  // namespace
 
@@ -314,22 +309,12 @@ std::unique_ptr<Step> import_step(const TensorView& x, const Planes& y, Isa isa,
   const Place from = place(op, "x", x), to = place(y);
   check_sizes(op, "x", x, y);
   check_dtype(op, "y", y.dtype);
-  if (channels.empty()) return std::make_unique<ElementStep>(work(RowOp::kCopy, y, from, to), isa);
-  std::vector<std::unique_ptr<Step>> parts;
-  for (size_t i = 0; i < channels.size();) {
-    const size_t first = i++;
-    while (i < channels.size() && channels[i] == channels[i - 1] + 1) ++i;
-    SADMM_CHECK(channels[first] >= 0 && channels[i - 1] < y.channels, op, ": channels got ", channels[first], " to ",
-                channels[i - 1], ", wanted 0 to ", y.channels - 1);
-    Planes some = y;
-    some.channels = static_cast<int64_t>(i - first);
-    Place a = from, b = to;
-    a.offset += channels[first] * a.strides[1];
-    b.offset += channels[first] * b.strides[1];
-    parts.push_back(std::make_unique<ElementStep>(work(RowOp::kCopy, some, a, b), isa));
+  for (const int64_t c : channels) {
+    SADMM_CHECK(c >= 0 && c < y.channels, op, ": channels got ", c, ", wanted 0 to ", y.channels - 1);
   }
-  const auto count = static_cast<int64_t>(channels.size());
-  return std::make_unique<PartsStep>(std::move(parts), count * y.height * y.width);
+  Work w = work(RowOp::kCopy, y, from, to);
+  w.channels = channels;
+  return std::make_unique<ElementStep>(std::move(w), isa);
 }
 
 std::unique_ptr<Step> export_step(const Planes& x, const TensorView& y, int64_t images, Isa isa) {

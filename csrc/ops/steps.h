@@ -15,7 +15,7 @@
 namespace structadmm {
 
 // A user's tensor [N, C, H, W] or [N, C] (any strides in elements, f32 or bf16 or f16) into planes, converted.
-// channels: those that are wanted, ascending; the others of y are not written. Empty: all.
+// channels: those that are wanted, ascending; the others of y may be left as they are. Empty: all.
 std::unique_ptr<Step> import_step(const TensorView& x, const Planes& y, Isa isa,
                                   const std::vector<int64_t>& channels = {});
 

@@ -61,8 +61,9 @@ bool can_rest(const kernels::GemmCompact& k, const CutSize& size) {
          size.rest <= std::min({k.pixels[0][0], k.pixels[1][0], k.pixels[2][0]});
 }
 
-// Of a panel and tap.
-double cycles_of_rest(const kernels::GemmCompact& k, int pixels) {
+// Of a panel and tap. shared: where each panel has taps of its own.
+double cycles_of_rest(const kernels::GemmCompact& k, int pixels, bool shared) {
+  if (pixels == 1 && !shared && k.one_pixel_kernel[0]) return k.one_pixel_cycles;
   return std::max(k.rest_cycles[0], k.rest_cycles[1] * pixels);
 }
 
@@ -83,7 +84,8 @@ PanelCost panel_costs(const kernels::GemmCompact& k, int64_t filters, const CutS
   PanelCost cost{over_tiles(size.vectors, k.nr[0], tile) + stores, kNever};
   if (can_rest(k, size)) {
     cost.rest = over_tiles(size.vectors - 1, k.nr[0], tile) + stores +
-                taps * (cycles_of_rest(k, size.rest) * calls + collect) + parts * kRestCall * calls + k.copy_cycles;
+                taps * (cycles_of_rest(k, size.rest, false) * calls + collect) + parts * kRestCall * calls +
+                k.copy_cycles;
   }
   return cost;
 }
@@ -104,7 +106,7 @@ PanelCost shared_costs(const kernels::GemmCompact& k, const Packed& packed, cons
   if (can_rest(k, size)) {
     cost.rest = over_tiles(size.vectors - 1, k.nr[0], tile) + stores + collect;
     for (const Panel& p : packed.panels) {
-      cost.rest += cycles_of_rest(k, size.rest) * static_cast<double>(p.n_taps) + parts * kRestCall;
+      cost.rest += cycles_of_rest(k, size.rest, true) * static_cast<double>(p.n_taps) + parts * kRestCall;
     }
   }
   return cost;

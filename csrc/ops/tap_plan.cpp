@@ -20,6 +20,8 @@ using Tile = PixelTiles::Tile;
 
 constexpr int64_t kMaxPeriod = 16;         // images in one table of tiles
 constexpr int64_t kFarImage = 256 * 1024;  // floats of x, from which on kernels that read its planes were slower
+// Likewise, taps of a panel: a tile's pixels at all of them have left L1 when its next four filters want them.
+constexpr double kManyTaps = 192;
 
 // The taps of the first panel, or of all of them; `most` in a part.
 Collection collect_taps(const Packed& packed, std::span<const Panel> panels, int64_t most, const auto& offset_of) {
@@ -126,11 +128,15 @@ class Chooser {
   double masks(const CutSize& size, double taps) const {
     return edges_ ? k_.mask_cycles[static_cast<int>(size.reads)] * static_cast<double>(size.vectors) * taps : 0;
   }
-  // What pixels kernels, or the panel kernel on the planes, take longer where each tap is a page, or x large.
-  double slower() const {
+  // What pixels kernels, or the panel kernel on the planes, take longer where each tap is a page, or x large, or the
+  // taps of a panel many.
+  double slower(int width, double taps) const {
     const Planes& x = plan_.planes.x;
     const int64_t floats = static_cast<int64_t>(packed_.channels.size()) * x.height * x.width;
-    return plan_.pointwise() ? k_.pointwise : floats > kFarImage ? k_.far : 1.0;
+    return plan_.pointwise()               ? k_.pointwise
+           : floats > kFarImage            ? k_.far
+           : width > 4 && taps > kManyTaps ? k_.many
+                                           : 1.0;
   }
   int64_t offset_of(const kernels::Tap& t) const {
     return t.channel * plan_.planes.x.channel_stride + plan_.position[t.position];
@@ -170,7 +176,7 @@ class Chooser {
 
   void choose_cuts() {
     const auto by_pixels = [&](const CutSize& size, int window) {
-      return pixels_cost(k_, 8, size, window, mean_taps_, slower());
+      return pixels_cost(k_, 8, size, window, mean_taps_, slower(4, mean_taps_));
     };
     const bool gather = k_.gather > 0 && (g_.stride[1] != 1 || plan_.planes.y.width < 4 * k_.lanes);
     if (!edges_) pixels_ = gather ? cheapest({1, 2}, by_pixels) : cheapest({1}, by_pixels);
@@ -203,7 +209,7 @@ class Chooser {
       const double by_filters = filters_cost(k_, kernels::width_class(width), nv, filters_period_ * outputs(), taps) /
                                 static_cast<double>(filters_period_);
       const double by_pixels = pixels_.of_image(
-          [&] { return pieces * pixels_cost(k_, width, pixels_.size, pixels_.cut.window, taps, slower()); });
+          [&] { return pieces * pixels_cost(k_, width, pixels_.size, pixels_.cut.window, taps, slower(width, taps)); });
       if (by_filters <= nv * by_pixels) {
         jobs.push_back({By::kFilters, p, nv});
         cost += by_filters;

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "base/ahead.h"
 #include "base/check.h"
 #include "base/div_up.h"
 #include "base/scratch.h"
@@ -264,27 +265,41 @@ void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const
   }
 }
 
-// As a panel kernel does, but pixel by pixel, for the `pixels` first lanes of a copy of one vector. offset: of the taps
-// in it.
-void multiply_rest(const TapPlan& plan, int width, int pixels, const int64_t* offset, const PanelArgs& a) {
+// Panels of one width that follow one another, and how far apart their weights are.
+struct Together {
+  int width, panels = 1;
+  int64_t apart = 0;
+};
+
+// As a panel kernel does, but pixel by pixel, for the `pixels` first lanes of a copy of one vector; a.filters: of all
+// panels. offset: of the taps in it.
+void multiply_rest(const TapPlan& plan, const Together& t, int pixels, const int64_t* offset, const PanelArgs& a) {
   static constexpr int32_t kPixel[kernels::kMaxPixels] = {0, 1, 2, 3, 4, 5, 6, 7};
   const GemmCompact& k = *plan.kernels;
-  k.filters_kernel[kernels::width_class(width)][0][pixels - 1]({.x = a.copy,
-                                                                .offset = offset,
-                                                                .n_taps = a.n_taps,
-                                                                .w = a.w,
-                                                                .panel_stride = 0,
-                                                                .start = a.bias ? a.bias : a.sums,
-                                                                .start_stride = a.bias ? 0 : width,
-                                                                .filters = a.filters,
-                                                                .pixel = kPixel,
-                                                                .row = nullptr,
-                                                                .sums = a.sums,
-                                                                .sums_stride = width,
-                                                                .out = {}});
+  const int64_t sums_stride = t.width * t.panels;
+  const auto kernel =
+      t.panels > 1 ? k.one_pixel_kernel[t.panels - 1] : k.filters_kernel[kernels::width_class(t.width)][0][pixels - 1];
+  kernel({.x = a.copy,
+          .offset = offset,
+          .n_taps = a.n_taps,
+          .w = a.w,
+          .panel_stride = t.apart,
+          .start = a.bias ? a.bias : a.sums,
+          .start_stride = a.bias ? 0 : sums_stride,
+          .filters = a.filters,
+          .pixel = kPixel,
+          .row = nullptr,
+          .sums = a.sums,
+          .sums_stride = sums_stride,
+          .out = {}});
   if (!a.last) return;
   const kernels::StoreRange stores{a.vectors->first_store, a.vectors->stores};
-  k.spread({.sums = a.sums, .sums_stride = width, .filters = a.filters, .vectors = 1, .stores = &stores, .out = a.out});
+  k.spread({.sums = a.sums,
+            .sums_stride = sums_stride,
+            .filters = a.filters,
+            .vectors = 1,
+            .stores = &stores,
+            .out = a.out});
 }
 
 // Unit u is panel u % job.panels of tile u / job.panels. The taps go in parts: x at those of a part and the pixels of
@@ -358,23 +373,27 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
         for (int64_t i = 0; i < n; ++i) collect(i, begin, end);
       }
       a.last = part == c.count() - 1;
+      // Whether the pixels left over of tile i are multiplied for panel j with those for the next.
+      const auto joins = [&](int64_t j, int64_t i) {
+        const auto wide = [&](int64_t panel) { return packed.panels[job.panel + panel].width == kernels::kMaxPanel; };
+        return !shared && at[i].rest == 1 && k.one_pixel_kernel[0] && (j + 1 - from) % kernels::kMaxPanels != 0 &&
+               j + 1 < to && wide(j) && wide(j + 1);
+      };
       const auto run = [&](int64_t j, int64_t i) {
-        if (at[i].some.count == 0) return;
-        const Panel& p = packed.panels[job.panel + j];
-        const auto [begin, end] = own(j, part);
+        if (at[i].some.count == 0 || joins(j, i)) return;
+        int64_t first = j;
+        while (first > from && joins(first - 1, i)) --first;
+        const Panel& p = packed.panels[job.panel + first];
+        const Panel& last = packed.panels[job.panel + j];
+        const auto [begin, end] = own(first, part);
         a.copy = copies + i * copy_floats;
         a.slot = shared ? c.slot.data() + begin : nullptr;
         a.n_taps = end - begin;
-        a.w = weights(j, begin);
+        a.w = weights(first, begin);
         a.w_stride = p.width;
-        a.filters = p.filters;
+        a.filters = last.first_filter + last.filters - p.first_filter;
         a.bias = part == 0 ? packed.bias + p.first_filter : nullptr;
-        a.sums = sums + (i * job.panels + j) * panel_floats;
-        a.next = nullptr;
-        // By the last tile that takes long enough.
-        const int64_t fetches = n > 1 && at[n - 1].rest > 0 ? n - 2 : n - 1;
-        if (i == fetches || shared)
-          a.next = j + 1 < to ? weights(j + 1, own(j + 1, part).first) : weights(from, own(from, part).second);
+        a.sums = sums + (i * job.panels + first) * panel_floats;
         a.vectors = at[i].some.vectors;
         a.out.y = out.y + p.first_filter * out.y_stride + at[i].image * plan.planes.y.image_stride;
         if (out.residual) {
@@ -383,10 +402,19 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
         }
         a.out.images = static_cast<int>(at[i].images);
         if (at[i].rest > 0) {
-          multiply_rest(plan, p.width, at[i].rest, plan.rest_offset.data() + (shared ? begin : 0), a);
-        } else {
-          kernel[at[i].some.count - 1](a);
+          const Together t{p.width, static_cast<int>(j - first + 1),
+                           j > first ? packed.panels[job.panel + first + 1].weight - p.weight : 0};
+          multiply_rest(plan, t, at[i].rest, plan.rest_offset.data() + (shared ? begin : 0), a);
+          return;
         }
+        // By the last tile that takes long enough.
+        const int64_t fetches = n > 1 && at[n - 1].rest > 0 ? n - 2 : n - 1;
+        if (i == fetches || shared) {
+          a.next = j + 1 < to ? weights(j + 1, own(j + 1, part).first) : weights(from, own(from, part).second);
+        } else {
+          a.next = static_cast<const float*>(fetch_ahead.take(4 * p.filters * a.n_taps));
+        }
+        kernel[at[i].some.count - 1](a);
       };
       // All tiles read a panel's weights from L1; of blocks, whose weights are less than the copy they share, all
       // panels read the copy.

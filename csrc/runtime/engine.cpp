@@ -13,6 +13,7 @@
 #include <new>
 #include <utility>
 
+#include "base/ahead.h"
 #include "base/check.h"
 #include "runtime/fuse.h"
 #include "runtime/planner.h"
@@ -275,6 +276,14 @@ struct Call {
     return base + o.offset + image * o.image_bytes;
   }
 
+  // What the stage's import reads of the images from `image` on, as many as a chunk has; empty where there is none.
+  Ahead next_chunk(const Stage& stage, int64_t image, int64_t end) const {
+    const PlannedStep& s = stage.steps.front();
+    if (!s.imports || image >= end) return {};
+    const std::byte* const at = find(s.inputs[0], image, 0);
+    return {at, at + std::min(stage.images, end - image) * s.inputs[0].image_bytes};
+  }
+
   void step(const PlannedStep& s, int64_t image, int64_t images, int thread, Parallel& parallel) const {
     const void* inputs[kMaxOperands];
     for (size_t i = 0; i < s.inputs.size(); ++i) inputs[i] = find(s.inputs[i], image, thread);
@@ -294,7 +303,11 @@ void run_stage(const Stage& stage, const Plan& plan, const Call& call, Parallel&
   const auto chunks = [&](Share share, int thread, Parallel& p) {
     for (int64_t i = share.begin; i < share.end; i += stage.images) {
       const int64_t images = std::min(stage.images, share.end - i);
-      for (const PlannedStep& s : stage.steps) call.step(s, i, images, thread, p);
+      const Ahead next = call.next_chunk(stage, i + stage.images, share.end);
+      for (const PlannedStep& s : stage.steps) {
+        fetch_ahead = &s == &stage.steps.back() ? next : Ahead{};
+        call.step(s, i, images, thread, p);
+      }
     }
   };
   if (plan.threads > 1 && plan.batch >= plan.threads) {
@@ -404,7 +417,9 @@ std::vector<double> Engine::profile(std::span<const TensorView> inputs, std::spa
       seconds.resize(first + stage.steps.size(), 0.0);
       for (int64_t i = 0; i < plan.batch; i += stage.images) {
         const int64_t images = std::min(stage.images, plan.batch - i);
+        const Ahead next = call.next_chunk(stage, i + stage.images, plan.batch);
         for (size_t s = 0; s < stage.steps.size(); ++s) {
+          fetch_ahead = s + 1 == stage.steps.size() ? next : Ahead{};
           const auto start = Clock::now();
           call.step(stage.steps[s], i, images, 0, parallel);
           seconds[first + s] += std::chrono::duration<double>(Clock::now() - start).count();

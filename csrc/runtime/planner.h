@@ -38,7 +38,8 @@ struct PlannedStep {
   std::unique_ptr<Step> step;
   std::vector<Operand> inputs;
   Operand output;
-  int64_t bytes = 0;  // of the values read and written per image
+  int64_t bytes = 0;     // of the values read and written per image
+  bool imports = false;  // so much of the caller's images that they are worth fetching as a whole
 };
 
 struct Stage {

@@ -183,6 +183,7 @@ def _conv_out(
 _conv2d_packed = _ops.conv2d_packed.default
 _linear_packed = _ops.linear_packed.default
 run_segment_op = _ops.run_segment.default
+run_segment_1_op = _ops.run_segment_1.default  # (x, program, whether its values are bf16): for eager calls alone
 
 
 @_value_errors

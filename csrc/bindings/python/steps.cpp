@@ -141,10 +141,11 @@ class Door {
     isa_ = *found;
   }
 
-  py::array_t<float> import_tensor(const py::array& x, std::array<int64_t, 3> sizes) {
+  py::array_t<float> import_tensor(const py::array& x, std::array<int64_t, 3> sizes,
+                                   const std::vector<int64_t>& channels) {
     const TensorView v = tensor_of("x", x, false);
     Memory y = output(v.sizes[0], sizes);
-    const auto step = import_step(v, y.planes, isa_);
+    const auto step = import_step(v, y.planes, isa_, channels);
     return go(*step, {v.data}, y);
   }
 
@@ -328,7 +329,7 @@ void bind_steps(py::module_& m) {
       .def_readonly("kernel", &Door::kernel)
       .def_readwrite("repeats", &Door::repeats, "How often a step runs again, timed into times.")
       .def_readwrite("times", &Door::times)
-      .def("import_tensor", &Door::import_tensor, arg("x"), arg("sizes"))
+      .def("import_tensor", &Door::import_tensor, arg("x"), arg("sizes"), arg("channels") = std::vector<int64_t>{})
       .def("export_tensor", &Door::export_tensor, arg("x"), arg("y"))
       .def("copy", &Door::copy, arg("x"), arg("residual") = py::none(), arg("epilogue") = py::dict(),
            arg("in_place") = false)

@@ -217,15 +217,33 @@ std::vector<Tensor> run_segment(std::vector<Tensor> inputs, Tensor program, std:
   return outputs;
 }
 
+// As run_segment with one input and one output, in half the time: no lists and no strings are made.
+Tensor run_segment_1(Tensor x, Tensor program, bool bf16) {
+  static const std::string dtypes[]{"float32", "bfloat16"};
+  Found& found = find(bytes_of(program), dtypes[bf16]);
+  const TensorView in[]{view_of(kOp, "input", x)};
+  const auto& sizes = output_sizes(found, in);
+  SADMM_CHECK(sizes.size() == 1, kOp, ": program got ", sizes.size(), " outputs, wanted one");
+  Tensor y = empty(sizes[0], in[0].dtype);
+  const TensorView out[]{view_of(kOp, "output", y)};
+  const auto segment = found.segment;
+  TorchParallel parallel;
+  segment->engine.run(in, out, parallel);
+  return y;
+}
+
 }  // namespace
 
-// shapes is for tracers alone (structadmm/ops.py): they have no bytes to look at.
+// shapes is for tracers alone (structadmm/ops.py): they have no bytes to look at. run_segment_1 is for eager calls
+// alone.
 STABLE_TORCH_LIBRARY_FRAGMENT(structadmm, m) {
   m.def("run_segment(Tensor[] inputs, Tensor program, str dtype, str shapes) -> Tensor[]");
+  m.def("run_segment_1(Tensor x, Tensor program, bool bf16) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(structadmm, CPU, m) {
   m.impl("run_segment", TORCH_BOX(&run_segment));
+  m.impl("run_segment_1", TORCH_BOX(&run_segment_1));
 }
 
 }  // namespace structadmm::bindings

@@ -10,7 +10,7 @@
 //   gather   the same from planes in lanes (ops/planes.h): copies of vectors, lanes moved where rectangles end
 //   sum      one tile of rows x columns vectors in registers, over the nonzeros of a chunk of channels, all filters
 //   unpack   sums of tiles back to planes, through the epilogue
-//   finish   the same to planes in lanes
+//   finish   the same to planes in lanes; where the epilogue is no curve, and the residual in lanes too, sum does it
 //
 // Every output is one chain of multiply-adds over its filter's nonzeros in order, begun with the bias. Patches and sums
 // are aligned to vectors; planes need no alignment, and nothing is read or written of them but what the arguments name.
@@ -48,6 +48,13 @@ struct NonzerosSumArgs {
   int64_t filters;
   const float* bias;  // [filters], or null: `sums` go on
   float* sums;        // [filters][rows][cols][lanes]
+  // If given, the sums are whole and do not go to `sums`, but with what residual has there, clamped, to planes in
+  // lanes.
+  float* y = nullptr;
+  const float* residual = nullptr;
+  int64_t filter_stride = 0, y_row_stride = 0;
+  int64_t residual_filter_stride = 0, residual_row_stride = 0;
+  float low = 0, high = 0;
 };
 
 struct NonzerosPackArgs {

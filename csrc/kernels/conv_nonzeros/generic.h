@@ -63,6 +63,25 @@ inline void sum_filters(const NonzerosSumArgs& a, int64_t first) {
       multiply_add<V, R, Q>(a.patch + at[m]->offset, a.row_stride, at[m]->weight, acc[m]);
     }
   }
+  if (a.y) {
+    const typename V::Reg low = V::broadcast(a.low), high = V::broadcast(a.high);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      float* y = a.y + filter[m] * a.filter_stride;
+      const float* residual = a.residual ? a.residual + filter[m] * a.residual_filter_stride : nullptr;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r, y += a.y_row_stride) {
+#pragma GCC unroll 8
+        for (int q = 0; q < Q; ++q) {
+          typename V::Reg sum = acc[m][r][q];
+          if (residual) sum = V::add(sum, V::load(residual + q * V::kLanes));
+          V::store(y + q * V::kLanes, V::clamp(sum, low, high));
+        }
+        if (residual) residual += a.residual_row_stride;
+      }
+    }
+    return;
+  }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8

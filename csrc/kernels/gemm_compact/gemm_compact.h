@@ -122,7 +122,7 @@ struct PanelArgs {
   float* sums = nullptr;  // [width of the panel][NR][lanes], of which a kernel may write all
   bool last = true;       // whether the sums are whole and go to y; otherwise to `sums`
   // If given, filters * n_taps floats from here on are fetched meanwhile, but perhaps the last: the weights of the next
-  // call.
+  // call, or what the next step reads.
   const float* next = nullptr;
   const PixelVector* vectors;
   Output out;
@@ -190,6 +190,7 @@ struct GemmCompact {
   double tile_cycles = 35;                                  // of a vector, besides the taps: pixels kernels only
   double pointwise = 1;                                     // what 1x1 multiplies pixels_cycles by: each tap is a page
   double far = 1;                                           // what others do where an image of x exceeds 1 MiB
+  double many = 1;                                          // and where a panel of more than 4 filters has many taps
   PixelsKernel pixels_kernel[2][3][kMaxVectors];            // [gather][width class][NR - 1]
   FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]
   int panel_rows[kMaxVectors] = {};                         // filters at a time: [NR - 1]
@@ -203,6 +204,10 @@ struct GemmCompact {
   // Of a tap by a filters kernel from a copy, for pixels that fill no vector: at least (a chain of multiply-adds waits
   // for itself), and of each pixel. 0: not measured, and such pixels are a vector.
   double rest_cycles[2] = {};
+  // Where such a pixel is alone (maps of odd sides, by eights) and panels 16 wide follow one another, several go
+  // together, as many chains: [NV - 1], and cycles of a tap and panel then. Null: each by itself.
+  FiltersKernel one_pixel_kernel[kMaxPanels] = {};
+  double one_pixel_cycles = 0;
   double slots = 1;                                       // what From::kSlots multiplies panel_cycles by
   CollectKernel collect[kReads][kMaxVectors] = {};        // [Reads][NR - 1]
   CollectKernel collect_edges[kReads][kMaxVectors] = {};  // the same of planes with Edges

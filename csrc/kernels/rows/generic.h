@@ -48,6 +48,23 @@ void rows(const RowsArgs& a) {
   }
 }
 
+// The last vector of a row overlaps the one before; rows shorter than a vector take half of one.
+template <class T, int kW>
+void move_rows(const RowsArgs& a) {
+  if constexpr (kW > 1) {
+    if (a.cols < kW) return move_rows<T, kW / 2>(a);
+  }
+  using V [[gnu::vector_size(kW * sizeof(T)), gnu::aligned(alignof(T)), gnu::may_alias]] = T;
+  const int64_t whole = a.cols / kW * kW, last = a.cols - kW;
+  const T* x = static_cast<const T*>(a.x);
+  T* y = static_cast<T*>(a.y);
+  for (int64_t r = 0; r < a.rows; ++r, x += a.x_stride, y += a.y_stride) {
+    const auto move = [&](int64_t i) { *reinterpret_cast<V*>(y + i) = *reinterpret_cast<const V*>(x + i); };
+    for (int64_t i = 0; i < whole; i += kW) move(i);
+    if (whole < a.cols) move(last);
+  }
+}
+
 template <class X, class Y>
 void transpose_rows(const RowsArgs& a) {
   constexpr int kW = Vec::kWidth;
@@ -109,7 +126,9 @@ constexpr void fill(RowsKernels& k, int x, int y) {
   k.rows[5][x][y] = &rows<RowOp::kAffines, X, Y>;
 }
 constexpr RowsKernels make(const char* isa) {
-  RowsKernels k{.isa = isa, .lanes = Vec::kWidth, .rows = {}, .transpose = {}, .split_triples = {}};
+  RowsKernels k{.isa = isa, .lanes = Vec::kWidth, .rows = {}, .move = {}, .transpose = {}, .split_triples = {}};
+  k.move[0] = &move_rows<uint32_t, Vec::kWidth>;
+  k.move[1] = &move_rows<uint16_t, Vec::kWidth>;
   fill<float, float>(k, 0, 0);
   fill<float, Bf16>(k, 0, 1);
   fill<Bf16, float>(k, 1, 0);

@@ -43,6 +43,7 @@ struct RowsKernels {
   const char* isa;
   int lanes;
   RowsKernel rows[kRowOps][3][3];  // [op][x][y]
+  RowsKernel move[2];              // kCopy of f32 to f32, bf16 to bf16, without an epilogue
   RowsKernel transpose[3][3], split_triples[3][3];
 };
 
