@@ -20,7 +20,8 @@ using Tile = PixelTiles::Tile;
 
 constexpr int64_t kMaxPeriod = 16;         // images in one table of tiles
 constexpr int64_t kFarImage = 256 * 1024;  // floats of x, from which on kernels that read its planes were slower
-// Likewise, taps of a panel: a tile's pixels at all of them have left L1 when its next four filters want them.
+// Likewise, taps of a panel, where rows are short and fill no vectors: a tile's pixels at all of them have left L1 when
+// its next four filters want them.
 constexpr double kManyTaps = 192;
 
 // The taps of the first panel, or of all of them; `most` in a part.
@@ -133,10 +134,9 @@ class Chooser {
   double slower(int width, double taps) const {
     const Planes& x = plan_.planes.x;
     const int64_t floats = static_cast<int64_t>(packed_.channels.size()) * x.height * x.width;
-    return plan_.pointwise()               ? k_.pointwise
-           : floats > kFarImage            ? k_.far
-           : width > 4 && taps > kManyTaps ? k_.many
-                                           : 1.0;
+    const int64_t row = plan_.planes.y.width;
+    const bool many = width > 4 && taps > kManyTaps && row < 2 * k_.lanes && row % k_.lanes != 0;
+    return plan_.pointwise() ? k_.pointwise : floats > kFarImage ? k_.far : many ? k_.many : 1.0;
   }
   int64_t offset_of(const kernels::Tap& t) const {
     return t.channel * plan_.planes.x.channel_stride + plan_.position[t.position];
