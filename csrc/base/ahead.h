@@ -1,7 +1,4 @@
 // What is read from beyond the caches once a step is done: a step that is bound by arithmetic fetches it meanwhile.
-//
-// (A copy of 16 images between convolutions, each of which leaves nothing of the next image in the caches, was an
-// eighth of their time, and is a twelfth.)
 #pragma once
 
 #include <cstddef>

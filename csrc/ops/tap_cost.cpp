@@ -63,7 +63,7 @@ bool can_rest(const kernels::GemmCompact& k, const CutSize& size) {
 
 // Of a panel and tap. shared: where each panel has taps of its own.
 double cycles_of_rest(const kernels::GemmCompact& k, int pixels, bool shared) {
-  if (pixels == 1 && !shared && k.one_pixel_kernel[0]) return k.one_pixel_cycles;
+  if (pixels == 1 && !shared && k.one_pixel_cycles > 0) return k.one_pixel_cycles;
   return std::max(k.rest_cycles[0], k.rest_cycles[1] * pixels);
 }
 

@@ -176,7 +176,7 @@ class Chooser {
 
   void choose_cuts() {
     const auto by_pixels = [&](const CutSize& size, int window) {
-      return pixels_cost(k_, 8, size, window, mean_taps_, slower(4, mean_taps_));
+      return pixels_cost(k_, 8, size, window, mean_taps_, slower(8, mean_taps_));
     };
     const bool gather = k_.gather > 0 && (g_.stride[1] != 1 || plan_.planes.y.width < 4 * k_.lanes);
     if (!edges_) pixels_ = gather ? cheapest({1, 2}, by_pixels) : cheapest({1}, by_pixels);

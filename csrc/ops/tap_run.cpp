@@ -277,8 +277,7 @@ void multiply_rest(const TapPlan& plan, const Together& t, int pixels, const int
   static constexpr int32_t kPixel[kernels::kMaxPixels] = {0, 1, 2, 3, 4, 5, 6, 7};
   const GemmCompact& k = *plan.kernels;
   const int64_t sums_stride = t.width * t.panels;
-  const auto kernel =
-      t.panels > 1 ? k.one_pixel_kernel[t.panels - 1] : k.filters_kernel[kernels::width_class(t.width)][0][pixels - 1];
+  const auto kernel = k.filters_kernel[kernels::width_class(t.width)][t.panels - 1][pixels - 1];
   kernel({.x = a.copy,
           .offset = offset,
           .n_taps = a.n_taps,
@@ -376,7 +375,7 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
       // Whether the pixels left over of tile i are multiplied for panel j with those for the next.
       const auto joins = [&](int64_t j, int64_t i) {
         const auto wide = [&](int64_t panel) { return packed.panels[job.panel + panel].width == kernels::kMaxPanel; };
-        return !shared && at[i].rest == 1 && k.one_pixel_kernel[0] && (j + 1 - from) % kernels::kMaxPanels != 0 &&
+        return !shared && at[i].rest == 1 && k.one_pixel_cycles > 0 && (j + 1 - from) % kernels::kMaxPanels != 0 &&
                j + 1 < to && wide(j) && wide(j + 1);
       };
       const auto run = [&](int64_t j, int64_t i) {

@@ -192,7 +192,7 @@ struct GemmCompact {
   double far = 1;                                           // what others do where an image of x exceeds 1 MiB
   double many = 1;                                          // and where a panel of more than 4 filters has many taps
   PixelsKernel pixels_kernel[2][3][kMaxVectors];            // [gather][width class][NR - 1]
-  FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]
+  FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]; beyond nv for one pixel
   int panel_rows[kMaxVectors] = {};                         // filters at a time: [NR - 1]
   // As pixels_cycles, for 4 filters, from a copy; 0: no panel kernels.
   double panel_cycles[kMaxVectors] = {};
@@ -204,9 +204,8 @@ struct GemmCompact {
   // Of a tap by a filters kernel from a copy, for pixels that fill no vector: at least (a chain of multiply-adds waits
   // for itself), and of each pixel. 0: not measured, and such pixels are a vector.
   double rest_cycles[2] = {};
-  // Where such a pixel is alone (maps of odd sides, by eights) and panels 16 wide follow one another, several go
-  // together, as many chains: [NV - 1], and cycles of a tap and panel then. Null: each by itself.
-  FiltersKernel one_pixel_kernel[kMaxPanels] = {};
+  // Cycles of a tap and panel where such a pixel is alone (maps of odd sides, by eights) and up to kMaxPanels panels 16
+  // wide that follow one another go together, as many chains. 0: each by itself.
   double one_pixel_cycles = 0;
   double slots = 1;                                       // what From::kSlots multiplies panel_cycles by
   CollectKernel collect[kReads][kMaxVectors] = {};        // [Reads][NR - 1]

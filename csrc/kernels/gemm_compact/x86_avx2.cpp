@@ -213,9 +213,7 @@ constexpr GemmCompact make() {
                 .store_cycles = {2, 8},
                 .copy_cycles = 200,
                 .rest_cycles = {4.2, 1.1},
-                .one_pixel_kernel = {&filters<Vec8, 16, 1, 1>, &filters<Vec8, 16, 2, 1>, &filters<Vec8, 16, 3, 1>,
-                                     &filters<Vec8, 16, 4, 1>},
-                .one_pixel_cycles = 2,
+                .one_pixel_cycles = 2.9,
                 .slots = 1.2,
                 .collect = {},
                 .panel_kernel = {},
@@ -225,6 +223,9 @@ constexpr GemmCompact make() {
   fill_panel<From::kSlots>(g);
   fill_panel<From::kPlanes>(g);
   fill_filters<Vec8, 16, 1>(g.filters_kernel[0][0], upto<6>());
+  fill_filters<Vec8, 16, 2>(g.filters_kernel[0][1], upto<1>());
+  fill_filters<Vec8, 16, 3>(g.filters_kernel[0][2], upto<1>());
+  fill_filters<Vec8, 16, 4>(g.filters_kernel[0][3], upto<1>());
   fill_filters<Vec8, 8, 1>(g.filters_kernel[1][0], upto<6>());
   fill_filters<Vec4, 4, 1>(g.filters_kernel[2][0], upto<6>());
   return g;
