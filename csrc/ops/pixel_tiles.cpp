@@ -215,6 +215,11 @@ PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::
         add_to_stores(o, lane, k.lanes, static_cast<size_t>(v.first_store), t.stores);
         v.stores = static_cast<int32_t>(t.stores.size()) - v.first_store;
       });
+  for (kernels::PixelVector& v : t.vectors) {
+    const kernels::PixelStore& s = t.stores[v.first_store];
+    v.y = s.y, v.residual = s.residual, v.lanes = s.lanes, v.image = s.image;
+    v.straight = v.stores == 1 && s.straight ? s.count : 0;
+  }
   t.reads = reads.reads();
   for (int c = 0; c < 3; ++c) {
     const int64_t count = static_cast<int64_t>(t.vectors.size()) - (rest ? 1 : 0);

@@ -1,6 +1,7 @@
 // The running half of ops/tap_plan.h: jobs, strips and tiles, in the order in which caches like them.
 #include <algorithm>
 #include <cstdlib>
+#include <utility>
 
 #include "base/ahead.h"
 #include "base/check.h"
@@ -16,6 +17,7 @@ using kernels::From;
 using kernels::GemmCompact;
 using kernels::Output;
 using kernels::PanelArgs;
+using kernels::PanelTile;
 using kernels::PixelsArgs;
 using By = TapPlan::By;
 using Job = TapPlan::Job;
@@ -80,8 +82,16 @@ struct Some {
 };
 Some there(const PixelTiles& t, const Tile& tile, int64_t images) {
   Some some{t.vectors.data() + tile.first, tile.count};
-  while (some.count > 0 && t.stores[some.vectors[some.count - 1].first_store].image >= images) --some.count;
+  while (some.count > 0 && some.vectors[some.count - 1].image >= images) --some.count;
   return some;
+}
+
+PanelTile tile_of(const TapPlan& plan, const Operands& data, const Some& some, int64_t image, int64_t images) {
+  return {.x = data.x + image * plan.planes.x.image_stride,
+          .vectors = some.vectors,
+          .y = image * plan.planes.y.image_stride,
+          .residual = image * plan.planes.residual.image_stride,
+          .images = static_cast<int>(images)};
 }
 
 int64_t most_taps(const Collection& c) {
@@ -235,34 +245,43 @@ void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const
   }
 }
 
-// As run_pixels, by the panel kernel: all filters of the panel in one call.
+// As run_pixels, by the panel kernel: all filters of the panel in one call, over some tiles of as many vectors.
 void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
   const auto& t = plan.pixels;
   const Panel& panel = packed.panels[job.panel];
   const auto& kernel = plan.kernels->panel_kernel[static_cast<int>(From::kPlanes)];
   const auto& all = t.tiles[kernels::width_class(panel.width)];
   const auto tiles = static_cast<int64_t>(all.size());
-  const Output out = output_of(plan, data, panel.first_filter);
-  PanelArgs a{.offset = plan.offset.data() + panel.first_tap,
+  PanelTile some[kPanelTiles];
+  PanelArgs a{.tiles = some,
+              .offset = plan.offset.data() + panel.first_tap,
               .n_taps = panel.n_taps,
               .w = packed.weights + panel.weight,
               .w_stride = panel.width,
               .filters = panel.filters,
               .bias = packed.bias + panel.first_filter,
-              .vectors = nullptr,
-              .out = out};
+              .out = output_of(plan, data, panel.first_filter)};
   a.out.stores = t.stores.data();
   const float* const behind = a.w + panel.n_taps * panel.width;  // the next panel's weights
-  for (int64_t u = share.begin; u < share.end; ++u) {
-    const int64_t image = u / tiles * t.period, images = std::min(t.period, data.images - image);
-    const auto [vectors, count] = there(t, all[u % tiles], images);
-    if (count == 0) continue;
-    a.vectors = vectors;
-    a.x = data.x + image * plan.planes.x.image_stride;
-    a.next = u + 1 == share.end ? behind : nullptr;
-    to_image(plan, out, image, images, a.out);
-    kernel[count - 1](a);
+  int n = 0, vectors = 0;
+  const auto run = [&](const float* next) {
+    if (n == 0) return;
+    a.n_tiles = n;
+    a.next = next;
+    kernel[vectors - 1](a);
+    n = 0;
+  };
+  for (int64_t u = share.begin, in_image = u % tiles, image = u / tiles * t.period; u < share.end; ++u) {
+    const int64_t images = std::min(t.period, data.images - image);
+    const Some tile = there(t, all[in_image], images);
+    if (tile.count > 0) {
+      if (n == kPanelTiles || tile.count != vectors) run(nullptr);
+      vectors = tile.count;
+      some[n++] = tile_of(plan, data, tile, image, images);
+    }
+    if (++in_image == tiles) in_image = 0, image += t.period;
   }
+  run(behind);
 }
 
 // Panels of one width that follow one another, and how far apart their weights are.
@@ -271,34 +290,40 @@ struct Together {
   int64_t apart = 0;
 };
 
-// As a panel kernel does, but pixel by pixel, for the `pixels` first lanes of a copy of one vector; a.filters: of all
-// panels. offset: of the taps in it.
+// As a panel kernel does with the one tile of `a`, but pixel by pixel, for the `pixels` first lanes of a copy of one
+// vector; a.filters: of all panels. offset: of the taps in it.
 void multiply_rest(const TapPlan& plan, const Together& t, int pixels, const int64_t* offset, const PanelArgs& a) {
   static constexpr int32_t kPixel[kernels::kMaxPixels] = {0, 1, 2, 3, 4, 5, 6, 7};
   const GemmCompact& k = *plan.kernels;
+  const PanelTile& tile = *a.tiles;
   const int64_t sums_stride = t.width * t.panels;
+  float* const sums = tile.sums + a.sums;
   const auto kernel = k.filters_kernel[kernels::width_class(t.width)][t.panels - 1][pixels - 1];
-  kernel({.x = a.copy,
+  kernel({.x = tile.x,
           .offset = offset,
           .n_taps = a.n_taps,
           .w = a.w,
           .panel_stride = t.apart,
-          .start = a.bias ? a.bias : a.sums,
+          .start = a.bias ? a.bias : sums,
           .start_stride = a.bias ? 0 : sums_stride,
           .filters = a.filters,
           .pixel = kPixel,
           .row = nullptr,
-          .sums = a.sums,
+          .sums = sums,
           .sums_stride = sums_stride,
           .out = {}});
   if (!a.last) return;
-  const kernels::StoreRange stores{a.vectors->first_store, a.vectors->stores};
-  k.spread({.sums = a.sums,
+  const kernels::StoreRange stores{tile.vectors->first_store, tile.vectors->stores};
+  Output out = a.out;
+  out.y += tile.y;
+  if (out.residual) out.residual += tile.residual;
+  out.images = tile.images;
+  k.spread({.sums = sums,
             .sums_stride = sums_stride,
             .filters = a.filters,
             .vectors = 1,
             .stores = &stores,
-            .out = a.out});
+            .out = out});
 }
 
 // Unit u is panel u % job.panels of tile u / job.panels. The taps go in parts: x at those of a part and the pixels of
@@ -318,11 +343,13 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
   const int64_t most = shared ? 1 : std::clamp<int64_t>((share.end - share.begin) / job.panels, 1, kPanelTiles);
   float* const copies = scratch(most * (copy_floats + job.panels * panel_floats), Scratch::kPanel);
   float* const sums = copies + most * copy_floats;
-  struct {
-    Some some;
-    int rest;  // as in the tile
-    int64_t image, images;
-  } at[kPanelTiles];
+  // Tiles of as many vectors, or one whose pixels are few.
+  struct Tiles {
+    int64_t begin, end;
+    int count, rest;
+  } alike[kPanelTiles];
+  PanelTile at[kPanelTiles];
+  const float* x[kPanelTiles];  // the first image of each
   // The taps of panel j in a part: from which of its own on, and behind which.
   const auto own = [&](int64_t j, int64_t part) {
     if (!shared) return std::pair{c.parts[part], c.parts[part + 1]};
@@ -334,30 +361,39 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
     const Panel& p = packed.panels[job.panel + j];
     return packed.weights + p.weight + (tap - first_of(j)) * p.width;
   };
+  const auto wide = [&](int64_t j) { return packed.panels[job.panel + j].width == kernels::kMaxPanel; };
   const Output out = output_of(plan, data, 0);
-  PanelArgs a{.n_taps = 0, .w = nullptr, .w_stride = 0, .filters = 0, .bias = nullptr, .vectors = nullptr, .out = out};
+  PanelArgs a{.tiles = nullptr, .n_taps = 0, .w = nullptr, .w_stride = 0, .filters = 0, .bias = nullptr, .out = out};
   a.out.stores = t.stores.data();
   for (int64_t unit = share.begin; unit < share.end;) {
     // Whole tiles, or a part of the panels of one.
     const int64_t from = unit % job.panels, left = share.end - unit;
     const int64_t n = from == 0 && left >= job.panels ? std::min<int64_t>(most, left / job.panels) : 1;
     const int64_t to = n > 1 ? job.panels : std::min<int64_t>(job.panels, from + left);
+    int64_t groups = 0, fetches = -1;  // fetches: the last group that takes long enough
     for (int64_t i = 0; i < n; ++i) {
       const int64_t u = unit / job.panels + i, image = u / tiles * t.period;
       const int64_t images = std::min(t.period, data.images - image);
       const Tile& tile = t.tiles[0][u % tiles];
-      at[i] = {there(t, tile, images), tile.rest, image, images};
+      const Some some = there(t, tile, images);
+      at[i] = tile_of(plan, data, some, image, images);
+      x[i] = std::exchange(at[i].x, copies + i * copy_floats);
+      at[i].sums = sums + i * job.panels * panel_floats;
+      if (groups > 0 && alike[groups - 1].count == some.count && alike[groups - 1].rest == 0 && tile.rest == 0) {
+        alike[groups - 1].end = i + 1;
+      } else if (some.count > 0) {
+        alike[groups++] = {i, i + 1, some.count, tile.rest};
+      }
+      if (tile.rest == 0) fetches = groups - 1;
     }
     unit += n > 1 ? n * job.panels : to - from;
     for (int64_t part = 0; part < c.count(); ++part) {
-      const auto collect = [&](int64_t i, int64_t begin, int64_t end) {
-        if (at[i].some.count == 0) return;
-        kernels::CollectArgs from{
-            .x = data.x + at[i].image * plan.planes.x.image_stride,
-            .offset = c.offset.data() + begin,
-            .n_taps = end - begin,
-            .vectors = at[i].some.vectors,
-            .copy = copies + i * copy_floats + (begin - c.parts[part]) * at[i].some.count * k.lanes};
+      const auto collect = [&](const Tiles& same, int64_t i, int64_t begin, int64_t end) {
+        kernels::CollectArgs from{.x = x[i],
+                                  .offset = c.offset.data() + begin,
+                                  .n_taps = end - begin,
+                                  .vectors = at[i].vectors,
+                                  .copy = copies + i * copy_floats + (begin - c.parts[part]) * same.count * k.lanes};
         if (edges) {
           from.edges = {.first = data.x,
                         .end = data.x + plan.planes.x.readable,
@@ -365,65 +401,61 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
                         .positions = static_cast<int>(plan.position.size()),
                         .inside = t.inside.data() + (from.vectors - t.vectors.data()) * plan.position.size()};
         }
-        (edges ? k.collect_edges : k.collect)[static_cast<int>(t.reads)][at[i].some.count - 1](from);
+        (edges ? k.collect_edges : k.collect)[static_cast<int>(t.reads)][same.count - 1](from);
       };
       for (int64_t begin = c.parts[part], end; begin < c.parts[part + 1]; begin = end) {
         end = edges || n == 1 ? c.parts[part + 1] : std::min(begin + kCollectTaps, c.parts[part + 1]);
-        for (int64_t i = 0; i < n; ++i) collect(i, begin, end);
+        for (int64_t g = 0; g < groups; ++g) {
+          for (int64_t i = alike[g].begin; i < alike[g].end; ++i) collect(alike[g], i, begin, end);
+        }
       }
       a.last = part == c.count() - 1;
-      // Whether the pixels left over of tile i are multiplied for panel j with those for the next.
-      const auto joins = [&](int64_t j, int64_t i) {
-        const auto wide = [&](int64_t panel) { return packed.panels[job.panel + panel].width == kernels::kMaxPanel; };
-        return !shared && at[i].rest == 1 && k.one_pixel_cycles > 0 && (j + 1 - from) % kernels::kMaxPanels != 0 &&
-               j + 1 < to && wide(j) && wide(j + 1);
-      };
-      const auto run = [&](int64_t j, int64_t i) {
-        if (at[i].some.count == 0 || joins(j, i)) return;
-        int64_t first = j;
-        while (first > from && joins(first - 1, i)) --first;
-        const Panel& p = packed.panels[job.panel + first];
-        const Panel& last = packed.panels[job.panel + j];
-        const auto [begin, end] = own(first, part);
-        a.copy = copies + i * copy_floats;
-        a.slot = shared ? c.slot.data() + begin : nullptr;
-        a.n_taps = end - begin;
-        a.w = weights(first, begin);
-        a.w_stride = p.width;
-        a.filters = last.first_filter + last.filters - p.first_filter;
-        a.bias = part == 0 ? packed.bias + p.first_filter : nullptr;
-        a.sums = sums + (i * job.panels + first) * panel_floats;
-        a.vectors = at[i].some.vectors;
-        a.out.y = out.y + p.first_filter * out.y_stride + at[i].image * plan.planes.y.image_stride;
-        if (out.residual) {
-          a.out.residual =
-              out.residual + p.first_filter * out.residual_stride + at[i].image * plan.planes.residual.image_stride;
-        }
-        a.out.images = static_cast<int>(at[i].images);
-        if (at[i].rest > 0) {
-          const Together t{p.width, static_cast<int>(j - first + 1),
-                           j > first ? packed.panels[job.panel + first + 1].weight - p.weight : 0};
-          multiply_rest(plan, t, at[i].rest, plan.rest_offset.data() + (shared ? begin : 0), a);
-          return;
-        }
-        // By the last tile that takes long enough.
-        const int64_t fetches = n > 1 && at[n - 1].rest > 0 ? n - 2 : n - 1;
-        if (i == fetches || shared) {
-          a.next = j + 1 < to ? weights(j + 1, own(j + 1, part).first) : weights(from, own(from, part).second);
-        } else {
-          a.next = static_cast<const float*>(fetch_ahead.take(4 * p.filters * a.n_taps));
-        }
-        kernel[at[i].some.count - 1](a);
-      };
       // All tiles read a panel's weights from L1; of blocks, whose weights are less than the copy they share, all
       // panels read the copy.
-      if (shared) {
-        for (int64_t i = 0; i < n; ++i) {
-          for (int64_t j = from; j < to; ++j) run(j, i);
-        }
-      } else {
-        for (int64_t j = from; j < to; ++j) {
-          for (int64_t i = 0; i < n; ++i) run(j, i);
+      for (int64_t j = from; j < to; ++j) {
+        const Panel& p = packed.panels[job.panel + j];
+        const auto [begin, end] = own(j, part);
+        a.slot = shared ? c.slot.data() + begin : nullptr;
+        a.n_taps = end - begin;
+        a.w = weights(j, begin);
+        a.w_stride = p.width;
+        a.filters = p.filters;
+        a.bias = part == 0 ? packed.bias + p.first_filter : nullptr;
+        a.sums = j * panel_floats;
+        a.out.y = out.y + p.first_filter * out.y_stride;
+        if (out.residual) a.out.residual = out.residual + p.first_filter * out.residual_stride;
+        const float* const next = j + 1 < to ? weights(j + 1, own(j + 1, part).first) : weights(from, own(from, part).second);
+        for (int64_t g = 0; g < groups; ++g) {
+          const Tiles& same = alike[g];
+          a.tiles = at + same.begin;
+          a.n_tiles = static_cast<int>(same.end - same.begin);
+          if (same.rest == 0) {
+            const bool fetch = g == fetches || shared;
+            a.next = next;
+            a.ahead = static_cast<const float*>(fetch_ahead.take(4 * p.filters * a.n_taps * (a.n_tiles - fetch)));
+            if (!fetch) a.next = a.ahead ? a.ahead + p.filters * a.n_taps * (a.n_tiles - 1) : nullptr;
+            kernel[same.count - 1](a);
+            continue;
+          }
+          // Whether the pixels left over are multiplied for panel j with those for the next.
+          const auto joins = [&](int64_t j) {
+            return !shared && same.rest == 1 && k.one_pixel_cycles > 0 && (j + 1 - from) % kernels::kMaxPanels != 0 &&
+                   j + 1 < to && wide(j) && wide(j + 1);
+          };
+          if (joins(j)) continue;
+          int64_t first = j;
+          while (first > from && joins(first - 1)) --first;
+          const Panel& f = packed.panels[job.panel + first];
+          PanelArgs some = a;
+          some.w = weights(first, own(first, part).first);
+          some.filters = p.first_filter + p.filters - f.first_filter;
+          some.bias = part == 0 ? packed.bias + f.first_filter : nullptr;
+          some.sums = first * panel_floats;
+          some.out.y = out.y + f.first_filter * out.y_stride;
+          if (out.residual) some.out.residual = out.residual + f.first_filter * out.residual_stride;
+          const Together together{p.width, static_cast<int>(j - first + 1),
+                                  j > first ? packed.panels[job.panel + first + 1].weight - f.weight : 0};
+          multiply_rest(plan, together, same.rest, plan.rest_offset.data() + (shared ? begin : 0), some);
         }
       }
     }

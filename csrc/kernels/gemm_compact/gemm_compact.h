@@ -52,6 +52,11 @@ struct PixelVector {
   int64_t offset;
   int32_t first_store, stores;
   int8_t lane[kMaxLanes];
+  // Of the first store; straight: y[0] to y[straight - 1] take the first lanes, where it is the only one and straight,
+  // otherwise 0.
+  int64_t y = 0, residual = 0;
+  uint32_t lanes = 0;
+  int32_t image = 0, straight = 0;
 };
 
 // How collect reads a vector. The last two are of a window of two vectors: places in two runs (lane[i] = i up to some
@@ -109,23 +114,30 @@ struct CollectArgs {
 enum class From { kCopy, kSlots, kPlanes };
 inline constexpr int kFrom = 3;
 
+struct PanelTile {
+  const float* x;              // the copy of collect, or in planes the first image
+  const PixelVector* vectors;  // [NR]; of planes in a window of one vector
+  float* sums = nullptr;       // of all panels, where they go on from one part of the taps to the next
+  int64_t y = 0, residual = 0; // offsets of the first image
+  int images = 1;              // as Output::images
+};
+
 struct PanelArgs {
-  const float* copy = nullptr;      // of collect
+  const PanelTile* tiles;
+  int n_tiles = 1;
   const uint16_t* slot = nullptr;   // [n_taps]
-  const float* x = nullptr;         // a window of one vector
   const int64_t* offset = nullptr;  // [n_taps]
   int64_t n_taps;
   const float* w;  // [n_taps][w_stride]
   int64_t w_stride;
-  int filters;            // 1 to the width of the panel of weights
-  const float* bias;      // null where the sums go on from `sums`
-  float* sums = nullptr;  // [width of the panel][NR][lanes], of which a kernel may write all
-  bool last = true;       // whether the sums are whole and go to y; otherwise to `sums`
-  // If given, filters * n_taps floats from here on are fetched meanwhile, but perhaps the last: the weights of the next
-  // call, or what the next step reads.
-  const float* next = nullptr;
-  const PixelVector* vectors;
-  Output out;
+  int filters;         // 1 to the width of the panel of weights
+  const float* bias;   // null where the sums go on from those in memory
+  int64_t sums = 0;    // offset in PanelTile::sums: [width of the panel][NR][lanes], of which a kernel may write all
+  bool last = true;    // whether the sums are whole and go to y; otherwise to memory
+  // If given, filters * n_taps floats from here on are fetched during the last tile, but perhaps the last: the weights
+  // of the next call. And as many during each tile before it: what the next step reads.
+  const float *next = nullptr, *ahead = nullptr;
+  Output out;  // its images are those of the tiles
 };
 
 struct FiltersArgs {

@@ -123,161 +123,177 @@ template <class V, From F, int MR, int Tail, int NR, bool kPast = false>
 void panel(const PanelArgs& a) {
   // Twice Tail, where each has sums enough, rather than MR of which some filters are not there.
   constexpr int kTail = Tail * NR >= 8 && 2 * Tail < MR ? 2 * Tail : Tail;
-  // Found once for all filters: whether a tile goes to y from registers, as it is.
+  constexpr uint32_t kAll = (uint64_t{1} << V::kLanes) - 1;
   const Output& o = a.out;
-  bool whole = a.last && o.epilogue.activation == Activation::kClamp;
-  bool lines = kPast && o.y_stride % kFloatsPerLine == 0;  // whether its vectors are whole lines of y
-  float* y[NR];
-  const float* residual[NR];
-  const float* base[NR];
-  typename V::Lanes lanes[NR];
+  const bool clamp = a.last && o.epilogue.activation == Activation::kClamp;
+  const float* ahead = a.ahead;
+  for (int i = 0; i < a.n_tiles; ++i) {
+    const PanelTile& tile = a.tiles[i];
+    // Whether the tile goes to y from registers, as it is; whether all of its lanes do; and whether those are lines.
+    bool whole = clamp, full = true, lines = kPast && o.y_stride % kFloatsPerLine == 0;
+    float* y[NR];
+    const float* residual[NR];
+    const float* base[NR];
 #pragma GCC unroll 8
-  for (int v = 0; v < NR; ++v) {
-    const PixelStore& s = o.stores[a.vectors[v].first_store];
-    const bool straight = V::kMasks ? s.straight : is_whole<V>(s);
-    whole = whole && a.vectors[v].stores == 1 && straight && s.image < o.images;
-    y[v] = o.y + s.y;
-    if constexpr (kPast) {
-      constexpr uint32_t kAll = (uint64_t{1} << V::kLanes) - 1;
-      lines = lines && s.lanes == kAll && reinterpret_cast<uintptr_t>(y[v]) % 64 == 0;
+    for (int v = 0; v < NR; ++v) {
+      const PixelVector& p = tile.vectors[v];
+      whole = whole && (V::kMasks ? p.straight > 0 : p.straight == V::kLanes) && p.image < tile.images;
+      full = full && p.lanes == kAll;
+      y[v] = o.y + tile.y + p.y;
+      lines = lines && reinterpret_cast<uintptr_t>(y[v]) % 64 == 0;
+      residual[v] = o.residual ? o.residual + tile.residual + p.residual : nullptr;
+      base[v] = F == From::kPlanes ? tile.x + p.offset : tile.x + v * V::kLanes;
     }
-    residual[v] = o.residual ? o.residual + s.residual : nullptr;
-    lanes[v] = V::lanes(s.lanes);
-    base[v] = F == From::kPlanes ? a.x + a.vectors[v].offset : a.copy + v * V::kLanes;
-  }
-  const auto some = [&](auto rows, int first) {
-    constexpr int kRows = decltype(rows)::value;
-    float* const sums = a.sums + first * NR * V::kLanes;
-    // y and the residual come from wherever the layer before left them, and that is far: the weights went by since.
-    if (whole) {
-      // Where the vectors begin, and where the last one ends: they are neighbours, or of two rows. Inlined, or the
-      // compiler takes it for a function without effect.
-      const auto fetch = [&](const auto& from, int64_t stride) __attribute__((always_inline)) {
-        const float* at[NR];
+    lines = lines && full;
+    typename V::Lanes lanes[NR];
+    if (V::kMasks || !full) {
 #pragma GCC unroll 8
-        for (int v = 0; v < NR; ++v) at[v] = from[v] + first * stride + (v == NR - 1 ? V::kLanes - 1 : 0);
+      for (int v = 0; v < NR; ++v) lanes[v] = V::lanes(tile.vectors[v].lanes);
+    }
+    const float* const next = i == a.n_tiles - 1 ? a.next : ahead;
+    if (ahead) ahead += a.filters * a.n_taps;
+    const auto some = [&](auto rows, int first) {
+      constexpr int kRows = decltype(rows)::value;
+      float* const sums = tile.sums + a.sums + first * NR * V::kLanes;
+      // y and the residual come from wherever the layer before left them, and that is far: the weights went by since.
+      if (whole) {
+        // Where the vectors begin, and where the last one ends: they are neighbours, or of two rows. Inlined, or the
+        // compiler takes it for a function without effect.
+        const auto fetch = [&](const auto& from, int64_t stride) __attribute__((always_inline)) {
+          const float* at[NR];
+#pragma GCC unroll 8
+          for (int v = 0; v < NR; ++v) at[v] = from[v] + first * stride + (v == NR - 1 ? V::kLanes - 1 : 0);
+#pragma GCC unroll 16
+          for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+            for (int v = 0; v < NR; ++v) __builtin_prefetch(at[v] + m * stride);
+          }
+        };
+        if (!lines) fetch(y, o.y_stride);
+        if (o.residual && (lines || o.residual != o.y)) fetch(residual, o.residual_stride);
+      }
+      typename V::Reg acc[kRows][NR];
+      if (a.bias) {
+#pragma GCC unroll 16
+        for (int m = 0; m < kRows; ++m) {
+          acc[m][0] = V::broadcast(a.bias + first + m);
+#pragma GCC unroll 8
+          for (int v = 1; v < NR; ++v) acc[m][v] = acc[m][0];
+        }
+      } else {
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-          for (int v = 0; v < NR; ++v) __builtin_prefetch(at[v]), at[v] += stride;
+          for (int v = 0; v < NR; ++v) acc[m][v] = V::load(sums + (m * NR + v) * V::kLanes);
+        }
+      }
+      const auto run = [&](auto fetch) {
+        using T = Taps<V, kRows, NR>;
+        constexpr int64_t kTile = NR * V::kLanes;
+        const float *w = a.w + first, *line = next + first * a.n_taps;  // as many as it reads itself
+        const int64_t n_taps = a.n_taps, w_stride = a.w_stride;
+        int64_t t = 0;
+        // Some taps at a time: a core that another thread shares is short of places for all that is not a multiply-add.
+        for (; t + T::kRun <= n_taps; t += T::kRun, w += T::kRun * w_stride) {
+          if constexpr (decltype(fetch)::value) {
+            __builtin_prefetch(line);
+            line += T::kRun * kRows;
+          }
+          if constexpr (F == From::kCopy) {
+            T::run(acc, tile.x + t * kTile, w, w_stride);
+            continue;
+          }
+#pragma GCC unroll 4
+          for (int k = 0; k < T::kRun; ++k) {
+            T::one(acc, base, F == From::kPlanes ? a.offset[t + k] : a.slot[t + k] * kTile, w + k * w_stride);
+          }
+        }
+        if constexpr (T::kRun > 1) {
+          for (; t < n_taps; ++t, w += w_stride) {
+            T::one(acc, base, F == From::kPlanes ? a.offset[t] : (F == From::kCopy ? t : a.slot[t]) * kTile, w);
+          }
         }
       };
-      if (!lines) fetch(y, o.y_stride);
-      if (o.residual && (lines || o.residual != o.y)) fetch(residual, o.residual_stride);
-    }
-    typename V::Reg acc[kRows][NR];
+      if (next) {
+        run(std::true_type{});
+      } else {
+        run(std::false_type{});
+      }
+      if (!a.last) {
 #pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
+        for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-      for (int v = 0; v < NR; ++v) {
-        acc[m][v] = a.bias ? V::broadcast(a.bias + first + m) : V::load(sums + (m * NR + v) * V::kLanes);
-      }
-    }
-    const auto run = [&](auto fetch) {
-      using T = Taps<V, kRows, NR>;
-      constexpr int64_t kTile = NR * V::kLanes;
-      const float *w = a.w + first, *next = a.next + first * a.n_taps;  // as many as it reads itself
-      const int64_t n_taps = a.n_taps, w_stride = a.w_stride;
-      int64_t t = 0;
-      // Some taps at a time: a core that another thread shares is short of places for all that is not a multiply-add.
-      for (; t + T::kRun <= n_taps; t += T::kRun, w += T::kRun * w_stride) {
-        if constexpr (decltype(fetch)::value) {
-          __builtin_prefetch(next);
-          next += T::kRun * kRows;
+          for (int v = 0; v < NR; ++v) V::store(sums + (m * NR + v) * V::kLanes, acc[m][v]);
         }
-        if constexpr (F == From::kCopy) {
-          T::run(acc, a.copy + t * kTile, w, w_stride);
-          continue;
+      } else if (whole && a.filters - first >= kRows) {
+        // Copies, for what the lambda captured is read from memory, vector by vector.
+        float* to[NR];
+        typename V::Lanes inside[NR];
+#pragma GCC unroll 8
+        for (int v = 0; v < NR; ++v) to[v] = y[v] + first * o.y_stride;
+        if (V::kMasks || !full) {
+#pragma GCC unroll 8
+          for (int v = 0; v < NR; ++v) inside[v] = lanes[v];
         }
-#pragma GCC unroll 4
-        for (int i = 0; i < T::kRun; ++i) {
-          T::one(acc, base, F == From::kPlanes ? a.offset[t + i] : a.slot[t + i] * kTile, w + i * w_stride);
+        const int64_t y_stride = o.y_stride;
+        const auto low = V::broadcast(&o.epilogue.low), high = V::broadcast(&o.epilogue.high);
+        if (o.residual) {
+          const float* add[NR];
+#pragma GCC unroll 8
+          for (int v = 0; v < NR; ++v) add[v] = residual[v] + first * o.residual_stride;
+          const int64_t stride = o.residual_stride;
+#pragma GCC unroll 16
+          for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+            for (int v = 0; v < NR; ++v) {
+              if constexpr (V::kMasks) {
+                acc[m][v] = V::add(acc[m][v], V::load_lanes(add[v] + m * stride, inside[v]));
+              } else {
+                acc[m][v] = V::add(acc[m][v], V::load(add[v] + m * stride));
+              }
+            }
+          }
         }
-      }
-      if constexpr (T::kRun > 1) {
-        for (; t < n_taps; ++t, w += w_stride) {
-          T::one(acc, base, F == From::kPlanes ? a.offset[t] : (F == From::kCopy ? t : a.slot[t]) * kTile, w);
+        const auto put = [&](auto limited, auto store) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+          for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+            for (int v = 0; v < NR; ++v) {
+              auto r = V::max(low, acc[m][v]);
+              if constexpr (decltype(limited)::value) r = V::min(high, r);
+              store(to[v] + m * y_stride, r, v);
+            }
+          }
+        };
+        const auto put_limited = [&](auto store) __attribute__((always_inline)) {
+          if (o.epilogue.high < __builtin_inff()) {
+            put(std::true_type{}, store);
+          } else {
+            put(std::false_type{}, store);
+          }
+        };
+        if (kPast && lines) {
+          if constexpr (kPast) put_limited([](float* p, auto r, int) { V::stream(p, r); });
+        } else if constexpr (V::kMasks) {
+          put_limited([&](float* p, auto r, int v) { V::store_lanes(p, inside[v], r); });
+        } else if (full) {
+          put_limited([](float* p, auto r, int) { V::store(p, r); });
+        } else {
+          put_limited([&](float* p, auto r, int v) { V::store(p, V::only(r, inside[v])); });
         }
+      } else {
+        Output rest = o;
+        rest.y += tile.y + first * o.y_stride;
+        if (o.residual) rest.residual += tile.residual + first * o.residual_stride;
+        rest.images = tile.images;
+        put_tile<V, kRows, NR>(acc, tile.vectors, a.filters - first, rest);
       }
     };
-    if (a.next) {
-      run(std::true_type{});
-    } else {
-      run(std::false_type{});
+    int first = 0;
+    for (; a.filters - first > kTail; first += MR) some(std::integral_constant<int, MR>{}, first);
+    if constexpr (Tail > 0) {
+      for (; first < a.filters; first += Tail) some(std::integral_constant<int, Tail>{}, first);
     }
-    if (!a.last) {
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
-        for (int v = 0; v < NR; ++v) V::store(sums + (m * NR + v) * V::kLanes, acc[m][v]);
-      }
-    } else if (whole && a.filters - first >= kRows) {
-      // Copies, for what the lambda captured is read from memory, vector by vector.
-      float* to[NR];
-      typename V::Lanes inside[NR];
-#pragma GCC unroll 8
-      for (int v = 0; v < NR; ++v) to[v] = y[v] + first * o.y_stride, inside[v] = lanes[v];
-      const int64_t y_stride = o.y_stride;
-      const auto low = V::broadcast(&o.epilogue.low), high = V::broadcast(&o.epilogue.high);
-      if (o.residual) {
-        const float* add[NR];
-#pragma GCC unroll 8
-        for (int v = 0; v < NR; ++v) add[v] = residual[v] + first * o.residual_stride;
-        const int64_t stride = o.residual_stride;
-#pragma GCC unroll 16
-        for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
-          for (int v = 0; v < NR; ++v) {
-            if constexpr (V::kMasks) {
-              acc[m][v] = V::add(acc[m][v], V::load_lanes(add[v], inside[v]));
-            } else {
-              acc[m][v] = V::add(acc[m][v], V::load(add[v]));
-            }
-            add[v] += stride;
-          }
-        }
-      }
-      const auto put = [&](auto limited, auto stream) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-        for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
-          for (int v = 0; v < NR; ++v) {
-            auto r = V::max(low, acc[m][v]);
-            if constexpr (decltype(limited)::value) r = V::min(high, r);
-            if constexpr (decltype(stream)::value) {
-              V::stream(to[v], r);
-            } else if constexpr (V::kMasks) {
-              V::store_lanes(to[v], inside[v], r);
-            } else {
-              V::store(to[v], V::only(r, inside[v]));
-            }
-            to[v] += y_stride;
-          }
-        }
-      };
-      const auto put_limited = [&](auto stream) __attribute__((always_inline)) {
-        if (o.epilogue.high < __builtin_inff()) {
-          put(std::true_type{}, stream);
-        } else {
-          put(std::false_type{}, stream);
-        }
-      };
-      if (kPast && lines) {
-        if constexpr (kPast) put_limited(std::true_type{});
-      } else {
-        put_limited(std::false_type{});
-      }
-    } else {
-      Output rest = o;
-      rest.y += first * o.y_stride;
-      if (o.residual) rest.residual += first * o.residual_stride;
-      put_tile<V, kRows, NR>(acc, a.vectors, a.filters - first, rest);
-    }
-  };
-  int first = 0;
-  for (; a.filters - first > kTail; first += MR) some(std::integral_constant<int, MR>{}, first);
-  if constexpr (Tail > 0) {
-    for (; first < a.filters; first += Tail) some(std::integral_constant<int, Tail>{}, first);
   }
 }
 
