@@ -1,6 +1,7 @@
 #include "ops/pixel_tiles.h"
 
 #include <algorithm>
+#include <functional>
 
 #include "base/check.h"
 #include "base/div_up.h"
@@ -110,28 +111,47 @@ void check_planes(const char* op, const ConvPlanes& p, int64_t in_channels, int6
               ": x got negative strides, wanted none");
 }
 
-// How vectors of a window can be read, by the lanes of all of them.
+// How vectors of a window can be read, by their lanes.
 class ReadsOf {
  public:
   ReadsOf(int window, int lanes) : window_(window), lanes_(lanes) {}
-  void begin() { gap_ = 0; }
+  void begin() {
+    gap_ = 0;
+    ways_.push_back({});
+  }
   void add(int lane, int64_t at) {
-    alternate_ = alternate_ && at == 2 * lane;
+    Ways& w = ways_.back();
+    w.alternate = w.alternate && at == 2 * lane;
+    w.fourth = w.fourth && at == 4 * lane;
     // The second run begins where the distance grows, once. (It shrinks where two outputs read one place of a halo.)
     const int64_t gap = at - lane;
-    two_runs_ = two_runs_ && (gap == gap_ || gap_ == 0) && gap >= 0 && gap <= lanes_ && (lane > 0 || gap == 0);
+    w.two_runs = w.two_runs && (gap == gap_ || gap_ == 0) && gap >= 0 && gap <= lanes_ && (lane > 0 || gap == 0);
     gap_ = gap;
   }
   int64_t gap() const { return gap_; }
-  kernels::Reads reads() const {
-    using enum kernels::Reads;
-    if (window_ != 2) return window_ == 1 ? kWindow1 : kWindow4;
-    return two_runs_ ? kTwoRuns : alternate_ ? kAlternate : kWindow2;
+  // Of `count` vectors from the `first` on: how all of them can be read, or all but one in eight.
+  kernels::Reads all(int64_t first, int64_t count) const { return most(first, count, count); }
+  kernels::Reads most() const {
+    const auto count = static_cast<int64_t>(ways_.size());
+    return most(0, count, count - count / 8);
   }
 
  private:
+  struct Ways {
+    bool two_runs = true, alternate = true, fourth = true;
+  };
+  kernels::Reads most(int64_t first, int64_t count, int64_t least) const {
+    using enum kernels::Reads;
+    const auto hold = [&](bool Ways::* way) {
+      return std::count_if(ways_.begin() + first, ways_.begin() + first + count, std::mem_fn(way)) >= least;
+    };
+    if (window_ == 1) return kWindow1;
+    if (window_ == 4) return hold(&Ways::fourth) ? kFourth : kWindow4;
+    return hold(&Ways::two_runs) ? kTwoRuns : hold(&Ways::alternate) ? kAlternate : kWindow2;
+  }
+
   const int64_t window_, lanes_;
-  bool two_runs_ = true, alternate_ = true;
+  std::vector<Ways> ways_;  // of each vector
   int64_t gap_ = 0;
 };
 
@@ -161,7 +181,7 @@ CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes) {
       });
   settle();
   if (in_order && filled < lanes) size.rest = filled;
-  size.reads = reads.reads();
+  size.reads = reads.most();
   return size;
 }
 
@@ -220,14 +240,14 @@ PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::
     v.y = s.y, v.residual = s.residual, v.lanes = s.lanes, v.image = s.image;
     v.straight = v.stores == 1 && s.straight ? s.count : 0;
   }
-  t.reads = reads.reads();
   for (int c = 0; c < 3; ++c) {
     const int64_t count = static_cast<int64_t>(t.vectors.size()) - (rest ? 1 : 0);
     const int64_t tiles = div_up(count, k.nr[c]);
     for (int64_t i = 0; i < tiles; ++i) {
-      t.tiles[c].push_back({i * count / tiles, static_cast<int>((i + 1) * count / tiles - i * count / tiles)});
+      const int64_t begin = i * count / tiles, end = (i + 1) * count / tiles;
+      t.tiles[c].push_back({begin, static_cast<int>(end - begin), reads.all(begin, end - begin)});
     }
-    if (rest) t.tiles[c].push_back({count, 1, last});
+    if (rest) t.tiles[c].push_back({count, 1, reads.all(count, 1), last});
   }
   return t;
 }

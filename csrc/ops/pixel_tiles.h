@@ -33,10 +33,10 @@ struct PixelTiles {
   struct Tile {
     int64_t first;
     int count;
+    kernels::Reads reads;
     int rest = 0;  // pixels of a vector that is a tile by itself, where they are few
   };
   int window = 1;  // vectors of x that hold the pixels of one: 1, 2 or 4
-  kernels::Reads reads = kernels::Reads::kWindow1;
   int64_t period = 1;
   std::vector<kernels::PixelVector> vectors;
   std::vector<kernels::PixelStore> stores;
@@ -90,7 +90,7 @@ std::vector<uint16_t> inside_of(const ConvPlanes& planes, const KernelSize& kern
 struct CutSize {
   int64_t vectors = 0, whole = 0, pieces = 0;  // stores of a whole vector (the halo in it included), and of less
   int rest = 0;                                // pixels of the last vector, where it is not full and has them in order
-  kernels::Reads reads = kernels::Reads::kWindow1;
+  kernels::Reads reads = kernels::Reads::kWindow1;  // of most
 };
 CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes);
 // rest: whether the last vector, which CutSize::rest tells of, becomes a tile by itself.

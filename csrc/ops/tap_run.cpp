@@ -343,10 +343,12 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
   const int64_t most = shared ? 1 : std::clamp<int64_t>((share.end - share.begin) / job.panels, 1, kPanelTiles);
   float* const copies = scratch(most * (copy_floats + job.panels * panel_floats), Scratch::kPanel);
   float* const sums = copies + most * copy_floats;
-  // Tiles of as many vectors, or one whose pixels are few.
+  // Tiles of as many vectors that are read alike, or one whose pixels are few.
   struct Tiles {
     int64_t begin, end;
     int count, rest;
+    kernels::Reads reads;
+    bool joins(const Tiles& t) const { return count == t.count && reads == t.reads && t.rest == 0; }
   } alike[kPanelTiles];
   PanelTile at[kPanelTiles];
   const float* x[kPanelTiles];  // the first image of each
@@ -379,10 +381,11 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
       at[i] = tile_of(plan, data, some, image, images);
       x[i] = std::exchange(at[i].x, copies + i * copy_floats);
       at[i].sums = sums + i * job.panels * panel_floats;
-      if (groups > 0 && alike[groups - 1].count == some.count && alike[groups - 1].rest == 0 && tile.rest == 0) {
+      const Tiles one{i, i + 1, some.count, tile.rest, tile.reads};
+      if (groups > 0 && one.rest == 0 && one.joins(alike[groups - 1])) {
         alike[groups - 1].end = i + 1;
       } else if (some.count > 0) {
-        alike[groups++] = {i, i + 1, some.count, tile.rest};
+        alike[groups++] = one;
       }
       if (tile.rest == 0) fetches = groups - 1;
     }
@@ -401,7 +404,7 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
                         .positions = static_cast<int>(plan.position.size()),
                         .inside = t.inside.data() + (from.vectors - t.vectors.data()) * plan.position.size()};
         }
-        (edges ? k.collect_edges : k.collect)[static_cast<int>(t.reads)][same.count - 1](from);
+        (edges ? k.collect_edges : k.collect)[static_cast<int>(same.reads)][same.count - 1](from);
       };
       for (int64_t begin = c.parts[part], end; begin < c.parts[part + 1]; begin = end) {
         end = edges || n == 1 ? c.parts[part + 1] : std::min(begin + kCollectTaps, c.parts[part + 1]);

@@ -59,10 +59,14 @@ struct PixelVector {
   int32_t image = 0, straight = 0;
 };
 
-// How collect reads a vector. The last two are of a window of two vectors: places in two runs (lane[i] = i up to some
-// lane, i + a number of at most `lanes` from there on), or every other place (lane[i] = 2 i).
-enum class Reads { kWindow1, kWindow2, kWindow4, kTwoRuns, kAlternate };
-inline constexpr int kReads = 5;
+// How collect reads a vector. In a window of two vectors kTwoRuns: places in two runs (lane[i] = i up to some lane, i +
+// a number of at most `lanes` from there on), and kAlternate: every other place (lane[i] = 2 i). In one of four kFourth:
+// every fourth (lane[i] = 4 i).
+enum class Reads { kWindow1, kWindow2, kWindow4, kTwoRuns, kAlternate, kFourth };
+inline constexpr int kReads = 6;
+constexpr int window_of(Reads r) {
+  return r == Reads::kWindow1 ? 1 : r == Reads::kWindow4 || r == Reads::kFourth ? 4 : 2;
+}
 
 struct Output {
   float* y;

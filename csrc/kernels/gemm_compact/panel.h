@@ -8,7 +8,7 @@ __attribute__((noinline)) void collect_one(const float* at, const PixelVector& v
 
 template <class V, Reads R, bool WithEdges, int NR>
 void collect(const CollectArgs& a) {
-  constexpr int kWindow = R == Reads::kWindow1 ? 1 : R == Reads::kWindow4 ? 4 : 2;
+  constexpr int kWindow = window_of(R);
   const float* base[NR];
   typename V::Index index[NR];
   int64_t gap[NR] = {};
@@ -81,8 +81,10 @@ void collect(const CollectArgs& a) {
         r[v] = V::gather4(at, index[v]);
       } else if constexpr (R == Reads::kTwoRuns) {
         r[v] = V::two_runs(at, at + gap[v], index[v]);
-      } else {
+      } else if constexpr (R == Reads::kAlternate) {
         r[v] = V::alternate(at);
+      } else {
+        r[v] = V::fourth(at);
       }
       if constexpr (WithEdges) r[v] = V::masked(r[v], masks[v]);
     }
@@ -310,4 +312,5 @@ constexpr void fill_collect(GemmCompact& g) {
   fill_collect<V, Reads::kWindow4>(g, upto<N>());
   fill_collect<V, Reads::kTwoRuns>(g, upto<N>());
   fill_collect<V, Reads::kAlternate>(g, upto<N>());
+  fill_collect<V, Reads::kFourth>(g, upto<N>());
 }

@@ -88,12 +88,15 @@ struct Vec8 {
     const __m256i behind = _mm256_cmpgt_epi32(i, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     return _mm256_blendv_ps(load(first), load(second), _mm256_castsi256_ps(behind));
   }
-  // Loaded in such halves that one shuffle within 128 bits puts them in order.
-  static Reg alternate(const float* p) {
-    const auto halves = [](const float* at) {
-      return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at)), _mm_loadu_ps(at + 8), 1);
-    };
-    return _mm256_shuffle_ps(halves(p), halves(p + 4), 0x88);
+  // Loaded in such halves that shuffles within 128 bits put them in order.
+  static Reg halves(const float* low, const float* high) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+  }
+  static Reg alternate(const float* p) { return _mm256_shuffle_ps(halves(p, p + 8), halves(p + 4, p + 12), 0x88); }
+  static Reg fourth(const float* p) {
+    const Reg even = _mm256_unpacklo_ps(halves(p, p + 16), halves(p + 4, p + 20)),
+              odd = _mm256_unpacklo_ps(halves(p + 8, p + 24), halves(p + 12, p + 28));
+    return _mm256_shuffle_ps(even, odd, 0x44);
   }
 
   // Four filters of eight pixels. Halves of two rows make one vector by loads that insert; what is left are shuffles
@@ -208,8 +211,8 @@ constexpr GemmCompact make() {
                 .panel_rows = {8, 6, 4},
                 .panel_cycles = {2.6, 4.3, 6.2},
                 .panel_taps = 512,
-                .collect_cycles = {2.6, 4.8, 8.4, 3.4, 4.1},
-                .mask_cycles = {1.3, 1, 1.2, 1.6, 1.4},
+                .collect_cycles = {2.6, 4.8, 8.4, 3.4, 4.1, 5},
+                .mask_cycles = {1.3, 1, 1.2, 1.6, 1.4, 1.4},
                 .store_cycles = {2, 8},
                 .copy_cycles = 200,
                 .rest_cycles = {4.2, 1.1},

@@ -113,6 +113,10 @@ struct Vec16 {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     return gather(p, even);
   }
+  static Reg fourth(const float* p) {
+    const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
+    return gather4(p, places);
+  }
 
   // Four rows make one vector by loads that merge, which two ports share; shuffles have one.
   static void transpose(const float* sums, int64_t stride, float (&out)[16][16]) {
@@ -161,8 +165,8 @@ constexpr GemmCompact make() {
                 .panel_rows = {8, 8, 8},
                 .panel_cycles = {3.75, 5, 7},
                 .panel_taps = 200,
-                .collect_cycles = {3, 4.7, 9.2, 4.5, 4.7},
-                .mask_cycles = {0, 3, 3, 0, 3},
+                .collect_cycles = {3, 4.7, 9.2, 4.5, 4.7, 9.2},
+                .mask_cycles = {0, 3, 3, 0, 3, 3},
                 .store_cycles = {3, 8},
                 .spread = &spread<Vec16>};
   fill_collect<Vec16, 3>(g);
