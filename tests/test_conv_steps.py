@@ -258,6 +258,29 @@ def test_pixels_that_fill_no_vector(
         assert "_rest" in kernel
 
 
+@pytest.mark.parametrize("isa", [i for i in ISAS if i != "scalar"])
+@pytest.mark.parametrize("width", [3, 4, 5, 7, 9, 13, 14, 20])
+@pytest.mark.parametrize("between", [0, 1, 2, 3])
+@pytest.mark.parametrize("residual", ["none", "arena", "tensor", "y"])
+def test_vectors_of_two_rows(isa: str, width: int, between: int, residual: str) -> None:
+    """The places between the rows may be as many in the residual as in y, or not; filters that leave tails, whole
+    vectors and several images in one table, and a limit above."""
+    c = {"groups": 1, "kernel": (1, 1), "dilation": (1, 1), "padding": (0, 0), "channels": 5, "density": 1.0}
+    c |= {"block": 1000, "bias": True, "residual": residual, "x_layout": "tensor", "x_halo": (0, 0, 0, 0)}
+    c |= {"y_layout": "arena" if between else "tensor", "y_halo": (1 if between else 0, between, 0, between)}
+    c |= {"spare_images": 0, "guard": "end", "threads": 1, "seed": 5}
+    for batch, stride, filters, curve in (
+        (1, 1, 40, {"low": 0.0}),
+        (3, 1, 23, {"low": 0.0, "high": 1.0}),
+        (2, 2, 64, {}),
+    ):
+        c |= {"batch": batch, "stride": (stride, stride), "filters": filters, "curve": curve}
+        c |= {"size": (5 * stride, width * stride)}
+        spec, dense, bias = make_spec(c)
+        x, more = inputs(c, spec, dense)
+        check_close(run("taps_f32", isa, c, spec, x, more), c, x, dense, bias, more)
+
+
 def needs_halo(c: dict[str, Any]) -> bool:
     axes = zip(c["size"], c["kernel"], c["stride"], c["padding"], c["dilation"], strict=True)
     reach = [((n + 2 * p - d * (k - 1) - 1) // s * s + d * (k - 1) - p, n, p) for n, k, s, p, d in axes]

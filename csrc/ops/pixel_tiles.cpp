@@ -1,7 +1,9 @@
 #include "ops/pixel_tiles.h"
 
 #include <algorithm>
+#include <bit>
 #include <functional>
+#include <span>
 
 #include "base/check.h"
 #include "base/div_up.h"
@@ -111,6 +113,18 @@ void check_planes(const char* op, const ConvPlanes& p, int64_t in_channels, int6
               ": x got negative strides, wanted none");
 }
 
+// Lanes of the first of two rows that a vector with these stores is all of; 0 where it is not.
+int run_of(std::span<const PixelStore> stores, const ConvPlanes& p, int lanes) {
+  if (stores.size() != 2 || stores[0].image != stores[1].image) return 0;
+  const PixelStore &first = stores[0], &last = stores[1];
+  const int64_t gap = last.y + last.count - first.y - lanes;
+  if (std::popcount(first.lanes) + std::popcount(last.lanes) != lanes || gap > lanes ||
+      gap != p.y.pitch - p.y.width || gap != std::max(p.y.halo.left, p.y.halo.right)) {
+    return 0;
+  }
+  return std::countr_one(first.lanes);
+}
+
 // How vectors of a window can be read, by their lanes.
 class ReadsOf {
  public:
@@ -162,7 +176,11 @@ CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes) {
   int filled = 0;                  // of its lanes, from the first on
   bool in_order = true;
   const auto settle = [&] {
-    for (const PixelStore& s : stores) ++(s.straight && s.count == lanes ? size.whole : size.pieces);
+    if (run_of(stores, planes, lanes) > 0) {
+      ++size.runs;
+    } else {
+      for (const PixelStore& s : stores) ++(s.straight && s.count == lanes ? size.whole : size.pieces);
+    }
     stores.clear();
   };
   for_vectors(
@@ -239,6 +257,9 @@ PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::
     const kernels::PixelStore& s = t.stores[v.first_store];
     v.y = s.y, v.residual = s.residual, v.lanes = s.lanes, v.image = s.image;
     v.straight = v.stores == 1 && s.straight ? s.count : 0;
+    v.run = run_of(std::span(&s, v.stores), planes, k.lanes);
+    v.gap = static_cast<int32_t>(planes.y.pitch - planes.y.width);
+    v.residual_gap = static_cast<int32_t>(planes.residual.pitch - planes.residual.width);
   }
   for (int c = 0; c < 3; ++c) {
     const int64_t count = static_cast<int64_t>(t.vectors.size()) - (rest ? 1 : 0);

@@ -21,7 +21,8 @@ constexpr double kPlanesCall = 80;        // of a call of the panel kernel on th
 
 double stores_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size) {
   return static_cast<double>(filters) *
-         (k.store_cycles[0] * static_cast<double>(size.whole) + k.store_cycles[1] * static_cast<double>(size.pieces));
+         (k.store_cycles[0] * static_cast<double>(size.whole) + k.store_cycles[1] * static_cast<double>(size.pieces) +
+          k.store_cycles[2] * static_cast<double>(size.runs));
 }
 
 }  // namespace

@@ -57,6 +57,9 @@ struct PixelVector {
   int64_t y = 0, residual = 0;
   uint32_t lanes = 0;
   int32_t image = 0, straight = 0;
+  // Where all lanes are outputs of two rows, the places between which may take zeros: how many lanes are of the first,
+  // and the places between, in y (at most a vector) and in the residual. Otherwise run = 0.
+  int32_t run = 0, gap = 0, residual_gap = 0;
 };
 
 // How collect reads a vector. In a window of two vectors kTwoRuns: places in two runs (lane[i] = i up to some lane, i +
@@ -215,7 +218,7 @@ struct GemmCompact {
   int panel_taps = 0;                  // in a copy
   double collect_cycles[kReads] = {};  // of a tap and vector
   double mask_cycles[kReads] = {};     // more than that where x has edges
-  double store_cycles[2] = {};         // of the panel kernel: of a whole vector, of a piece
+  double store_cycles[3] = {};         // of the panel kernel: of a whole vector, of a piece, of PixelVector::run
   double copy_cycles = 0;              // of a tile that is copied for one block, besides its taps
   // Of a tap by a filters kernel from a copy, for pixels that fill no vector: at least (a chain of multiply-adds waits
   // for itself), and of each pixel. 0: not measured, and such pixels are a vector.

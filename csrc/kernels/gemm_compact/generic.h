@@ -106,6 +106,27 @@ inline void put_tile(const typename V::Reg (&acc)[MR][NR], const PixelVector* ve
         }
         continue;
       }
+      if (plain && vectors[v].run > 0 && s->image < o.images) {
+        // Two whole vectors, the second of which ends with the lanes that the first one, written over it, has no place
+        // for.
+        const int run = vectors[v].run, gap = vectors[v].gap, residual_gap = vectors[v].residual_gap;
+        float* y = o.y + s->y;
+        const float* residual = o.residual ? o.residual + s->residual : nullptr;
+        const auto first = V::lanes(((1u << run) - 1) | (~0u << (run + gap))), second = V::behind(run);
+        const auto index = V::spread_index(run, gap);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m, y += o.y_stride) {
+          auto r = acc[m][v];
+          if (residual) {
+            r = V::add(r, V::blend(V::load(residual), V::load(residual + residual_gap), second));
+            residual += o.residual_stride;
+          }
+          r = V::min(high, V::max(low, r));
+          V::store(y + gap, V::only(r, second));
+          V::store(y, V::only(V::permute(r, index), first));
+        }
+        continue;
+      }
     }
     alignas(64) float sums[MR][V::kLanes];
 #pragma GCC unroll 16

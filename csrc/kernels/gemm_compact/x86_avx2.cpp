@@ -44,6 +44,17 @@ struct Vec8 {
     const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit), bit);
   }
+  // Lanes from the n-th on, and lane i from i below n, otherwise from i - gap.
+  static Lanes behind(int n) {
+    return _mm256_cmpgt_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(n - 1));
+  }
+  static Index spread_index(int n, int gap) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_sub_epi32(lane, _mm256_and_si256(behind(n), _mm256_set1_epi32(gap)));
+  }
+  static Reg blend(Reg low, Reg high, Lanes from_high) {
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(from_high));
+  }
   static void store_mask(float* p, Lanes some) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), some); }
   static Reg masked(Reg r, const float* mask) { return _mm256_and_ps(r, _mm256_load_ps(mask)); }
   static Reg permute(Reg r, Index i) { return _mm256_permutevar8x32_ps(r, i); }
@@ -213,7 +224,7 @@ constexpr GemmCompact make() {
                 .panel_taps = 512,
                 .collect_cycles = {2.6, 4.8, 8.4, 3.4, 4.1, 5},
                 .mask_cycles = {1.3, 1, 1.2, 1.6, 1.4, 1.4},
-                .store_cycles = {2, 8},
+                .store_cycles = {2, 8, 5},
                 .copy_cycles = 200,
                 .rest_cycles = {4.2, 1.1},
                 .one_pixel_cycles = 2.9,

@@ -167,7 +167,7 @@ constexpr GemmCompact make() {
                 .panel_taps = 200,
                 .collect_cycles = {3, 4.7, 9.2, 4.5, 4.7, 9.2},
                 .mask_cycles = {0, 3, 3, 0, 3, 3},
-                .store_cycles = {3, 8},
+                .store_cycles = {3, 8, 16},
                 .spread = &spread<Vec16>};
   fill_collect<Vec16, 3>(g);
   fill_panel<From::kCopy>(g);
