@@ -118,8 +118,8 @@ int run_of(std::span<const PixelStore> stores, const ConvPlanes& p, int lanes) {
   if (stores.size() != 2 || stores[0].image != stores[1].image) return 0;
   const PixelStore &first = stores[0], &last = stores[1];
   const int64_t gap = last.y + last.count - first.y - lanes;
-  if (std::popcount(first.lanes) + std::popcount(last.lanes) != lanes || gap > lanes ||
-      gap != p.y.pitch - p.y.width || gap != std::max(p.y.halo.left, p.y.halo.right)) {
+  if (std::popcount(first.lanes) + std::popcount(last.lanes) != lanes || gap > lanes || gap != p.y.pitch - p.y.width ||
+      gap != std::max(p.y.halo.left, p.y.halo.right)) {
     return 0;
   }
   return std::countr_one(first.lanes);

@@ -90,7 +90,7 @@ std::vector<uint16_t> inside_of(const ConvPlanes& planes, const KernelSize& kern
 struct CutSize {
   // Stores of a whole vector (the halo in it included), of less, and vectors of two rows (PixelVector::run).
   int64_t vectors = 0, whole = 0, pieces = 0, runs = 0;
-  int rest = 0;                                // pixels of the last vector, where it is not full and has them in order
+  int rest = 0;  // pixels of the last vector, where it is not full and has them in order
   kernels::Reads reads = kernels::Reads::kWindow1;  // of most
 };
 CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes);

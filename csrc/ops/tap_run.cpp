@@ -318,12 +318,8 @@ void multiply_rest(const TapPlan& plan, const Together& t, int pixels, const int
   out.y += tile.y;
   if (out.residual) out.residual += tile.residual;
   out.images = tile.images;
-  k.spread({.sums = sums,
-            .sums_stride = sums_stride,
-            .filters = a.filters,
-            .vectors = 1,
-            .stores = &stores,
-            .out = out});
+  k.spread(
+      {.sums = sums, .sums_stride = sums_stride, .filters = a.filters, .vectors = 1, .stores = &stores, .out = out});
 }
 
 // Unit u is panel u % job.panels of tile u / job.panels. The taps go in parts: x at those of a part and the pixels of
@@ -427,7 +423,8 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
         a.sums = j * panel_floats;
         a.out.y = out.y + p.first_filter * out.y_stride;
         if (out.residual) a.out.residual = out.residual + p.first_filter * out.residual_stride;
-        const float* const next = j + 1 < to ? weights(j + 1, own(j + 1, part).first) : weights(from, own(from, part).second);
+        const float* const next =
+            j + 1 < to ? weights(j + 1, own(j + 1, part).first) : weights(from, own(from, part).second);
         for (int64_t g = 0; g < groups; ++g) {
           const Tiles& same = alike[g];
           a.tiles = at + same.begin;

@@ -63,8 +63,8 @@ struct PixelVector {
 };
 
 // How collect reads a vector. In a window of two vectors kTwoRuns: places in two runs (lane[i] = i up to some lane, i +
-// a number of at most `lanes` from there on), and kAlternate: every other place (lane[i] = 2 i). In one of four kFourth:
-// every fourth (lane[i] = 4 i).
+// a number of at most `lanes` from there on), and kAlternate: every other place (lane[i] = 2 i). In one of four
+// kFourth: every fourth (lane[i] = 4 i).
 enum class Reads { kWindow1, kWindow2, kWindow4, kTwoRuns, kAlternate, kFourth };
 inline constexpr int kReads = 6;
 constexpr int window_of(Reads r) {
@@ -122,11 +122,11 @@ enum class From { kCopy, kSlots, kPlanes };
 inline constexpr int kFrom = 3;
 
 struct PanelTile {
-  const float* x;              // the copy of collect, or in planes the first image
-  const PixelVector* vectors;  // [NR]; of planes in a window of one vector
-  float* sums = nullptr;       // of all panels, where they go on from one part of the taps to the next
-  int64_t y = 0, residual = 0; // offsets of the first image
-  int images = 1;              // as Output::images
+  const float* x;               // the copy of collect, or in planes the first image
+  const PixelVector* vectors;   // [NR]; of planes in a window of one vector
+  float* sums = nullptr;        // of all panels, where they go on from one part of the taps to the next
+  int64_t y = 0, residual = 0;  // offsets of the first image
+  int images = 1;               // as Output::images
 };
 
 struct PanelArgs {
@@ -137,10 +137,10 @@ struct PanelArgs {
   int64_t n_taps;
   const float* w;  // [n_taps][w_stride]
   int64_t w_stride;
-  int filters;         // 1 to the width of the panel of weights
-  const float* bias;   // null where the sums go on from those in memory
-  int64_t sums = 0;    // offset in PanelTile::sums: [width of the panel][NR][lanes], of which a kernel may write all
-  bool last = true;    // whether the sums are whole and go to y; otherwise to memory
+  int filters;        // 1 to the width of the panel of weights
+  const float* bias;  // null where the sums go on from those in memory
+  int64_t sums = 0;   // offset in PanelTile::sums: [width of the panel][NR][lanes], of which a kernel may write all
+  bool last = true;   // whether the sums are whole and go to y; otherwise to memory
   // If given, filters * n_taps floats from here on are fetched during the last tile, but perhaps the last: the weights
   // of the next call. And as many during each tile before it: what the next step reads.
   const float *next = nullptr, *ahead = nullptr;
