@@ -113,6 +113,8 @@ void check_planes(const char* op, const ConvPlanes& p, int64_t in_channels, int6
               ": x got negative strides, wanted none");
 }
 
+namespace {
+
 // Lanes of the first of two rows that a vector with these stores is all of; 0 where it is not.
 int run_of(std::span<const PixelStore> stores, const ConvPlanes& p, int lanes) {
   if (stores.size() != 2 || stores[0].image != stores[1].image) return 0;
@@ -168,6 +170,8 @@ class ReadsOf {
   std::vector<Ways> ways_;  // of each vector
   int64_t gap_ = 0;
 };
+
+}  // namespace
 
 CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes) {
   CutSize size;
@@ -264,9 +268,11 @@ PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::
   for (int c = 0; c < 3; ++c) {
     const int64_t count = static_cast<int64_t>(t.vectors.size()) - (rest ? 1 : 0);
     const int64_t tiles = div_up(count, k.nr[c]);
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t begin = i * count / tiles, end = (i + 1) * count / tiles;
-      t.tiles[c].push_back({begin, static_cast<int>(end - begin), reads.all(begin, end - begin)});
+    // Those of as many vectors one behind the other, for a kernel takes them together.
+    for (int64_t i = 0, begin = 0; i < tiles; ++i) {
+      const int64_t n = count / tiles + (i < count % tiles ? 1 : 0);
+      t.tiles[c].push_back({begin, static_cast<int>(n), reads.all(begin, n)});
+      begin += n;
     }
     if (rest) t.tiles[c].push_back({count, 1, reads.all(count, 1), last});
   }

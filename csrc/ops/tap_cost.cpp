@@ -16,8 +16,9 @@ double over_tiles(int64_t vectors, int most, const auto& tile) {
          (more == 0 ? 0.0 : static_cast<double>(more) * tile(least + 1));
 }
 
-constexpr double kCall = 40, kSum = 1.5;  // cycles of a call, and of a vector of sums that waits for the next part
-constexpr double kPlanesCall = 80;        // of a call of the panel kernel on the planes (AVX2, Zen 3)
+// Cycles of a panel and tile besides its taps, and of a vector of sums that waits for the next part.
+constexpr double kCall = 40, kSum = 1.5;
+constexpr double kPlanesCall = 80;  // likewise, of the panel kernel on the planes (AVX2, Zen 3)
 
 double stores_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size) {
   return static_cast<double>(filters) *

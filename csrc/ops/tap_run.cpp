@@ -322,6 +322,22 @@ void multiply_rest(const TapPlan& plan, const Together& t, int pixels, const int
       {.sums = sums, .sums_stride = sums_stride, .filters = a.filters, .vectors = 1, .stores = &stores, .out = out});
 }
 
+int64_t first_of_y(const PanelTile& tile) {
+  return tile.y + tile.vectors->y;
+}
+
+// Floats of y that some tiles of `count` vectors are, one behind the other; 0 where they do not lie so.
+int64_t in_a_row(const PanelTile* tiles, int64_t n, int count, int lanes) {
+  int64_t next = first_of_y(*tiles);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int v = 0; v < count; ++v, next += lanes) {
+      const kernels::PixelVector& p = tiles[i].vectors[v];
+      if (p.straight != lanes || p.image >= tiles[i].images || tiles[i].y + p.y != next) return 0;
+    }
+  }
+  return next - first_of_y(*tiles);
+}
+
 // Unit u is panel u % job.panels of tile u / job.panels. The taps go in parts: x at those of a part and the pixels of
 // some tiles is collected once for all panels, whose sums wait for the next part in memory. Several tiles at a time,
 // for all of them read the weights.
@@ -330,20 +346,26 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
   const auto& t = plan.panel;
   const Collection& c = plan.collections[job.collection];
   const bool shared = !c.slot.empty(), edges = !t.inside.empty();
-  const bool past_caches = plan.planes.y.past_caches && !shared && k.panel_past_caches[0];
-  const auto& kernel =
-      past_caches ? k.panel_past_caches : k.panel_kernel[static_cast<int>(shared ? From::kSlots : From::kCopy)];
+  const bool past_caches = plan.planes.y.past_caches && !shared;
+  const auto& kernel = past_caches && k.panel_past_caches[0]
+                           ? k.panel_past_caches
+                           : k.panel_kernel[static_cast<int>(shared ? From::kSlots : From::kCopy)];
+  const bool streams = past_caches && k.stream;
   const auto tiles = static_cast<int64_t>(t.tiles[0].size());
   const int64_t tile_floats = k.nr[0] * k.lanes, panel_floats = kernels::kMaxPanel * tile_floats;
   const int64_t copy_floats = most_taps(c) * tile_floats;
   const int64_t most = shared ? 1 : std::clamp<int64_t>((share.end - share.begin) / job.panels, 1, kPanelTiles);
-  float* const copies = scratch(most * (copy_floats + job.panels * panel_floats), Scratch::kPanel);
+  const int64_t row_floats = streams ? most * tile_floats : 0;  // of a filter, before they are streamed
+  float* const copies =
+      scratch(most * (copy_floats + job.panels * panel_floats) + kernels::kMaxPanel * row_floats, Scratch::kPanel);
   float* const sums = copies + most * copy_floats;
+  float* const rows = sums + most * job.panels * panel_floats;
   // Tiles of as many vectors that are read alike, or one whose pixels are few.
   struct Tiles {
     int64_t begin, end;
     int count, rest;
     kernels::Reads reads;
+    int64_t row = 0;  // floats of y, where it is streamed: by way of a row per filter, for tiles are not whole lines
     bool joins(const Tiles& t) const { return count == t.count && reads == t.reads && t.rest == 0; }
   } alike[kPanelTiles];
   PanelTile at[kPanelTiles];
@@ -355,14 +377,27 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
     return std::pair{begins[0], begins[1]};
   };
   const auto first_of = [&](int64_t j) { return shared ? c.begins[j * c.parts.size()] : 0; };
+  const auto panel_of = [&](int64_t j) -> const Panel& { return packed.panels[job.panel + j]; };
   const auto weights = [&](int64_t j, int64_t tap) {
-    const Panel& p = packed.panels[job.panel + j];
-    return packed.weights + p.weight + (tap - first_of(j)) * p.width;
+    return packed.weights + panel_of(j).weight + (tap - first_of(j)) * panel_of(j).width;
   };
-  const auto wide = [&](int64_t j) { return packed.panels[job.panel + j].width == kernels::kMaxPanel; };
   const Output out = output_of(plan, data, 0);
   PanelArgs a{.tiles = nullptr, .n_taps = 0, .w = nullptr, .w_stride = 0, .filters = 0, .bias = nullptr, .out = out};
   a.out.stores = t.stores.data();
+  // What panels `first` to `last` multiply, and where their outputs go.
+  const auto of_panels = [&](int64_t first, int64_t last, int64_t part, PanelArgs& a) {
+    const Panel &p = panel_of(first), &q = panel_of(last);
+    const auto [begin, end] = own(first, part);
+    a.slot = shared ? c.slot.data() + begin : nullptr;
+    a.n_taps = end - begin;
+    a.w = weights(first, begin);
+    a.w_stride = p.width;
+    a.filters = q.first_filter + q.filters - p.first_filter;
+    a.bias = part == 0 ? packed.bias + p.first_filter : nullptr;
+    a.sums = first * panel_floats;
+    a.out.y = out.y + p.first_filter * out.y_stride;
+    if (out.residual) a.out.residual = out.residual + p.first_filter * out.residual_stride;
+  };
   for (int64_t unit = share.begin; unit < share.end;) {
     // Whole tiles, or a part of the panels of one.
     const int64_t from = unit % job.panels, left = share.end - unit;
@@ -384,6 +419,10 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
         alike[groups++] = one;
       }
       if (tile.rest == 0) fetches = groups - 1;
+    }
+    for (int64_t g = 0; streams && g < groups; ++g) {
+      const Tiles& same = alike[g];
+      if (same.rest == 0) alike[g].row = in_a_row(at + same.begin, same.end - same.begin, same.count, k.lanes);
     }
     unit += n > 1 ? n * job.panels : to - from;
     for (int64_t part = 0; part < c.count(); ++part) {
@@ -412,17 +451,7 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
       // All tiles read a panel's weights from L1; of blocks, whose weights are less than the copy they share, all
       // panels read the copy.
       for (int64_t j = from; j < to; ++j) {
-        const Panel& p = packed.panels[job.panel + j];
-        const auto [begin, end] = own(j, part);
-        a.slot = shared ? c.slot.data() + begin : nullptr;
-        a.n_taps = end - begin;
-        a.w = weights(j, begin);
-        a.w_stride = p.width;
-        a.filters = p.filters;
-        a.bias = part == 0 ? packed.bias + p.first_filter : nullptr;
-        a.sums = j * panel_floats;
-        a.out.y = out.y + p.first_filter * out.y_stride;
-        if (out.residual) a.out.residual = out.residual + p.first_filter * out.residual_stride;
+        of_panels(j, j, part, a);
         const float* const next =
             j + 1 < to ? weights(j + 1, own(j + 1, part).first) : weights(from, own(from, part).second);
         for (int64_t g = 0; g < groups; ++g) {
@@ -430,32 +459,39 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
           a.tiles = at + same.begin;
           a.n_tiles = static_cast<int>(same.end - same.begin);
           if (same.rest == 0) {
-            const bool fetch = g == fetches || shared;
+            const bool fetch = g == fetches;
             a.next = next;
-            a.ahead = static_cast<const float*>(fetch_ahead.take(4 * p.filters * a.n_taps * (a.n_tiles - fetch)));
-            if (!fetch) a.next = a.ahead ? a.ahead + p.filters * a.n_taps * (a.n_tiles - 1) : nullptr;
-            kernel[same.count - 1](a);
+            const int64_t floats = a.filters * a.n_taps;  // fetched during a tile
+            a.ahead = static_cast<const float*>(fetch_ahead.take(4 * floats * (a.n_tiles - fetch)));
+            a.ahead_end = reinterpret_cast<const float*>(fetch_ahead.end);
+            if (!fetch)
+              a.next = a.ahead && floats * (a.n_tiles - 1) < a.ahead_end - a.ahead ? a.ahead + floats * (a.n_tiles - 1)
+                                                                                   : nullptr;
+            if (same.row == 0 || !a.last) {
+              kernel[same.count - 1](a);
+              continue;
+            }
+            const int64_t first = first_of_y(*a.tiles);
+            PanelArgs to_rows = a;
+            to_rows.out.y = rows - first;
+            to_rows.out.y_stride = row_floats;
+            kernel[same.count - 1](to_rows);
+            k.stream({rows, row_floats, a.out.y + first, a.out.y_stride, a.filters, same.row});
             continue;
           }
-          // Whether the pixels left over are multiplied for panel j with those for the next.
-          const auto joins = [&](int64_t j) {
-            return !shared && same.rest == 1 && k.one_pixel_cycles > 0 && (j + 1 - from) % kernels::kMaxPanels != 0 &&
-                   j + 1 < to && wide(j) && wide(j + 1);
+          // One pixel is multiplied for some panels together.
+          const auto joins = [&](int64_t i) {
+            return !shared && same.rest == 1 && k.one_pixel_cycles > 0 && (i + 1 - from) % kernels::kMaxPanels != 0 &&
+                   i + 1 < to && panel_of(i).width == kernels::kMaxPanel && panel_of(i + 1).width == kernels::kMaxPanel;
           };
           if (joins(j)) continue;
           int64_t first = j;
           while (first > from && joins(first - 1)) --first;
-          const Panel& f = packed.panels[job.panel + first];
-          PanelArgs some = a;
-          some.w = weights(first, own(first, part).first);
-          some.filters = p.first_filter + p.filters - f.first_filter;
-          some.bias = part == 0 ? packed.bias + f.first_filter : nullptr;
-          some.sums = first * panel_floats;
-          some.out.y = out.y + f.first_filter * out.y_stride;
-          if (out.residual) some.out.residual = out.residual + f.first_filter * out.residual_stride;
-          const Together together{p.width, static_cast<int>(j - first + 1),
-                                  j > first ? packed.panels[job.panel + first + 1].weight - f.weight : 0};
-          multiply_rest(plan, together, same.rest, plan.rest_offset.data() + (shared ? begin : 0), some);
+          PanelArgs together = a;
+          of_panels(first, j, part, together);
+          const int64_t apart = j > first ? panel_of(first + 1).weight - panel_of(first).weight : 0;
+          multiply_rest(plan, {panel_of(j).width, static_cast<int>(j - first + 1), apart}, same.rest,
+                        plan.rest_offset.data() + (shared ? own(j, part).first : 0), together);
         }
       }
     }

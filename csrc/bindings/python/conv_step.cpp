@@ -176,8 +176,9 @@ py::tuple conv_step(const std::string& family, const std::string& isa_of, const 
                     const std::optional<Array>& residual, const std::string& dtype_of, const std::string& x_dtype_of,
                     const std::string& y_dtype_of, const std::string& x_layout, const std::string& y_layout,
                     const std::string& residual_layout, const std::array<int64_t, 4>& x_halo,
-                    const std::array<int64_t, 4>& y_halo, const std::array<int64_t, 3>& grid_of, int64_t spare_images,
-                    int threads, const std::string& guard) {
+                    const std::array<int64_t, 4>& y_halo, const std::array<int64_t, 4>& residual_halo,
+                    const std::array<int64_t, 3>& grid_of, int64_t spare_images, int threads,
+                    const std::string& guard) {
   const Family* found =
       std::find_if(std::begin(kFamilies), std::end(kFamilies), [&](const Family& f) { return family == f.name; });
   SADMM_CHECK(found != std::end(kFamilies), kOp, ": family got '", family, "', wanted one that the build has");
@@ -211,14 +212,17 @@ py::tuple conv_step(const std::string& family, const std::string& isa_of, const 
                .bottom = behind(0, height, out_h) + x_halo[2],
                .right = behind(1, width, out_w) + x_halo[3]};
   if (x_layout == "tensor") in_halo = {};  // whether the family takes that or not
-  const Halo out_halo{.top = y_halo[0], .left = y_halo[1], .bottom = y_halo[2], .right = y_halo[3]};
+  const auto halo_of = [](const std::array<int64_t, 4>& h) {
+    return Halo{.top = h[0], .left = h[1], .bottom = h[2], .right = h[3]};
+  };
   const Grid grid{.images = grid_of[0], .rows = grid_of[1], .cols = grid_of[2]};
   const Planes px = planes(x_layout, x_dtype, planned, x.shape(1), height, width, in_halo, grid);
-  const Planes py_ = planes(y_layout, y_dtype, planned, spec.out_channels, out_h, out_w, out_halo, grid);
+  const Planes py_ = planes(y_layout, y_dtype, planned, spec.out_channels, out_h, out_w, halo_of(y_halo), grid);
   const bool in_place = residual && residual_layout == "y";
   SADMM_CHECK(!in_place || y_dtype == dtype, kOp, ": y_dtype got another one than the residual in y's place");
-  const Planes pr =
-      in_place || !residual ? py_ : planes(residual_layout, dtype, planned, spec.out_channels, out_h, out_w, {}, grid);
+  const Planes pr = in_place || !residual ? py_
+                                          : planes(residual_layout, dtype, planned, spec.out_channels, out_h, out_w,
+                                                   halo_of(residual_halo), grid);
   if (residual) {
     SADMM_CHECK(residual->ndim() == 4 && residual->shape(0) == images && residual->shape(1) == spec.out_channels &&
                     residual->shape(2) == out_h && residual->shape(3) == out_w,
@@ -265,8 +269,8 @@ void bind_conv_step(py::module_& m) {
         py::arg("residual") = py::none(), py::kw_only(), py::arg("dtype") = "f32", py::arg("x_dtype") = "",
         py::arg("y_dtype") = "", py::arg("x_layout") = "arena", py::arg("y_layout") = "arena",
         py::arg("residual_layout") = "arena", py::arg("x_halo") = Four{}, py::arg("y_halo") = Four{},
-        py::arg("grid") = std::array<int64_t, 3>{0, 1, 1}, py::arg("spare_images") = 0, py::arg("threads") = 1,
-        py::arg("guard") = "end",
+        py::arg("residual_halo") = Four{}, py::arg("grid") = std::array<int64_t, 3>{0, 1, 1},
+        py::arg("spare_images") = 0, py::arg("threads") = 1, py::arg("guard") = "end",
         "One step of a convolution family on planes: (y, kernels). spec: the fields of ConvSpec and activation, low, "
         "high, slope. x_dtype, y_dtype: of the caller's own tensors, where not dtype. x_halo: top, left, bottom, right "
         "beyond what the padding needs; residual_layout 'y': in y's place; "

@@ -10,7 +10,8 @@
 //   pixels   registers hold MR filters x NR vectors of pixels, weights are broadcast: for narrow panels
 //   filters  registers hold P pixels x NV panels (vectors of filters), pixels are broadcast: needs no stride and no
 //            width of the map to fill its vectors, only enough filters that share their taps
-//   panel    as pixels, for all filters of a panel, and from one of three places (enum From): from a copy of x in the
+//   panel    as pixels, for all filters of a panel and some tiles, and from one of three places (enum From): from a
+//   copy of x in the
 //            order of its loop, made by *collect* for one tile and some taps; from a copy of the taps of several
 //            blocks, of which it has some; or from the planes. A copy pays where enough filters share it; a stride
 //            costs it nothing
@@ -142,8 +143,9 @@ struct PanelArgs {
   int64_t sums = 0;   // offset in PanelTile::sums: [width of the panel][NR][lanes], of which a kernel may write all
   bool last = true;   // whether the sums are whole and go to y; otherwise to memory
   // If given, filters * n_taps floats from here on are fetched during the last tile, but perhaps the last: the weights
-  // of the next call. And as many during each tile before it: what the next step reads.
-  const float *next = nullptr, *ahead = nullptr;
+  // of the next call, or what comes behind `ahead`. And as many during each tile before it, up to
+  // `ahead_end`: what the next step reads.
+  const float *next = nullptr, *ahead = nullptr, *ahead_end = nullptr;
   Output out;  // its images are those of the tiles
 };
 
@@ -190,6 +192,15 @@ struct SpreadArgs {
 
 using PixelsKernel = void (*)(const PixelsArgs&);
 using CollectKernel = void (*)(const CollectArgs&);
+// Rows of floats from a copy in a cache to memory that is not read again soon.
+struct StreamArgs {
+  const float* from;
+  int64_t from_stride;
+  float* to;
+  int64_t to_stride, rows, floats;
+};
+
+using StreamKernel = void (*)(const StreamArgs&);
 using PanelKernel = void (*)(const PanelArgs&);
 using FiltersKernel = void (*)(const FiltersArgs&);
 using SpreadKernel = void (*)(const SpreadArgs&);
@@ -233,6 +244,8 @@ struct GemmCompact {
   // From::kCopy, for a y that is more than caches keep until it is read: lines that are written as a whole go past them
   // and are not fetched before. The caller fences. Null where there is none.
   PanelKernel panel_past_caches[kMaxVectors] = {};
+  // For the same, where vectors are not lines: to these from a copy of some tiles. The caller fences.
+  StreamKernel stream = nullptr;
   SpreadKernel spread;
 };
 

@@ -88,7 +88,8 @@ inline void put_tile(const typename V::Reg (&acc)[MR][NR], const PixelVector* ve
       return;
     }
   }
-  // Whole vectors that lie in y as they are go there from registers, the others by way of memory.
+  // Whole vectors that lie in y as they are, or in two rows of it, go there from registers, the others by way of
+  // memory.
   const auto low = V::broadcast(&o.epilogue.low), high = V::broadcast(&o.epilogue.high);
   const bool plain = !V::kMasks && o.epilogue.activation == Activation::kClamp && filters >= MR;
 #pragma GCC unroll 8
