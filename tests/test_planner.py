@@ -459,8 +459,8 @@ class Wide(nn.Module):
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("size", [(264, 264), (261, 265)])
 def test_outputs_that_caches_do_not_keep(size: tuple[int, int], adds: bool) -> None:
-    """More than 16 MiB: where filters lie whole lines apart, AVX-512's panel kernel writes them past the caches; AVX2's
-    writes rows that are streamed from a cache, wherever they begin. torch's memory begins at a line, NumPy's elsewhere.
+    """More than 16 MiB: where filters lie whole lines apart, AVX-512's panel kernel writes them past the caches.
+    torch's memory begins at a line, NumPy's elsewhere.
     """
     torch.manual_seed(0)
     net = Wide(adds).eval()
@@ -469,7 +469,7 @@ def test_outputs_that_caches_do_not_keep(size: tuple[int, int], adds: bool) -> N
         want = net(x)
     assert want.numel() * 4 > 16 << 20
     e = engine(net, x)
-    if _core.isa() != "scalar":
+    if _core.isa() not in ("scalar", "avx2"):
         assert "panel" in e.describe(tuple(x.shape))[-1]["kernel"]
     got = e.run(x.numpy())
     close(got, want.numpy(), 1e-4)

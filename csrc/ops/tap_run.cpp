@@ -322,22 +322,6 @@ void multiply_rest(const TapPlan& plan, const Together& t, int pixels, const int
       {.sums = sums, .sums_stride = sums_stride, .filters = a.filters, .vectors = 1, .stores = &stores, .out = out});
 }
 
-int64_t first_of_y(const PanelTile& tile) {
-  return tile.y + tile.vectors->y;
-}
-
-// Floats of y that some tiles of `count` vectors are, one behind the other; 0 where they do not lie so.
-int64_t in_a_row(const PanelTile* tiles, int64_t n, int count, int lanes) {
-  int64_t next = first_of_y(*tiles);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int v = 0; v < count; ++v, next += lanes) {
-      const kernels::PixelVector& p = tiles[i].vectors[v];
-      if (p.straight != lanes || p.image >= tiles[i].images || tiles[i].y + p.y != next) return 0;
-    }
-  }
-  return next - first_of_y(*tiles);
-}
-
 // Unit u is panel u % job.panels of tile u / job.panels. The taps go in parts: x at those of a part and the pixels of
 // some tiles is collected once for all panels, whose sums wait for the next part in memory. Several tiles at a time,
 // for all of them read the weights.
@@ -346,26 +330,20 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
   const auto& t = plan.panel;
   const Collection& c = plan.collections[job.collection];
   const bool shared = !c.slot.empty(), edges = !t.inside.empty();
-  const bool past_caches = plan.planes.y.past_caches && !shared;
-  const auto& kernel = past_caches && k.panel_past_caches[0]
-                           ? k.panel_past_caches
-                           : k.panel_kernel[static_cast<int>(shared ? From::kSlots : From::kCopy)];
-  const bool streams = past_caches && k.stream;
+  const bool past_caches = plan.planes.y.past_caches && !shared && k.panel_past_caches[0];
+  const auto& kernel =
+      past_caches ? k.panel_past_caches : k.panel_kernel[static_cast<int>(shared ? From::kSlots : From::kCopy)];
   const auto tiles = static_cast<int64_t>(t.tiles[0].size());
   const int64_t tile_floats = k.nr[0] * k.lanes, panel_floats = kernels::kMaxPanel * tile_floats;
   const int64_t copy_floats = most_taps(c) * tile_floats;
   const int64_t most = shared ? 1 : std::clamp<int64_t>((share.end - share.begin) / job.panels, 1, kPanelTiles);
-  const int64_t row_floats = streams ? most * tile_floats : 0;  // of a filter, before they are streamed
-  float* const copies =
-      scratch(most * (copy_floats + job.panels * panel_floats) + kernels::kMaxPanel * row_floats, Scratch::kPanel);
+  float* const copies = scratch(most * (copy_floats + job.panels * panel_floats), Scratch::kPanel);
   float* const sums = copies + most * copy_floats;
-  float* const rows = sums + most * job.panels * panel_floats;
   // Tiles of as many vectors that are read alike, or one whose pixels are few.
   struct Tiles {
     int64_t begin, end;
     int count, rest;
     kernels::Reads reads;
-    int64_t row = 0;  // floats of y, where it is streamed: by way of a row per filter, for tiles are not whole lines
     bool joins(const Tiles& t) const { return count == t.count && reads == t.reads && t.rest == 0; }
   } alike[kPanelTiles];
   PanelTile at[kPanelTiles];
@@ -420,10 +398,6 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
       }
       if (tile.rest == 0) fetches = groups - 1;
     }
-    for (int64_t g = 0; streams && g < groups; ++g) {
-      const Tiles& same = alike[g];
-      if (same.rest == 0) alike[g].row = in_a_row(at + same.begin, same.end - same.begin, same.count, k.lanes);
-    }
     unit += n > 1 ? n * job.panels : to - from;
     for (int64_t part = 0; part < c.count(); ++part) {
       const auto collect = [&](const Tiles& same, int64_t i, int64_t begin, int64_t end) {
@@ -467,16 +441,7 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
             if (!fetch)
               a.next = a.ahead && floats * (a.n_tiles - 1) < a.ahead_end - a.ahead ? a.ahead + floats * (a.n_tiles - 1)
                                                                                    : nullptr;
-            if (same.row == 0 || !a.last) {
-              kernel[same.count - 1](a);
-              continue;
-            }
-            const int64_t first = first_of_y(*a.tiles);
-            PanelArgs to_rows = a;
-            to_rows.out.y = rows - first;
-            to_rows.out.y_stride = row_floats;
-            kernel[same.count - 1](to_rows);
-            k.stream({rows, row_floats, a.out.y + first, a.out.y_stride, a.filters, same.row});
+            kernel[same.count - 1](a);
             continue;
           }
           // One pixel is multiplied for some panels together.

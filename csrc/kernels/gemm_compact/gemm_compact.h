@@ -192,15 +192,6 @@ struct SpreadArgs {
 
 using PixelsKernel = void (*)(const PixelsArgs&);
 using CollectKernel = void (*)(const CollectArgs&);
-// Rows of floats from a copy in a cache to memory that is not read again soon.
-struct StreamArgs {
-  const float* from;
-  int64_t from_stride;
-  float* to;
-  int64_t to_stride, rows, floats;
-};
-
-using StreamKernel = void (*)(const StreamArgs&);
 using PanelKernel = void (*)(const PanelArgs&);
 using FiltersKernel = void (*)(const FiltersArgs&);
 using SpreadKernel = void (*)(const SpreadArgs&);
@@ -244,8 +235,6 @@ struct GemmCompact {
   // From::kCopy, for a y that is more than caches keep until it is read: lines that are written as a whole go past them
   // and are not fetched before. The caller fences. Null where there is none.
   PanelKernel panel_past_caches[kMaxVectors] = {};
-  // For the same, where vectors are not lines: to these from a copy of some tiles. The caller fences.
-  StreamKernel stream = nullptr;
   SpreadKernel spread;
 };
 

@@ -204,21 +204,6 @@ constexpr void fill_panel(GemmCompact& g) {
   row[2] = &panel<Vec8, F, 4, 0, 3>;
 }
 
-// Whole lines go past the caches; where a row begins or ends within one, its part does not.
-void stream(const StreamArgs& a) {
-  for (int64_t r = 0; r < a.rows; ++r) {
-    const float* from = a.from + r * a.from_stride;
-    float* to = a.to + r * a.to_stride;
-    float* const end = to + a.floats;
-    for (; to < end && reinterpret_cast<uintptr_t>(to) % 64 != 0; ++to, ++from) *to = *from;
-    for (; end - to >= kFloatsPerLine; to += kFloatsPerLine, from += kFloatsPerLine) {
-      _mm256_stream_ps(to, _mm256_loadu_ps(from));
-      _mm256_stream_ps(to + 8, _mm256_loadu_ps(from + 8));
-    }
-    for (; to < end; ++to, ++from) *to = *from;
-  }
-}
-
 constexpr GemmCompact make() {
   GemmCompact g{.isa = "avx2",
                 .lanes = 8,
@@ -246,7 +231,6 @@ constexpr GemmCompact make() {
                 .slots = 1.2,
                 .collect = {},
                 .panel_kernel = {},
-                .stream = &stream,
                 .spread = &spread<Vec8>};
   fill_collect<Vec8, 3>(g);
   fill_panel<From::kCopy>(g);
