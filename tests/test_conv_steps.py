@@ -204,12 +204,13 @@ def test_planes_without_the_halo_that_the_kernel_reaches(isa: str, c: dict[str, 
 @pytest.mark.parametrize("core", ["intel", "zen4", "zen5"])
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "scalar"])
 def test_edges_of_more_taps_than_a_copy_holds(isa: str, core: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """540 taps in parts, of which each finds its positions; at each stride that vectors are read by, of which four takes
-    rows of a vector to be felt."""
+    """540 taps in parts, of which each finds its positions; at each stride that vectors are read by (four on wide
+    maps)."""
     monkeypatch.setenv("STRUCTADMM_AVX512_CORE", core)
     for stride, width in ((1, 19), (2, 19), (3, 19), (2, 61), (4, 66), (4, 131)):
         c = {"groups": 1, "kernel": (3, 3), "dilation": (1, 1), "padding": (1, 1), "stride": (stride, stride)}
-        c |= {"size": (14, width), "batch": 2, "channels": 60, "filters": 40, "block": 1000, "density": 1.0, "bias": True}
+        c |= {"size": (14, width), "batch": 2, "channels": 60, "filters": 40, "block": 1000, "density": 1.0}
+        c |= {"bias": True}
         c |= {"curve": {}, "residual": "none", "x_layout": "arena", "y_layout": "tensor", "x_halo": (0, 0, 0, 0)}
         c |= {"y_halo": (0, 0, 0, 0), "spare_images": 0, "guard": "end", "threads": 1, "seed": 0}
         spec, dense, bias = make_spec(c)
@@ -264,8 +265,8 @@ def test_pixels_that_fill_no_vector(
 @pytest.mark.parametrize("between", [0, 1, 3, 8, 9])
 @pytest.mark.parametrize("residual,apart", [("none", 0), ("arena", 0), ("arena", 1), ("arena", 9), ("y", 0)])
 def test_vectors_of_two_rows(isa: str, width: int, between: int, residual: str, apart: int) -> None:
-    """The places between the rows may be as many in the residual as in y, fewer or more, and more than a vector; filters
-    that leave tails, several images in one table, one that is not there, and a limit above."""
+    """The places between the rows may be as many in the residual as in y, fewer or more, and more than a vector;
+    filters that leave tails, several images in one table, one that is not there, and a limit above."""
     c = {"groups": 1, "kernel": (1, 1), "dilation": (1, 1), "padding": (0, 0), "channels": 5, "density": 1.0}
     c |= {"block": 1000, "bias": True, "residual": residual, "x_layout": "arena", "x_halo": (0, 0, 0, 0)}
     c |= {"y_layout": "arena" if between else "tensor", "y_halo": (1 if between else 0, between, 0, between)}
@@ -281,8 +282,8 @@ def test_vectors_of_two_rows(isa: str, width: int, between: int, residual: str, 
         x, more = inputs(c, spec, dense)
         got, kernel = run_step("taps_f32", isa, c, spec, x, more, residual_halo=(0, apart, 0, apart))
         check_close(got, c, x, dense, bias, more)
-        if isa == "avx2":
-            assert "panel_" in kernel or "pixels_" in kernel
+        if isa == "avx2" and width > 5:
+            assert "panel_" in kernel or "pixels_" in kernel, (batch, kernel)
 
 
 def needs_halo(c: dict[str, Any]) -> bool:

@@ -232,6 +232,23 @@ def test_large_batches_go_in_chunks(l2: int, monkeypatch: pytest.MonkeyPatch) ->
     assert len({row["images"] for row in e.describe(tuple(x.shape))}) > 1
 
 
+def test_layers_without_weights_do_not_make_their_neighbours_read_theirs_for_every_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nine megabytes of weights a layer on maps of 4 x 4, behind large maps with few: those go image by image."""
+    monkeypatch.setenv("STRUCTADMM_L2_BYTES", str(512 << 10))
+    torch.manual_seed(0)
+    early = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.MaxPool2d(8)]
+    late = [nn.Conv2d(32, 512, 3, padding=1), nn.MaxPool2d(3, 1, 1), nn.Conv2d(512, 512, 3, padding=1)]
+    net = nn.Sequential(*early, *late, nn.MaxPool2d(3, 1, 1), nn.Conv2d(512, 512, 3, padding=1)).eval()
+    x = torch.randn(16, 3, 32, 32)
+    e = engine(net, x)
+    images = {s["node"]: s["images"] for s in e.describe(tuple(x.shape))}
+    assert images["2"] == 1 and images["6"] >= 8 and images["8"] >= 8, images
+    with torch.no_grad():
+        close(e.run(x.numpy()), net(x).numpy(), 1e-4)
+
+
 class Bottlenecks(nn.Module):
     """Values without a halo, `wide` channels each, that are added to narrow branches; `again`: one of them twice."""
 
