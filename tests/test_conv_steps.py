@@ -282,7 +282,7 @@ def test_vectors_of_two_rows(isa: str, width: int, between: int, residual: str, 
         x, more = inputs(c, spec, dense)
         got, kernel = run_step("taps_f32", isa, c, spec, x, more, residual_halo=(0, apart, 0, apart))
         check_close(got, c, x, dense, bias, more)
-        if isa == "avx2" and width > 5:
+        if isa == "avx2" and width > 3:  # the sums of narrower maps are few enough for filters kernels
             assert "panel_" in kernel or "pixels_" in kernel, (batch, kernel)
 
 

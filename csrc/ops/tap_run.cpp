@@ -344,7 +344,7 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
     int64_t begin, end;
     int count, rest;
     kernels::Reads reads;
-    bool joins(const Tiles& t) const { return count == t.count && reads == t.reads && t.rest == 0; }
+    bool like(const Tiles& t) const { return count == t.count && reads == t.reads && t.rest == 0; }
   } alike[kPanelTiles];
   PanelTile at[kPanelTiles];
   const float* x[kPanelTiles];  // the first image of each
@@ -391,7 +391,7 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
       x[i] = std::exchange(at[i].x, copies + i * copy_floats);
       at[i].sums = sums + i * job.panels * panel_floats;
       const Tiles one{i, i + 1, some.count, tile.rest, tile.reads};
-      if (groups > 0 && one.rest == 0 && one.joins(alike[groups - 1])) {
+      if (groups > 0 && one.rest == 0 && one.like(alike[groups - 1])) {
         alike[groups - 1].end = i + 1;
       } else if (some.count > 0) {
         alike[groups++] = one;
@@ -434,13 +434,9 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
           a.n_tiles = static_cast<int>(same.end - same.begin);
           if (same.rest == 0) {
             const bool fetch = g == fetches;
-            a.next = next;
-            const int64_t floats = a.filters * a.n_taps;  // fetched during a tile
-            a.ahead = static_cast<const float*>(fetch_ahead.take(4 * floats * (a.n_tiles - fetch)));
+            a.next = fetch ? next : nullptr;
+            a.ahead = static_cast<const float*>(fetch_ahead.take(4 * a.filters * a.n_taps * (a.n_tiles - fetch)));
             a.ahead_end = reinterpret_cast<const float*>(fetch_ahead.end);
-            if (!fetch)
-              a.next = a.ahead && floats * (a.n_tiles - 1) < a.ahead_end - a.ahead ? a.ahead + floats * (a.n_tiles - 1)
-                                                                                   : nullptr;
             kernel[same.count - 1](a);
             continue;
           }

@@ -22,7 +22,7 @@ constexpr int64_t kPlace = 64;  // places begin at cache lines
 constexpr int64_t kPastCaches = 16 << 20;
 
 // What a byte of an activation that leaves L2 and comes back costs in bytes of weights, which are read in order and
-// fetched ahead. Of 2 and 4, 4 was better for ResNet-50 at batch 16, and they were alike for ResNet-18 (AVX2, Zen 3).
+// fetched ahead. Chosen among 2 and 4 on ResNet-18 and ResNet-50 at batch 16 (AVX2, Zen 3).
 constexpr double kWayBack = 4;
 
 // STRUCTADMM_L2_BYTES stands in for what the system says, so that a test sees the plans of other machines.
@@ -191,7 +191,7 @@ class Planner {
   bool takes_edges(int i) const {
     if (plan_.batch < 1 || readers_[i].size() != 1 || dtype_ != Dtype::kF32) return false;
     const int reader = readers_[i].front();
-    if (plan_.batch > 1 && best_images(reader, plan_.batch) != 1) return false;
+    if (plan_.batch > 1 && !wants_one_image(reader, plan_.batch)) return false;
     const Node& n = g_.nodes[reader];
     return n.kind == Kind::kConv && n.inputs[0] == i && !as_linear(*n.conv, shapes_[i]) &&
            weights_.conv(reader).takes_edges(plan_.batch, values_[i].height, values_[i].width);
@@ -309,15 +309,23 @@ class Planner {
            (spills ? kWayBack * static_cast<double>(activations) * static_cast<double>(share) : 0.0);
   }
 
-  // The number of images at a time for which that is least.
-  int64_t best_images(int i, int64_t share) const {
-    const int64_t weights = weight_bytes(i);
-    int64_t best = std::clamp<int64_t>(images_for_lanes(i), 1, share);
-    for (int64_t n = best; n < share;) {
-      n = std::min(2 * n, share);
-      if (moved(i, weights, n, share) <= moved(i, weights, best, share)) best = n;
+  // Sizes of equal chunks of `share` images.
+  static std::vector<int64_t> chunk_sizes(int64_t share) {
+    std::vector<int64_t> sizes;
+    for (int64_t n = 1;; n = std::min(2 * n, share)) {
+      const int64_t equal = div_up(share, div_up(share, n));
+      if (sizes.empty() || equal > sizes.back()) sizes.push_back(equal);
+      if (n == share) return sizes;
     }
-    return best;
+  }
+
+  // Whether a node by itself is best done image by image.
+  bool wants_one_image(int i, int64_t share) const {
+    const int64_t weights = weight_bytes(i);
+    const double one = moved(i, weights, 1, share);
+    const auto sizes = chunk_sizes(share);
+    return images_for_lanes(i) <= 1 &&
+           std::all_of(sizes.begin() + 1, sizes.end(), [&](int64_t n) { return moved(i, weights, n, share) > one; });
   }
 
   // Bytes of the values of one image that nodes before the i-th write and the i-th or later ones read.
@@ -335,12 +343,7 @@ class Planner {
   // third of the time of a map of 4 x 4).
   void cut_stages() {
     const int64_t share = std::max<int64_t>(1, div_up(plan_.batch, plan_.threads));
-    std::vector<int64_t> sizes;  // of equal chunks
-    for (int64_t n = 1;; n = std::min(2 * n, share)) {
-      const int64_t equal = div_up(share, div_up(share, n));
-      if (sizes.empty() || equal > sizes.back()) sizes.push_back(equal);
-      if (n == share) break;
-    }
+    const std::vector<int64_t> sizes = chunk_sizes(share);
     struct Way {
       double moved = std::numeric_limits<double>::infinity();
       size_t before = 0;  // the size of the node before

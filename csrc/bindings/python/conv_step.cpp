@@ -272,8 +272,8 @@ void bind_conv_step(py::module_& m) {
         py::arg("residual_halo") = Four{}, py::arg("grid") = std::array<int64_t, 3>{0, 1, 1},
         py::arg("spare_images") = 0, py::arg("threads") = 1, py::arg("guard") = "end",
         "One step of a convolution family on planes: (y, kernels). spec: the fields of ConvSpec and activation, low, "
-        "high, slope. x_dtype, y_dtype: of the caller's own tensors, where not dtype. x_halo: top, left, bottom, right "
-        "beyond what the padding needs; residual_layout 'y': in y's place; "
+        "high, slope. x_dtype, y_dtype: of the caller's own tensors, where not dtype. x_halo, y_halo, residual_halo: "
+        "top, left, bottom, right, of x beyond what the padding needs; residual_layout 'y': in y's place; "
         "grid: images, rows, columns of the layouts 'lanes'; "
         "spare_images: planned, but absent; guard: whether what lies before ('start') or behind ('end') faults.");
   m.def(

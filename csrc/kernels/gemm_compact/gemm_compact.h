@@ -11,10 +11,9 @@
 //   filters  registers hold P pixels x NV panels (vectors of filters), pixels are broadcast: needs no stride and no
 //            width of the map to fill its vectors, only enough filters that share their taps
 //   panel    as pixels, for all filters of a panel and some tiles, and from one of three places (enum From): from a
-//   copy of x in the
-//            order of its loop, made by *collect* for one tile and some taps; from a copy of the taps of several
-//            blocks, of which it has some; or from the planes. A copy pays where enough filters share it; a stride
-//            costs it nothing
+//            copy of x in the order of its loop, made by *collect* for one tile and some taps; from a copy of the taps
+//            of several blocks, of which it has some; or from the planes. A copy pays where enough filters share it; a
+//            stride costs it nothing
 //
 // Pointers need no alignment. pixels, panel and collect read whole vectors (as many as their window) at every
 // PixelVector::offset, filters only the pixels it is given; residual is read, and y written, only where outputs are
@@ -142,9 +141,8 @@ struct PanelArgs {
   const float* bias;  // null where the sums go on from those in memory
   int64_t sums = 0;   // offset in PanelTile::sums: [width of the panel][NR][lanes], of which a kernel may write all
   bool last = true;   // whether the sums are whole and go to y; otherwise to memory
-  // If given, filters * n_taps floats from here on are fetched during the last tile, but perhaps the last: the weights
-  // of the next call, or what comes behind `ahead`. And as many during each tile before it, up to
-  // `ahead_end`: what the next step reads.
+  // If given, filters * n_taps floats from here on, but perhaps the last of them, are fetched during the last tile: the
+  // weights of the next call. And as many during each of the others, up to `ahead_end`: what the next step reads.
   const float *next = nullptr, *ahead = nullptr, *ahead_end = nullptr;
   Output out;  // its images are those of the tiles
 };

@@ -94,12 +94,12 @@ inline void put_tile(const typename V::Reg (&acc)[MR][NR], const PixelVector* ve
   const bool plain = !V::kMasks && o.epilogue.activation == Activation::kClamp && filters >= MR;
 #pragma GCC unroll 8
   for (int v = 0; v < NR; ++v) {
-    const PixelStore* const s = o.stores + vectors[v].first_store;
+    const PixelVector& p = vectors[v];
     if constexpr (!V::kMasks) {
-      if (plain && vectors[v].stores == 1 && is_whole<V>(*s) && s->image < o.images) {
-        float* y = o.y + s->y;
-        const float* residual = o.residual ? o.residual + s->residual : nullptr;
-        const auto lanes = V::lanes(s->lanes);
+      float* y = o.y + p.y;
+      const float* residual = o.residual ? o.residual + p.residual : nullptr;
+      if (plain && p.straight == V::kLanes && p.image < o.images) {
+        const auto lanes = V::lanes(p.lanes);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m, y += o.y_stride) {
           const auto r = residual ? V::add(acc[m][v], V::load(residual + m * o.residual_stride)) : acc[m][v];
@@ -107,14 +107,12 @@ inline void put_tile(const typename V::Reg (&acc)[MR][NR], const PixelVector* ve
         }
         continue;
       }
-      if (plain && vectors[v].run > 0 && s->image < o.images) {
+      if (plain && p.run > 0 && p.image < o.images) {
         // Two whole vectors, the second of which ends with the lanes that the first one, written over it, has no place
         // for.
-        const int run = vectors[v].run, gap = vectors[v].gap, residual_gap = vectors[v].residual_gap;
-        float* y = o.y + s->y;
-        const float* residual = o.residual ? o.residual + s->residual : nullptr;
-        const auto first = V::lanes(((1u << run) - 1) | (~0u << (run + gap))), second = V::behind(run);
-        const auto index = V::spread_index(run, gap);
+        const auto first = V::lanes(((1u << p.run) - 1) | (~0u << (p.run + p.gap))), second = V::lanes_from(p.run);
+        const auto index = V::index_with_gap(p.run, p.gap);
+        const int gap = p.gap, residual_gap = p.residual_gap;
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m, y += o.y_stride) {
           auto r = acc[m][v];
@@ -132,7 +130,7 @@ inline void put_tile(const typename V::Reg (&acc)[MR][NR], const PixelVector* ve
     alignas(64) float sums[MR][V::kLanes];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) V::store(sums[m], acc[m][v]);
-    put_all<V>(sums[0], V::kLanes, filters < MR ? filters : MR, s, vectors[v].stores, o);
+    put_all<V>(sums[0], V::kLanes, filters < MR ? filters : MR, o.stores + p.first_store, p.stores, o);
   }
 }
 

@@ -118,10 +118,6 @@ struct Taps {
   }
 };
 
-inline const float* after(const float* at, int64_t floats, const float* end) {
-  return floats < end - at ? at + floats : nullptr;
-}
-
 // MR filters at a time, and Tail where no more are left: enough sums to keep two units of multiply-adds busy, whatever
 // NR. Weights and biases of filters that are not there are read (a packed weight has its biases, and zeros, behind it).
 // kPast: GemmCompact::panel_past_caches.
@@ -156,8 +152,8 @@ void panel(const PanelArgs& a) {
 #pragma GCC unroll 8
       for (int v = 0; v < NR; ++v) lanes[v] = V::lanes(tile.vectors[v].lanes);
     }
-    const float* const next = i == a.n_tiles - 1 ? a.next : ahead;
-    if (ahead) ahead = after(ahead, a.filters * a.n_taps, a.ahead_end);
+    const float* const next = a.next && i == a.n_tiles - 1 ? a.next : ahead;
+    if (ahead) ahead = a.filters * a.n_taps < a.ahead_end - ahead ? ahead + a.filters * a.n_taps : nullptr;
     const auto some = [&](auto rows, int first) {
       constexpr int kRows = decltype(rows)::value;
       float* const sums = tile.sums + a.sums + first * NR * V::kLanes;

@@ -44,13 +44,13 @@ struct Vec8 {
     const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit), bit);
   }
-  // Lanes from the n-th on, and lane i from i below n, otherwise from i - gap.
-  static Lanes behind(int n) {
+  static Lanes lanes_from(int n) {
     return _mm256_cmpgt_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(n - 1));
   }
-  static Index spread_index(int n, int gap) {
+  // Lane i from i below n, otherwise from i - gap.
+  static Index index_with_gap(int n, int gap) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_sub_epi32(lane, _mm256_and_si256(behind(n), _mm256_set1_epi32(gap)));
+    return _mm256_sub_epi32(lane, _mm256_and_si256(lanes_from(n), _mm256_set1_epi32(gap)));
   }
   static Reg blend(Reg low, Reg high, Lanes from_high) {
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(from_high));
@@ -96,8 +96,7 @@ struct Vec8 {
 
   // Lane n from the n-th place of the second run, where `i` says that it lies behind the first.
   static Reg two_runs(const float* first, const float* second, Index i) {
-    const __m256i behind = _mm256_cmpgt_epi32(i, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    return _mm256_blendv_ps(load(first), load(second), _mm256_castsi256_ps(behind));
+    return blend(load(first), load(second), _mm256_cmpgt_epi32(i, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
   }
   // Loaded in such halves that shuffles within 128 bits put them in order.
   static Reg halves(const float* low, const float* high) {
