@@ -265,17 +265,15 @@ PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::
     v.gap = static_cast<int32_t>(planes.y.pitch - planes.y.width);
     v.residual_gap = static_cast<int32_t>(planes.residual.pitch - planes.residual.width);
   }
-  for (int c = 0; c < 3; ++c) {
-    const int64_t count = static_cast<int64_t>(t.vectors.size()) - (rest ? 1 : 0);
-    const int64_t tiles = div_up(count, k.nr[c]);
-    // Those of as many vectors one behind the other, for a kernel takes them together.
-    for (int64_t i = 0, begin = 0; i < tiles; ++i) {
-      const int64_t n = count / tiles + (i < count % tiles ? 1 : 0);
-      t.tiles[c].push_back({begin, static_cast<int>(n), reads.all(begin, n)});
-      begin += n;
-    }
-    if (rest) t.tiles[c].push_back({count, 1, reads.all(count, 1), last});
+  const int64_t count = static_cast<int64_t>(t.vectors.size()) - (rest ? 1 : 0);
+  const int64_t tiles = div_up(count, k.nr);
+  // Those of as many vectors one behind the other, for a kernel takes them together.
+  for (int64_t i = 0, begin = 0; i < tiles; ++i) {
+    const int64_t n = count / tiles + (i < count % tiles ? 1 : 0);
+    t.tiles.push_back({begin, static_cast<int>(n), reads.all(begin, n)});
+    begin += n;
   }
+  if (rest) t.tiles.push_back({count, 1, reads.all(count, 1), last});
   return t;
 }
 

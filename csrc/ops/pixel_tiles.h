@@ -40,7 +40,7 @@ struct PixelTiles {
   int64_t period = 1;
   std::vector<kernels::PixelVector> vectors;
   std::vector<kernels::PixelStore> stores;
-  std::vector<Tile> tiles[3];  // per width class
+  std::vector<Tile> tiles;
   // Of planes without the halo that the kernel reaches: [vectors][positions] lanes that are inside x.
   std::vector<uint16_t> inside;
 };

@@ -18,7 +18,6 @@ double over_tiles(int64_t vectors, int most, const auto& tile) {
 
 // Cycles of a panel and tile besides its taps, and of a vector of sums that waits for the next part.
 constexpr double kCall = 40, kSum = 1.5;
-constexpr double kPlanesCall = 80;  // likewise, of the panel kernel on the planes (AVX2, Zen 3)
 
 double stores_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size) {
   return static_cast<double>(filters) *
@@ -39,17 +38,6 @@ double filters_cost(const kernels::GemmCompact& k, int width_class, int panels, 
          kSpread * panels * static_cast<double>(div_up(pixels, k.lanes));
 }
 
-double pixels_cost(const kernels::GemmCompact& k, int width, const CutSize& size, int window, double taps,
-                   double slower) {
-  const int c = kernels::width_class(width);
-  const double cycles =
-      over_tiles(size.vectors, k.nr[c], [&](int64_t count) { return k.pixels_cycles[c][count - 1]; }) *
-      (window > 1 ? k.gather : 1.0) * slower * taps * (width / k.mr[c]);
-  if (has_pixels(k)) return cycles + k.tile_cycles * static_cast<double>(size.vectors * (width / k.mr[c]));
-  return cycles + kPlanesCall * static_cast<double>(div_up(size.vectors, int64_t{k.nr[c]})) +
-         stores_cost(k, width, size);
-}
-
 namespace {
 
 // With the pixels of the last vector as a vector, or one by one, which costs infinity where it can't be.
@@ -63,14 +51,26 @@ bool can_rest(const kernels::GemmCompact& k, const CutSize& size) {
          size.rest <= std::min({k.pixels[0][0], k.pixels[1][0], k.pixels[2][0]});
 }
 
-// Of a panel and tap. shared: where each panel has taps of its own.
-double cycles_of_rest(const kernels::GemmCompact& k, int pixels, bool shared) {
-  if (pixels == 1 && !shared && k.one_pixel_cycles > 0) return k.one_pixel_cycles;
-  return std::max(k.rest_cycles[0], k.rest_cycles[1] * pixels);
+// Of a panel and tap. alone: where each panel has taps of its own, or is narrow.
+double cycles_of_rest(const kernels::GemmCompact& k, int pixels, bool alone) {
+  const auto& cycles = !alone && rest_together(k, pixels) ? k.together_cycles : k.rest_cycles;
+  return std::max(cycles[0], cycles[1] * pixels);
 }
 
-// kRestCall: cycles of a panel and part, with the way of its sums to y.
-constexpr double kRestCall = 60, kNever = std::numeric_limits<double>::infinity();
+constexpr double kNever = std::numeric_limits<double>::infinity();
+
+PanelCost planes_costs(const kernels::GemmCompact& k, int width, const CutSize& size, double taps, double slower) {
+  const auto tile = [&](int64_t count) {
+    return k.planes_cycles[count - 1] * slower * taps * (width / 4) + k.planes_call;
+  };
+  const double stores = stores_cost(k, width, size);
+  PanelCost cost{over_tiles(size.vectors, k.nr, tile) + stores, kNever};
+  if (can_rest(k, size)) {
+    cost.rest = over_tiles(size.vectors - 1, k.nr, tile) + stores +
+                taps * cycles_of_rest(k, size.rest, width < kernels::kMaxPanel) + k.rest_call;
+  }
+  return cost;
+}
 
 PanelCost panel_costs(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
   const auto calls = static_cast<double>(div_up(filters, int64_t{kernels::kMaxPanel})),
@@ -83,10 +83,10 @@ PanelCost panel_costs(const kernels::GemmCompact& k, int64_t filters, const CutS
            (parts - 1) * (kCall * calls + kSum * static_cast<double>(filters * vectors));
   };
   const double stores = stores_cost(k, filters, size);
-  PanelCost cost{over_tiles(size.vectors, k.nr[0], tile) + stores, kNever};
+  PanelCost cost{over_tiles(size.vectors, k.nr, tile) + stores, kNever};
   if (can_rest(k, size)) {
-    cost.rest = over_tiles(size.vectors - 1, k.nr[0], tile) + stores +
-                taps * (cycles_of_rest(k, size.rest, false) * calls + collect) + parts * kRestCall * calls +
+    cost.rest = over_tiles(size.vectors - 1, k.nr, tile) + stores +
+                taps * (cycles_of_rest(k, size.rest, false) * calls + collect) + parts * k.rest_call * calls +
                 k.copy_cycles;
   }
   return cost;
@@ -104,17 +104,26 @@ PanelCost shared_costs(const kernels::GemmCompact& k, const Packed& packed, cons
     return cycles;
   };
   const double stores = stores_cost(k, packed.header->out_channels, size);
-  PanelCost cost{over_tiles(size.vectors, k.nr[0], tile) + stores, kNever};
+  PanelCost cost{over_tiles(size.vectors, k.nr, tile) + stores, kNever};
   if (can_rest(k, size)) {
-    cost.rest = over_tiles(size.vectors - 1, k.nr[0], tile) + stores + collect;
+    cost.rest = over_tiles(size.vectors - 1, k.nr, tile) + stores + collect;
     for (const Panel& p : packed.panels) {
-      cost.rest += cycles_of_rest(k, size.rest, true) * static_cast<double>(p.n_taps) + parts * kRestCall;
+      cost.rest += cycles_of_rest(k, size.rest, true) * static_cast<double>(p.n_taps) + parts * k.rest_call;
     }
   }
   return cost;
 }
 
 }  // namespace
+
+double planes_cost(const kernels::GemmCompact& k, int width, const CutSize& size, double taps, double slower) {
+  return planes_costs(k, width, size, taps, slower).least();
+}
+
+bool planes_rest_pays(const kernels::GemmCompact& k, int width, const CutSize& size, double taps, double slower) {
+  const PanelCost cost = planes_costs(k, width, size, taps, slower);
+  return cost.rest < cost.vectors;
+}
 
 double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
   return panel_costs(k, filters, size, taps).least();

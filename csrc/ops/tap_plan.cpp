@@ -19,6 +19,7 @@ using Job = TapPlan::Job;
 using Tile = PixelTiles::Tile;
 
 constexpr int64_t kMaxPeriod = 16;         // images in one table of tiles
+constexpr int64_t kSharing = 8;            // filters of a block, with fewer of which a copy is not tried
 constexpr int64_t kFarImage = 256 * 1024;  // floats of x, from which on kernels that read its planes were slower
 // Likewise, taps of a panel, where rows are short and fill no vectors: a tile's pixels at all of them have left L1 when
 // its next four filters want them.
@@ -72,7 +73,7 @@ int64_t choose_period(int64_t most, int64_t outputs, const Cost& cost) {
 void check_edges(const char* op, const Packed& packed, const ConvPlanes& p, const GemmCompact& k) {
   const kernels::PackedHeader& h = *packed.header;
   if (!has_edges(p, KernelSize{h.kernel_h, h.kernel_w})) return;
-  SADMM_CHECK(has_panels(k) && h.kernel_h * h.kernel_w <= kernels::kMaxEdgePositions, op, ": x got a halo of ",
+  SADMM_CHECK(has_copies(k) && h.kernel_h * h.kernel_w <= kernels::kMaxEdgePositions, op, ": x got a halo of ",
               p.x.halo.top, " and ", p.x.halo.left, " before it, ", p.x.halo.bottom, " and ", p.x.halo.right,
               " behind, wanted what the kernel reaches");
 }
@@ -105,7 +106,7 @@ class Chooser {
       while (end < count && packed_.panels[end].block == packed_.panels[i].block) ++end;
       choose_block(i, end);
     }
-    if (has_panels(k_) && count > 0 && packed_.panels.front().block != packed_.panels.back().block) try_one_copy();
+    if (has_copies(k_) && count > 0 && packed_.panels.front().block != packed_.panels.back().block) try_one_copy();
     cut();
     plan_.cost = cost_;
   }
@@ -129,8 +130,7 @@ class Chooser {
   double masks(const CutSize& size, double taps) const {
     return edges_ ? k_.mask_cycles[static_cast<int>(size.reads)] * static_cast<double>(size.vectors) * taps : 0;
   }
-  // What pixels kernels, or the panel kernel on the planes, take longer where each tap is a page, or x large, or the
-  // taps of a panel many.
+  // What the panel kernel takes longer on the planes where each tap is a page, or x large, or the taps of a panel many.
   double slower(int width, double taps) const {
     const Planes& x = plan_.planes.x;
     const int64_t floats = static_cast<int64_t>(packed_.channels.size()) * x.height * x.width;
@@ -152,7 +152,7 @@ class Chooser {
                   : x.readable - farthest_ - window * k_.lanes - (images_ - 1) * x.image_stride};
   }
 
-  // The cheapest of these windows by cost(size of a cut, window), and how many images to cut together.
+  // The cheapest of these windows by cost(size of a cut), and how many images to cut together.
   Choice cheapest(std::initializer_list<int> windows, const auto& cost) const {
     Choice best;
     for (const int window : windows) {
@@ -161,7 +161,7 @@ class Chooser {
       if (one.limit < 0) continue;
       const bool slack = one.limit == std::numeric_limits<int64_t>::max();
       const auto size = [&](int64_t n) { return size_of(plan_.planes, cut_of(window, n), k_.lanes); };
-      const auto cost_of = [&](int64_t n) { return cost(size(n), window); };
+      const auto cost_of = [&](int64_t n) { return cost(size(n)); };
       // Without a halo lanes are read one by one at the ends of x, so none may be of an image that is not there, as the
       // last of several that are cut together may be.
       const int64_t period = choose_period(slack && !edges_ ? images_ : 1, outputs(), cost_of);
@@ -175,21 +175,20 @@ class Chooser {
   }
 
   void choose_cuts() {
-    const auto by_pixels = [&](const CutSize& size, int window) {
-      return pixels_cost(k_, 8, size, window, mean_taps_, slower(8, mean_taps_));
+    const auto on_planes = [&](const CutSize& size) {
+      return planes_cost(k_, kernels::kMaxPanel, size, mean_taps_, slower(kernels::kMaxPanel, mean_taps_));
     };
-    const bool gather = k_.gather > 0 && (g_.stride[1] != 1 || plan_.planes.y.width < 4 * k_.lanes);
-    if (!edges_) pixels_ = gather ? cheapest({1, 2}, by_pixels) : cheapest({1}, by_pixels);
+    if (!edges_) direct_ = cheapest({1}, on_planes);
     // The panel kernel needs enough filters of a block: the largest one chooses.
     for (size_t i = 0, filters = 0; i < packed_.panels.size(); ++i) {
       filters = i > 0 && packed_.panels[i].block == packed_.panels[i - 1].block ? filters : 0;
       filters += packed_.panels[i].filters;
       widest_ = std::max<int64_t>(widest_, filters);
     }
-    const auto by_panel = [&](const CutSize& size, int) {
+    const auto by_panel = [&](const CutSize& size) {
       return panel_cost(k_, widest_, size, mean_taps_) + masks(size, mean_taps_);
     };
-    if (has_panels(k_) && (edges_ || widest_ >= k_.mr[0] * 2)) panel_ = cheapest_copy(by_panel);
+    if (has_copies(k_) && (edges_ || widest_ >= kSharing)) panel_ = cheapest_copy(by_panel);
     // Offsets of several images must fit the 32 bits of the table.
     filters_period_ = choose_period(std::abs(plan_.planes.x.image_stride) > (1 << 26) ? 1 : images_, outputs(),
                                     [&](int64_t n) { return filters_cost(k_, 0, 1, n * outputs(), mean_taps_); });
@@ -198,8 +197,6 @@ class Chooser {
   // Panels begin to end, of one block: all by the panel kernel from a copy, or each by what is cheaper of the others.
   void choose_block(int64_t begin, int64_t end) {
     const auto taps = static_cast<double>(packed_.panels[begin].n_taps);
-    // A vector over several images is stored in pieces, which the cost of the panel kernel on the planes counts itself.
-    const double pieces = has_pixels(k_) && outputs() < k_.lanes ? 1.25 : 1.0;
     std::vector<Job> jobs;
     double cost = 0;
     int64_t filters = 0;
@@ -208,15 +205,15 @@ class Chooser {
       const int width = packed_.panels[p].width, nv = next_panels(packed_, p, k_);
       const double by_filters = filters_cost(k_, kernels::width_class(width), nv, filters_period_ * outputs(), taps) /
                                 static_cast<double>(filters_period_);
-      const double by_pixels = pixels_.of_image(
-          [&] { return pieces * pixels_cost(k_, width, pixels_.size, pixels_.cut.window, taps, slower(width, taps)); });
-      if (by_filters <= nv * by_pixels) {
+      const double on_planes =
+          direct_.of_image([&] { return planes_cost(k_, width, direct_.size, taps, slower(width, taps)); });
+      if (by_filters <= nv * on_planes) {
         jobs.push_back({By::kFilters, p, nv});
         cost += by_filters;
         p += nv;
       } else {
-        jobs.push_back({By::kPixels, p, 1});
-        cost += by_pixels;
+        jobs.push_back({By::kPlanes, p, 1});
+        cost += on_planes;
         ++p;
       }
     }
@@ -241,7 +238,7 @@ class Chooser {
     }
     // No two blocks have a tap in common (conv groups): a copy of each is as small, and read in order.
     if (taps == own && panel_.possible()) return;
-    const Choice shared = cheapest_copy([&](const CutSize& size, int) {
+    const Choice shared = cheapest_copy([&](const CutSize& size) {
       return shared_cost(k_, packed_, size, taps) + masks(size, static_cast<double>(taps));
     });
     if (!shared.possible() || shared.cost >= cost_) return;
@@ -259,8 +256,8 @@ class Chooser {
     const auto any = [&](By by) {
       return std::any_of(plan_.jobs.begin(), plan_.jobs.end(), [&](const Job& job) { return job.by == by; });
     };
-    if (any(By::kPixels)) plan_.pixels = cut_vectors(plan_.planes, pixels_.cut, k_);
-    if (any(By::kFilters) || (any(By::kPixels) && !has_pixels(k_))) {
+    if (any(By::kPlanes)) cut_direct();
+    if (any(By::kFilters) || any(By::kPlanes)) {
       for (int64_t t = 0; t < packed_.header->taps; ++t) plan_.offset.push_back(offset_of(packed_.taps[t]));
     }
     if (any(By::kPanel)) {
@@ -273,6 +270,28 @@ class Chooser {
       if (edges_) plan_.panel.inside = inside_of(plan_.planes, kernel(), panel_.cut, k_.lanes);
     }
     if (any(By::kFilters)) plan_.filters = cut_pixels(plan_.planes, filters_period_, k_.lanes);
+  }
+
+  void cut_direct() {
+    const auto on_planes = [](const Job& job) { return job.by == By::kPlanes; };
+    const Panel& first = packed_.panels[std::ranges::find_if(plan_.jobs, on_planes)->panel];
+    const auto taps = static_cast<double>(first.n_taps);
+    const bool rest = planes_rest_pays(k_, first.width, direct_.size, taps, slower(first.width, taps));
+    plan_.direct = cut_vectors(plan_.planes, direct_.cut, k_, rest);
+    if (!rest) return;
+    const bool together = rest_together(k_, direct_.size.rest);
+    // Panels that follow one another go together as far as kernels take them, with the last of them.
+    for (size_t i = 0; i < plan_.jobs.size(); ++i) {
+      Job& job = plan_.jobs[i];
+      if (!on_planes(job)) continue;
+      job.rest = 1;
+      if (!together || i == 0) continue;
+      Job& before = plan_.jobs[i - 1];
+      const Panel &p = packed_.panels[before.panel], &q = packed_.panels[job.panel];
+      const bool follows = on_planes(before) && before.panel + 1 == job.panel && p.block == q.block &&
+                           p.width == kernels::kMaxPanel && q.width == kernels::kMaxPanel;
+      if (follows && before.rest < kernels::kMaxPanels) job.rest = std::exchange(before.rest, 0) + 1;
+    }
   }
 
   void rest_offsets(const Collection& c) {
@@ -288,7 +307,7 @@ class Chooser {
   bool edges_ = false;               // x has no halo where the kernel reaches beyond it
   int64_t farthest_ = 0, last_ = 0;  // of a tap from its output's place; the last output's place
   double mean_taps_ = 0, cost_ = 0;  // cost_: of the jobs, an image
-  Choice pixels_, panel_;
+  Choice direct_, panel_;
   int64_t filters_period_ = 1, widest_ = 0;  // widest_: filters of a block, at most
 };
 
@@ -297,7 +316,7 @@ class Chooser {
 bool takes_edges(const Packed& packed, const ConvGeometry& g, int64_t batch, int64_t height, int64_t width, Isa isa) {
   const kernels::PackedHeader& h = *packed.header;
   const GemmCompact& k = kernels::gemm_compact(isa);
-  if (!has_panels(k) || packed.panels.empty() || h.kernel_h * h.kernel_w > kernels::kMaxEdgePositions) return false;
+  if (!has_copies(k) || packed.panels.empty() || h.kernel_h * h.kernel_w > kernels::kMaxEdgePositions) return false;
   if (batch > 1 && k.mask_cycles[0] > 0) return false;
   const int64_t in[] = {height, width}, kernel[] = {h.kernel_h, h.kernel_w};
   int64_t out[2], behind[2];
@@ -329,7 +348,7 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& geom
                .rest_offset = {},
                .collections = {},
                .jobs = {},
-               .pixels = {},
+               .direct = {},
                .panel = {},
                .filters = {}};
   check_planes(op, plan.planes, packed.header->in_channels, packed.header->out_channels,
@@ -347,21 +366,17 @@ std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) 
            (window > 1 ? "_gather" : "") + (rest ? "_rest" : "") + "__" + k.isa;
   };
   for (const Job& job : plan.jobs) {
-    const int width = packed.panels[job.panel].width, c = kernels::width_class(width);
     if (job.by == By::kFilters) {
+      const int width = packed.panels[job.panel].width;
       names.push_back(name("filters_", filters_tile(plan, packed, job), job.panels * width, 1));
       continue;
     }
-    const PixelTiles& t = job.by == By::kPanel ? plan.panel : plan.pixels;
+    const bool copy = job.by == By::kPanel, shared = copy && !plan.collections[job.collection].slot.empty();
+    const PixelTiles& t = copy ? plan.panel : plan.direct;
     int most = 0;
-    for (const Tile& tile : t.tiles[job.by == By::kPanel ? 0 : c]) most = std::max(most, tile.count);
-    if (job.by == By::kPanel) {
-      const bool shared = !plan.collections[job.collection].slot.empty();
-      names.push_back(name(shared ? "shared_" : "panel_", k.panel_rows[most - 1], most * k.lanes, t.window,
-                           t.tiles[0].back().rest > 0));
-    } else {
-      names.push_back(name("pixels_", k.mr[c], most * k.lanes, t.window));
-    }
+    for (const Tile& tile : t.tiles) most = std::max(most, tile.count);
+    names.push_back(name(shared ? "shared_" : copy ? "panel_" : "planes_", k.panel_rows[most - 1], most * k.lanes,
+                         t.window, t.tiles.back().rest > 0));
   }
   return names;
 }

@@ -35,25 +35,28 @@ struct Collection {
 
 struct TapPlan {
   // Some panels of weights under the panel kernel, from a copy of x (of one block, or of all; pixels that fill no
-  // vector under the filters kernel, from the same copy), or under the filters
-  // kernel (of one block), or one panel that reads the planes under the pixels or the panel kernel.
-  enum class By { kPixels, kFilters, kPanel };
+  // vector under the filters kernel, from the same copy), or under the filters kernel (of one block), or one panel
+  // under the panel kernel on the planes.
+  enum class By { kPlanes, kFilters, kPanel };
   struct Job {
     By by;
     int64_t panel;
     int panels;
     int collection = 0;
+    // On the planes, where pixels that fill no vector are a tile by themselves: of how many panels, this one the last,
+    // the job multiplies them.
+    int rest = 0;
   };
 
   const kernels::GemmCompact* kernels;
   ConvPlanes planes;
   Epilogue epilogue;
   std::vector<int64_t> position;     // offset of each kernel position
-  std::vector<int64_t> offset;       // in x of all taps of the weight, where filters or panel kernels read the planes
+  std::vector<int64_t> offset;       // in x of all taps of the weight, where no copy is read
   std::vector<int64_t> rest_offset;  // in a copy of one vector, of the taps in a part, or of each Collection::slot
   std::vector<Collection> collections;
   std::vector<Job> jobs;
-  PixelTiles pixels, panel;
+  PixelTiles direct, panel;  // on the planes; from a copy
   FilterTiles filters;
   double cost = 0;  // estimated cycles of an image
 

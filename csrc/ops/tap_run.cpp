@@ -18,7 +18,6 @@ using kernels::GemmCompact;
 using kernels::Output;
 using kernels::PanelArgs;
 using kernels::PanelTile;
-using kernels::PixelsArgs;
 using By = TapPlan::By;
 using Job = TapPlan::Job;
 using Tile = PixelTiles::Tile;
@@ -34,13 +33,11 @@ constexpr int64_t kPanelTiles = 12;          // collected at a time, at most; fe
 constexpr int64_t kCollectTaps = 32;         // for all of them, before the next: each may read a page of its own
 
 // Tiles (by the panel kernel: and panels) of one job over `images` images.
-int64_t job_units(const TapPlan& plan, const Packed& packed, const Job& job, int64_t images) {
+int64_t job_units(const TapPlan& plan, const Job& job, int64_t images) {
   if (job.by == By::kFilters) return div_up(images, plan.filters.period) * plan.filters.spans;
-  if (job.by == By::kPanel) {
-    return div_up(images, plan.panel.period) * static_cast<int64_t>(plan.panel.tiles[0].size()) * job.panels;
-  }
-  const int c = kernels::width_class(packed.panels[job.panel].width);
-  return div_up(images, plan.pixels.period) * static_cast<int64_t>(plan.pixels.tiles[c].size());
+  const PixelTiles& t = job.by == By::kPanel ? plan.panel : plan.direct;
+  const auto tiles = div_up(images, t.period) * static_cast<int64_t>(t.tiles.size());
+  return job.by == By::kPanel ? tiles * job.panels : tiles;
 }
 
 // Tiles begin to end of a job's `units`: its share of a strip.
@@ -48,8 +45,6 @@ struct Share {
   int64_t begin, end, units;
   // Whether x lies beyond L2, and comes in a strip ahead of its use.
   bool far() const { return units > kFarStrips * (end - begin) && end < units; }
-  // Likewise where each job has other taps, and little of x is read twice.
-  bool far_in_blocks() const { return units > 2 * (end - begin) && end < units; }
 };
 
 struct Operands {
@@ -189,109 +184,14 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
   spread_until(filters);
 }
 
-void run_pixels(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
-  const GemmCompact& k = *plan.kernels;
-  const auto& t = plan.pixels;
-  const Panel& panel = packed.panels[job.panel];
-  const int c = kernels::width_class(panel.width);
-  const auto tiles = static_cast<int64_t>(t.tiles[c].size());
-  const auto& kernel = k.pixels_kernel[t.window / 2][c];
-  const Output out = output_of(plan, data, panel.first_filter);
-  PixelsArgs a{.x = nullptr,
-               .channel_stride = plan.planes.x.channel_stride,
-               .position_offset = plan.position.data(),
-               .taps = packed.taps + panel.first_tap,
-               .n_taps = panel.n_taps,
-               .w = nullptr,
-               .w_stride = panel.width,
-               .bias = nullptr,
-               .filters = 0,
-               .vectors = nullptr,
-               .out = out};
-  a.out.stores = t.stores.data();
-  // The first jobs fetch one vector of the tile each, or where each job has other taps all fetch whole tiles.
-  const bool blocks = packed.panels.front().block != packed.panels.back().block;
-  const int64_t fetches = blocks ? 0 : &job - plan.jobs.data();
-  const bool far = plan.pointwise() && (blocks ? share.far_in_blocks() : share.far()) && fetches < k.nr[c];
-  a.ahead_lines = blocks ? k.nr[c] : 1;
-  // The next panel's weights, which the first strip is the first to read.
-  const bool more = share.begin == 0 && job.panel + 1 < static_cast<int64_t>(packed.panels.size());
-  const float* const behind = more ? packed.weights + packed.panels[job.panel + 1].weight : nullptr;
-  for (int64_t u = share.begin; u < share.end; ++u) {
-    const int64_t image = u / tiles * t.period, images = std::min(t.period, data.images - image);
-    const auto [vectors, n] = there(t, t.tiles[c][u % tiles], images);
-    if (n == 0) continue;
-    a.vectors = vectors;
-    if (far) {
-      const int64_t ahead = u + share.end - share.begin;
-      const Tile& later = t.tiles[c][ahead % tiles];
-      a.ahead = ahead < share.units ? t.vectors[later.first + fetches % later.count].offset +
-                                          (ahead / tiles * t.period - image) * plan.planes.x.image_stride
-                                    : 0;
-    }
-    a.x = data.x + image * plan.planes.x.image_stride;
-    to_image(plan, out, image, images, a.out);
-    // One behind the other, so that all but the first find x in L1.
-    for (int filter = 0; filter < panel.filters; filter += k.mr[c]) {
-      a.w = packed.weights + panel.weight + filter;
-      a.bias = packed.bias + panel.first_filter + filter;
-      a.filters = std::min(panel.filters - filter, k.mr[c]);
-      a.next = u + 1 == share.end && filter + k.mr[c] >= panel.filters ? behind : nullptr;
-      kernel[n - 1](a);
-      a.ahead = 0;
-      a.out.y += k.mr[c] * out.y_stride;
-      if (a.out.residual) a.out.residual += k.mr[c] * out.residual_stride;
-    }
-  }
-}
-
-// As run_pixels, by the panel kernel: all filters of the panel in one call, over some tiles of as many vectors.
-void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
-  const auto& t = plan.pixels;
-  const Panel& panel = packed.panels[job.panel];
-  const auto& kernel = plan.kernels->panel_kernel[static_cast<int>(From::kPlanes)];
-  const auto& all = t.tiles[kernels::width_class(panel.width)];
-  const auto tiles = static_cast<int64_t>(all.size());
-  PanelTile some[kPanelTiles];
-  PanelArgs a{.tiles = some,
-              .offset = plan.offset.data() + panel.first_tap,
-              .n_taps = panel.n_taps,
-              .w = packed.weights + panel.weight,
-              .w_stride = panel.width,
-              .filters = panel.filters,
-              .bias = packed.bias + panel.first_filter,
-              .out = output_of(plan, data, panel.first_filter)};
-  a.out.stores = t.stores.data();
-  const float* const behind = a.w + panel.n_taps * panel.width;  // the next panel's weights
-  int n = 0, vectors = 0;
-  const auto run = [&](const float* next) {
-    if (n == 0) return;
-    a.n_tiles = n;
-    a.next = next;
-    kernel[vectors - 1](a);
-    n = 0;
-  };
-  for (int64_t u = share.begin, in_image = u % tiles, image = u / tiles * t.period; u < share.end; ++u) {
-    const int64_t images = std::min(t.period, data.images - image);
-    const Some tile = there(t, all[in_image], images);
-    if (tile.count > 0) {
-      if (n == kPanelTiles || tile.count != vectors) run(nullptr);
-      vectors = tile.count;
-      some[n++] = tile_of(plan, data, tile, image, images);
-    }
-    if (++in_image == tiles) in_image = 0, image += t.period;
-  }
-  run(behind);
-}
-
 // Panels of one width that follow one another, and how far apart their weights are.
 struct Together {
   int width, panels = 1;
   int64_t apart = 0;
 };
 
-// As a panel kernel does with the one tile of `a`, but pixel by pixel, for the `pixels` first lanes of a copy of one
-// vector; a.filters: of all panels. offset: of the taps in it.
+// As a panel kernel does with the one tile of `a`, but pixel by pixel, for the `pixels` first lanes of its vector.
+// offset: of the taps from tile.x on; a.filters: of all panels.
 void multiply_rest(const TapPlan& plan, const Together& t, int pixels, const int64_t* offset, const PanelArgs& a) {
   static constexpr int32_t kPixel[kernels::kMaxPixels] = {0, 1, 2, 3, 4, 5, 6, 7};
   const GemmCompact& k = *plan.kernels;
@@ -322,6 +222,64 @@ void multiply_rest(const TapPlan& plan, const Together& t, int pixels, const int
       {.sums = sums, .sums_stride = sums_stride, .filters = a.filters, .vectors = 1, .stores = &stores, .out = out});
 }
 
+// All filters of the panel in one call, over some tiles of as many vectors; and behind them the pixels that fill none.
+void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
+  const auto& t = plan.direct;
+  const Panel& panel = packed.panels[job.panel];
+  const auto& kernel = plan.kernels->panel_kernel[static_cast<int>(From::kPlanes)];
+  const auto tiles = static_cast<int64_t>(t.tiles.size());
+  PanelTile some[kPanelTiles];
+  const auto args = [&](const Panel& panel) {
+    PanelArgs a{.tiles = some,
+                .offset = plan.offset.data() + panel.first_tap,
+                .n_taps = panel.n_taps,
+                .w = packed.weights + panel.weight,
+                .w_stride = panel.width,
+                .filters = panel.filters,
+                .bias = packed.bias + panel.first_filter,
+                .out = output_of(plan, data, panel.first_filter)};
+    a.out.stores = t.stores.data();
+    return a;
+  };
+  PanelArgs a = args(panel);
+  const float* const behind = a.w + panel.n_taps * panel.width;  // the next panel's weights
+  int n = 0, vectors = 0;
+  const auto run = [&](const float* next) {
+    if (n == 0) return;
+    a.n_tiles = n;
+    a.next = next;
+    kernel[vectors - 1](a);
+    n = 0;
+  };
+  const auto rest = [&](PanelTile& tile, int pixels) {
+    alignas(64) float sums[kernels::kMaxLanes * kernels::kMaxPanel * kernels::kMaxPanels];
+    tile.x += tile.vectors->offset;
+    tile.sums = sums;
+    const Panel& first = packed.panels[job.panel - job.rest + 1];
+    PanelArgs all = args(first);
+    all.tiles = &tile;
+    all.filters = panel.first_filter + panel.filters - first.first_filter;
+    multiply_rest(plan, {first.width, job.rest, first.n_taps * first.width}, pixels, all.offset, all);
+  };
+  for (int64_t u = share.begin, in_image = u % tiles, image = u / tiles * t.period; u < share.end; ++u) {
+    const int64_t images = std::min(t.period, data.images - image);
+    const Some tile = there(t, t.tiles[in_image], images);
+    if (tile.count > 0) {
+      PanelTile one = tile_of(plan, data, tile, image, images);
+      const int pixels = t.tiles[in_image].rest;
+      if (pixels > 0) {
+        if (job.rest > 0) rest(one, pixels);
+      } else {
+        if (n == kPanelTiles || tile.count != vectors) run(nullptr);
+        vectors = tile.count;
+        some[n++] = one;
+      }
+    }
+    if (++in_image == tiles) in_image = 0, image += t.period;
+  }
+  run(behind);
+}
+
 // Unit u is panel u % job.panels of tile u / job.panels. The taps go in parts: x at those of a part and the pixels of
 // some tiles is collected once for all panels, whose sums wait for the next part in memory. Several tiles at a time,
 // for all of them read the weights.
@@ -333,8 +291,8 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
   const bool past_caches = plan.planes.y.past_caches && !shared && k.panel_past_caches[0];
   const auto& kernel =
       past_caches ? k.panel_past_caches : k.panel_kernel[static_cast<int>(shared ? From::kSlots : From::kCopy)];
-  const auto tiles = static_cast<int64_t>(t.tiles[0].size());
-  const int64_t tile_floats = k.nr[0] * k.lanes, panel_floats = kernels::kMaxPanel * tile_floats;
+  const auto tiles = static_cast<int64_t>(t.tiles.size());
+  const int64_t tile_floats = k.nr * k.lanes, panel_floats = kernels::kMaxPanel * tile_floats;
   const int64_t copy_floats = most_taps(c) * tile_floats;
   const int64_t most = shared ? 1 : std::clamp<int64_t>((share.end - share.begin) / job.panels, 1, kPanelTiles);
   float* const copies = scratch(most * (copy_floats + job.panels * panel_floats), Scratch::kPanel);
@@ -385,7 +343,7 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
     for (int64_t i = 0; i < n; ++i) {
       const int64_t u = unit / job.panels + i, image = u / tiles * t.period;
       const int64_t images = std::min(t.period, data.images - image);
-      const Tile& tile = t.tiles[0][u % tiles];
+      const Tile& tile = t.tiles[u % tiles];
       const Some some = there(t, tile, images);
       at[i] = tile_of(plan, data, some, image, images);
       x[i] = std::exchange(at[i].x, copies + i * copy_floats);
@@ -440,9 +398,9 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
             kernel[same.count - 1](a);
             continue;
           }
-          // One pixel is multiplied for some panels together.
+          // They are multiplied for some panels together.
           const auto joins = [&](int64_t i) {
-            return !shared && same.rest == 1 && k.one_pixel_cycles > 0 && (i + 1 - from) % kernels::kMaxPanels != 0 &&
+            return !shared && rest_together(k, same.rest) && (i + 1 - from) % kernels::kMaxPanels != 0 &&
                    i + 1 < to && panel_of(i).width == kernels::kMaxPanel && panel_of(i + 1).width == kernels::kMaxPanel;
           };
           if (joins(j)) continue;
@@ -475,23 +433,21 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
   const int64_t strips =
       std::clamp<int64_t>(div_up(div_up(read, kStripFloats), shares) * shares, 1, std::max<int64_t>(pixels, 1));
   int64_t units = 0;
-  for (const Job& job : plan.jobs) units += job_units(plan, packed, job, images);
+  for (const Job& job : plan.jobs) units += job_units(plan, job, images);
   parallel.run(tasks, [&](int64_t task) {
     const int64_t first = task * units / tasks, last = (task + 1) * units / tasks;
     int64_t at = 0;  // units before this strip of this job
     for (int64_t strip = 0; strip < strips && at < last; ++strip) {
       for (const Job& job : plan.jobs) {
-        const int64_t n = job_units(plan, packed, job, images);
+        const int64_t n = job_units(plan, job, images);
         // A tile of the panel kernel is collected for all its panels.
         const int64_t whole = job.by == By::kPanel ? job.panels : 1;
         const int64_t low = strip * (n / whole) / strips * whole, high = (strip + 1) * (n / whole) / strips * whole;
         const int64_t begin = low + std::max<int64_t>(0, first - at), end = std::min(high, low + last - at);
         at += high - low;
         if (begin >= end) continue;
-        (job.by == By::kFilters               ? run_filters
-         : job.by == By::kPanel               ? run_panel
-         : kernels::has_pixels(*plan.kernels) ? run_pixels
-                                              : run_planes)(plan, packed, job, data, {begin, end, n});
+        (job.by == By::kFilters ? run_filters : job.by == By::kPanel ? run_panel : run_planes)(plan, packed, job, data,
+                                                                                              {begin, end, n});
       }
     }
 #if SADMM_X86

@@ -7,15 +7,14 @@
 // position_offset[position], so a tap list does not depend on the size of the map. Every output is one chain of
 // multiply-adds over the taps in order, begun with the bias: it depends neither on the tile nor on the thread.
 //
-//   pixels   registers hold MR filters x NR vectors of pixels, weights are broadcast: for narrow panels
 //   filters  registers hold P pixels x NV panels (vectors of filters), pixels are broadcast: needs no stride and no
 //            width of the map to fill its vectors, only enough filters that share their taps
-//   panel    as pixels, for all filters of a panel and some tiles, and from one of three places (enum From): from a
-//            copy of x in the order of its loop, made by *collect* for one tile and some taps; from a copy of the taps
-//            of several blocks, of which it has some; or from the planes. A copy pays where enough filters share it; a
-//            stride costs it nothing
+//   panel    registers hold MR filters x NR vectors of pixels, weights are broadcast; for all filters of a panel and
+//            some tiles, from one of three places (enum From): from a copy of x in the order of its loop, made by
+//            *collect* for one tile and some taps; from a copy of the taps of several blocks, of which it has some; or
+//            from the planes. A copy pays where enough filters share it; a stride costs it nothing
 //
-// Pointers need no alignment. pixels, panel and collect read whole vectors (as many as their window) at every
+// Pointers need no alignment. panel (on the planes) and collect read whole vectors (as many as their window) at every
 // PixelVector::offset, filters only the pixels it is given; residual is read, and y written, only where outputs are
 // and, where masks are dear, in the halo between two rows (y: zeros). x and y do not overlap; residual and y may be the
 // same memory in the same order. Kernels check nothing.
@@ -33,7 +32,7 @@ inline constexpr int kMaxPanel = 16;   // filters
 inline constexpr int kMaxLanes = 16;   // of any instruction set
 inline constexpr int kMaxSpan = 64;    // pixels whose sums wait in L1 to be spread
 inline constexpr int kMaxPixels = 8;   // P of any instruction set
-inline constexpr int kMaxVectors = 6;  // NR of any instruction set
+inline constexpr int kMaxVectors = 3;  // NR of any instruction set
 inline constexpr int kMaxPanels = 4;   // NV of any instruction set
 
 // One store of a vector of pixels, for each filter: y[i] = lane from[i] of it, for the bits i of `lanes`.
@@ -79,23 +78,6 @@ struct Output {
   const PixelStore* stores = nullptr;
   int images = 1;
   Epilogue epilogue = {};
-};
-
-struct PixelsArgs {
-  const float* x;
-  int64_t channel_stride;
-  const int64_t* position_offset;
-  const Tap* taps;
-  int64_t n_taps;
-  const float* w;    // [n_taps][w_stride], the first MR of each row are used
-  int64_t w_stride;  // panel width
-  const float* bias;
-  int filters;                  // 1 to MR: those that exist
-  const PixelVector* vectors;   // [NR]
-  int64_t ahead = 0;            // if given, what each tap reads at this offset in x is fetched into L2 meanwhile:
-  int ahead_lines = 1;          // a line, or as many as the tile has vectors
-  const float* next = nullptr;  // otherwise, if given, a line per tap from here on: the weights of the next call
-  Output out;                   // its stores are those that the vectors count
 };
 
 // Planes without the halo that the kernel reaches: at its edges are zeros.
@@ -188,7 +170,6 @@ struct SpreadArgs {
   Output out;
 };
 
-using PixelsKernel = void (*)(const PixelsArgs&);
 using CollectKernel = void (*)(const CollectArgs&);
 using PanelKernel = void (*)(const PanelArgs&);
 using FiltersKernel = void (*)(const FiltersArgs&);
@@ -198,34 +179,33 @@ using SpreadKernel = void (*)(const SpreadArgs&);
 struct GemmCompact {
   const char* isa;
   int lanes;                  // pixels in a vector
-  int pixels[3][kMaxPanels];  // largest P: [width class][NV - 1]
-  int mr[3];                  // filters in a pixels kernel: a panel takes width / mr of them
-  int nr[3];                  // largest NR
+  int pixels[3][kMaxPanels];  // largest P: [width class][NV - 1]; beyond nv for CutSize::rest alone
+  int nr;                     // largest NR
   int nv[3];                  // largest NV
-  double gather;              // what Gather multiplies the cycles of a pixels kernel by; 0: there is none with it
-  // Measured cycles per tap of a full tile, by which the kernel for a shape is chosen: [width class][NR - 1], [NV - 1].
-  double pixels_cycles[3][kMaxVectors];
+  // Measured cycles per tap of a full tile, by which the kernel for a shape is chosen: of filters [width class][NV -
+  // 1], and for 4 filters on the planes [NR - 1].
   double filters_cycles[3][kMaxPanels];
-  double tile_cycles = 35;                                  // of a vector, besides the taps: pixels kernels only
-  double pointwise = 1;                                     // what 1x1 multiplies pixels_cycles by: each tap is a page
-  double far = 1;                                           // what others do where an image of x exceeds 1 MiB
-  double many = 1;                                          // and where a panel of more than 4 filters has many taps
-  PixelsKernel pixels_kernel[2][3][kMaxVectors];            // [gather][width class][NR - 1]
-  FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]; beyond nv for one pixel
-  int panel_rows[kMaxVectors] = {};                         // filters at a time: [NR - 1]
-  // As pixels_cycles, for 4 filters, from a copy; 0: no panel kernels.
+  double planes_cycles[kMaxVectors];
+  double planes_call = 0;  // of a panel and tile on the planes, besides its taps
+  double pointwise = 1;    // what 1x1 multiplies planes_cycles by: each tap is a page
+  double far = 1;          // what others do where an image of x exceeds 1 MiB
+  double many = 1;         // and where a panel of more than 4 filters has many taps
+  FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]
+  int panel_rows[kMaxVectors];                              // filters at a time: [NR - 1]
+  // As planes_cycles, from a copy; 0: there is no collect, and no panel kernel but on the planes.
   double panel_cycles[kMaxVectors] = {};
   int panel_taps = 0;                  // in a copy
   double collect_cycles[kReads] = {};  // of a tap and vector
   double mask_cycles[kReads] = {};     // more than that where x has edges
   double store_cycles[3] = {};         // of the panel kernel: of a whole vector, of a piece, of PixelVector::run
   double copy_cycles = 0;              // of a tile that is copied for one block, besides its taps
-  // Of a tap by a filters kernel from a copy, for pixels that fill no vector: at least (a chain of multiply-adds waits
-  // for itself), and of each pixel. 0: not measured, and such pixels are a vector.
+  // Of a tap and panel by a filters kernel, for pixels that fill no vector: at least (a chain of multiply-adds waits for
+  // itself), and of each pixel. 0: not measured, and such pixels are a vector.
   double rest_cycles[2] = {};
-  // Cycles of a tap and panel where such a pixel is alone (maps of odd sides, by eights) and up to kMaxPanels panels 16
-  // wide that follow one another go together, as many chains. 0: each by itself.
-  double one_pixel_cycles = 0;
+  // Likewise where kMaxPanels panels 16 wide that follow one another go together, as many chains: if not 0, for as many
+  // pixels as `pixels` says.
+  double together_cycles[2] = {};
+  double rest_call = 60;  // of a panel and part, with the way of its sums to y
   double slots = 1;                                       // what From::kSlots multiplies panel_cycles by
   CollectKernel collect[kReads][kMaxVectors] = {};        // [Reads][NR - 1]
   CollectKernel collect_edges[kReads][kMaxVectors] = {};  // the same of planes with Edges
@@ -236,12 +216,13 @@ struct GemmCompact {
   SpreadKernel spread;
 };
 
-// Whether there are pixels kernels; where there are none, the panel kernels do what they would.
-constexpr bool has_pixels(const GemmCompact& k) {
-  return k.pixels_kernel[0][0][0] != nullptr;
-}
-constexpr bool has_panels(const GemmCompact& k) {
+constexpr bool has_copies(const GemmCompact& k) {
   return k.panel_cycles[0] > 0;
+}
+
+// Whether kMaxPanels panels go together for so many pixels that fill no vector.
+constexpr bool rest_together(const GemmCompact& k, int pixels) {
+  return k.together_cycles[0] > 0 && pixels <= k.pixels[0][kMaxPanels - 1];
 }
 
 // 0, 1, 2 for panels 16, 8, 4 wide.

@@ -1,10 +1,8 @@
-// The pixels and filters kernels over a type V of vectors; V::kMasks: whether masked loads and stores cost no more than
+// Stores, and the filters kernels, over a type V of vectors; V::kMasks: whether masked loads and stores cost no more than
 // whole ones; V::kRun: taps that a loop takes at a time. Included by the ISA files inside their anonymous namespaces,
 // so that nothing compiled for one instruction set can be called by another.
 
 constexpr int kFloatsPerLine = 16;
-constexpr int kFetchTaps = 16;  // fewer are done before anything arrives
-enum Fetch { kNothing, kWeights, kAhead, kTileAhead };
 
 // Some vectors of sums, one per filter, to where a PixelStore says.
 template <class V>
@@ -27,8 +25,8 @@ struct Placed {
     r = V::permute(r, from);
     return residual ? V::add(r, V::load_lanes(residual + filter * o.residual_stride, lanes)) : r;
   }
-  // max(low, r) and min(high, r) keep a NaN in r. No branch for what is straight or without a limit: a pixels kernel
-  // has this two dozen times, and a version with the branches was slower on most layers of pixels (by 7 to 18 %).
+  // max(low, r) and min(high, r) keep a NaN in r. No branch for what is straight or without a limit: a tile has this
+  // two dozen times, and with the branches most layers were slower (by 7 to 18 %).
   void put(typename V::Reg r, const Output& o, int filter) const {
     V::store_lanes(y + filter * o.y_stride, lanes, V::min(high, V::max(low, sum(r, o, filter))));
   }
@@ -132,77 +130,6 @@ inline void put_tile(const typename V::Reg (&acc)[MR][NR], const PixelVector* ve
     for (int m = 0; m < MR; ++m) V::store(sums[m], acc[m][v]);
     put_all<V>(sums[0], V::kLanes, filters < MR ? filters : MR, o.stores + p.first_store, p.stores, o);
   }
-}
-
-template <class V, int MR, int NR, bool Gather>
-void pixels(const PixelsArgs& a) {
-  typename V::Reg acc[MR][NR];
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 8
-    for (int v = 0; v < NR; ++v) acc[m][v] = V::broadcast(a.bias + m);
-  }
-  const float* base[NR];
-  typename V::Index index[NR];
-#pragma GCC unroll 8
-  for (int v = 0; v < NR; ++v) {
-    base[v] = a.x + a.vectors[v].offset;
-    if constexpr (Gather) index[v] = V::index(a.vectors[v].lane);
-  }
-  // y comes from wherever the layer before left it: the first line of each vector, while there is something to do.
-  if (a.n_taps >= kFetchTaps) {
-#pragma GCC unroll 8
-    for (int v = 0; v < NR; ++v) {
-      const float* y = a.out.y + a.out.stores[a.vectors[v].first_store].y;
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m, y += a.out.y_stride) __builtin_prefetch(y);
-    }
-  }
-  const Tap* const end = a.taps + a.n_taps;
-  // In a version of its own: on what is there already, a fetch per tap cost up to a seventh.
-  const auto run = [&](auto fetch) {
-    const float *w = a.w, *next = a.next;
-    const float* const ahead = a.x + a.ahead;
-    for (const Tap* t = a.taps; t != end; ++t, w += a.w_stride) {
-      // Scalar units are idle here, so the offset is worked out per tile instead of kept per size of map.
-      const int64_t offset = t->channel * a.channel_stride + a.position_offset[t->position];
-      if constexpr (decltype(fetch)::value == kAhead) __builtin_prefetch(ahead + offset, 0, 2);
-      if constexpr (decltype(fetch)::value == kTileAhead) {
-        for (int v = 0; v < NR; ++v) __builtin_prefetch(ahead + offset + v * kFloatsPerLine, 0, 2);
-      }
-      if constexpr (decltype(fetch)::value == kWeights) {
-        __builtin_prefetch(next);
-        next += kFloatsPerLine;
-      }
-      typename V::Reg px[NR];
-#pragma GCC unroll 8
-      for (int v = 0; v < NR; ++v) {
-        if constexpr (Gather) {
-          px[v] = V::gather(base[v] + offset, index[v]);
-        } else {
-          px[v] = V::load(base[v] + offset);
-        }
-      }
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
-        const typename V::Reg wm = V::broadcast(w + m);
-#pragma GCC unroll 8
-        for (int v = 0; v < NR; ++v) acc[m][v] = V::fma(wm, px[v], acc[m][v]);
-      }
-    }
-  };
-  if (!Gather && a.ahead != 0) {
-    if (a.ahead_lines == 1) {
-      run(std::integral_constant<Fetch, kAhead>{});
-    } else {
-      run(std::integral_constant<Fetch, kTileAhead>{});
-    }
-  } else if (a.next) {
-    run(std::integral_constant<Fetch, kWeights>{});
-  } else {
-    run(std::integral_constant<Fetch, kNothing>{});
-  }
-  put_tile<V, MR, NR>(acc, a.vectors, a.filters, a.out);
 }
 
 // P vectors of filters, the first of them `first`, as rows: filters are neighbours in y.
@@ -517,10 +444,6 @@ void spread(const SpreadArgs& a) {
 }
 
 // Rows of the tables of struct GemmCompact.
-template <class V, int MR, bool Gather, int... I>
-constexpr void fill_pixels(PixelsKernel (&row)[kMaxVectors], std::integer_sequence<int, I...>) {
-  ((row[I] = &pixels<V, MR, I + 1, Gather>), ...);
-}
 template <class V, int W, int NV, int... I>
 constexpr void fill_filters(FiltersKernel (&row)[kMaxPixels], std::integer_sequence<int, I...>) {
   ((row[I] = &filters<V, W, NV, I + 1>), ...);

@@ -10,6 +10,7 @@ namespace structadmm::kernels {
 namespace {
 
 #include "kernels/gemm_compact/generic.h"
+#include "kernels/gemm_compact/panel.h"
 
 struct Vec4 {
   typedef float Reg __attribute__((vector_size(16)));
@@ -61,16 +62,16 @@ constexpr GemmCompact make() {
   GemmCompact g{.isa = "scalar",
                 .lanes = 4,
                 .pixels = {{2}, {2}, {2}},
-                .mr = {4, 4, 4},
-                .nr = {2, 2, 2},
+                .nr = 2,
                 .nv = {1, 1, 1},
-                .gather = 0,
-                .pixels_cycles = {{5, 9}, {5, 9}, {5, 9}},
                 .filters_cycles = {{9}, {6}, {4}},
-                .pixels_kernel = {},
+                .planes_cycles = {5, 9},
                 .filters_kernel = {},
+                .panel_rows = {4, 4},
                 .spread = &spread<Vec4>};
-  for (auto& row : g.pixels_kernel[0]) fill_pixels<Vec4, 4, false>(row, upto<2>());
+  auto& planes = g.panel_kernel[static_cast<int>(From::kPlanes)];
+  planes[0] = &panel<Vec4, From::kPlanes, 4, 0, 1>;
+  planes[1] = &panel<Vec4, From::kPlanes, 4, 0, 2>;
   fill_filters<Vec4, 16, 1>(g.filters_kernel[0][0], upto<2>());
   fill_filters<Vec4, 8, 1>(g.filters_kernel[1][0], upto<2>());
   fill_filters<Vec4, 4, 1>(g.filters_kernel[2][0], upto<2>());

@@ -154,13 +154,11 @@ constexpr GemmCompact make() {
   GemmCompact g{.isa = "avx512",
                 .lanes = 16,
                 .pixels = {{8, 8, 8, 6}, {8}, {8}},
-                .mr = {8, 8, 4},
-                .nr = {3, 3, 6},
+                .nr = 3,
                 .nv = {4, 1, 1},
-                .gather = 1.5,
-                .pixels_cycles = {{7.5, 10, 14}, {7.5, 10, 14}, {5, 6, 8, 10, 12.5, 15}},
                 .filters_cycles = {{7, 11.5, 13, 12.7}, {6}, {6}},
-                .pixels_kernel = {},
+                .planes_cycles = {3.75, 5, 7},
+                .planes_call = 60,
                 .filters_kernel = {},
                 .panel_rows = {8, 8, 8},
                 .panel_cycles = {3.75, 5, 7},
@@ -172,15 +170,10 @@ constexpr GemmCompact make() {
   fill_collect<Vec16, 3>(g);
   fill_panel<From::kCopy>(g);
   fill_panel<From::kSlots>(g);
+  fill_panel<From::kPlanes>(g);
   g.panel_past_caches[0] = &panel<Vec16, From::kCopy, 8, 4, 1, true>;
   g.panel_past_caches[1] = &panel<Vec16, From::kCopy, 8, 4, 2, true>;
   g.panel_past_caches[2] = &panel<Vec16, From::kCopy, 8, 4, 3, true>;
-  fill_pixels<Vec16, 8, false>(g.pixels_kernel[0][0], upto<3>());
-  fill_pixels<Vec16, 8, false>(g.pixels_kernel[0][1], upto<3>());
-  fill_pixels<Vec16, 4, false>(g.pixels_kernel[0][2], upto<6>());
-  fill_pixels<Vec16, 8, true>(g.pixels_kernel[1][0], upto<3>());
-  fill_pixels<Vec16, 8, true>(g.pixels_kernel[1][1], upto<3>());
-  fill_pixels<Vec16, 4, true>(g.pixels_kernel[1][2], upto<6>());
   fill_filters<Vec16, 16, 1>(g.filters_kernel[0][0], upto<8>());
   fill_filters<Vec16, 16, 2>(g.filters_kernel[0][1], upto<8>());
   fill_filters<Vec16, 16, 3>(g.filters_kernel[0][2], upto<8>());
@@ -192,27 +185,25 @@ constexpr GemmCompact make() {
 
 // Where one unit runs a multiply-add in two halves, that is all that counts.
 constexpr GemmCompact on_zen4(GemmCompact g) {
-  constexpr double kWide[] = {8.6, 16.5, 24.6}, kNarrow[] = {5, 9, 12.8, 16.8, 21, 25};
-  for (int v = 0; v < 3; ++v) g.pixels_cycles[0][v] = g.pixels_cycles[1][v] = g.filters_cycles[0][v] = kWide[v];
-  for (int v = 0; v < 6; ++v) g.pixels_cycles[2][v] = kNarrow[v];
+  constexpr double kWide[] = {8.6, 16.5, 24.6};
+  for (int v = 0; v < 3; ++v) {
+    g.filters_cycles[0][v] = kWide[v];
+    g.planes_cycles[v] = g.panel_cycles[v] = kWide[v] / 2;
+  }
   g.filters_cycles[0][3] = 24.6;
   g.filters_cycles[1][0] = 8.6;
-  for (int v = 0; v < 3; ++v) g.panel_cycles[v] = kWide[v] / 2;
-  g.gather = 1.12;
   g.panel_taps = 160;
   return g;
 }
 
 constexpr GemmCompact on_zen5(GemmCompact g) {
-  constexpr double kWide[] = {5.3, 8.1, 12.2}, kNarrow[] = {3.8, 5.1, 6.5, 8.1, 10.3, 12.2};
-  constexpr double kFilters[] = {6.2, 8.1, 12.1, 12.1}, kPanel[] = {2.4, 4.1, 6.0};
-  for (int v = 0; v < 3; ++v) g.pixels_cycles[0][v] = g.pixels_cycles[1][v] = kWide[v];
-  for (int v = 0; v < 6; ++v) g.pixels_cycles[2][v] = kNarrow[v];
+  constexpr double kFilters[] = {6.2, 8.1, 12.5, 12.5}, kPanel[] = {2.4, 4.1, 6.0};
   for (int v = 0; v < 4; ++v) g.filters_cycles[0][v] = kFilters[v];
-  for (int v = 0; v < 3; ++v) g.panel_cycles[v] = kPanel[v];
+  for (int v = 0; v < 3; ++v) g.planes_cycles[v] = g.panel_cycles[v] = kPanel[v];
   g.filters_cycles[1][0] = g.filters_cycles[2][0] = 6.4;
-  g.gather = 1.22;
-  g.tile_cycles = 18;
+  g.rest_cycles[0] = 4, g.rest_cycles[1] = 0.5;
+  g.together_cycles[0] = 1.1, g.together_cycles[1] = 0.55;
+  g.rest_call = 200;
   return g;
 }
 
