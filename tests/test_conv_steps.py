@@ -260,6 +260,37 @@ def test_pixels_that_fill_no_vector(
         assert "_rest" in kernel
 
 
+@pytest.mark.parametrize("isa", [i for i in ISAS if i.startswith("avx512")])
+@pytest.mark.parametrize("size", [(7, 7), (14, 14), (6, 11)])  # one pixel, four, and two beyond whole vectors
+@pytest.mark.parametrize(
+    "filters,block,curve",
+    [
+        (100, 1000, {"low": 0.0}),
+        (64, 32, {"low": 0.0, "high": 6.0}),
+        (45, 1000, {"activation": "silu"}),
+        (48, 48, {}),
+        (40, 8, {}),
+    ],
+)
+@pytest.mark.parametrize("residual", ["none", "y", "arena"])
+def test_pixels_that_fill_no_vector_on_the_planes(
+    isa: str, size: tuple[int, int], filters: int, block: int, curve: dict[str, Any], residual: str, monkeypatch: Any
+) -> None:
+    """Panels go together up to four, of one block; the last may have fewer filters; narrow panels are vectors."""
+    monkeypatch.setenv("STRUCTADMM_AVX512_CORE", "zen5")
+    c = {"groups": 1, "kernel": (1, 1), "dilation": (1, 1), "padding": (0, 0), "stride": (1, 1), "size": size}
+    c |= {"channels": 400, "filters": filters, "block": block, "density": 0.7, "bias": True, "curve": curve}
+    c |= {"residual": residual, "x_layout": "arena", "y_layout": "tensor", "x_halo": (0, 0, 0, 0)}
+    c |= {"y_halo": (0, 0, 0, 0), "guard": "end", "seed": 4}
+    for batch, threads in ((1, 1), (1, 2), (3, 2)):
+        c |= {"batch": batch, "threads": threads, "spare_images": batch // 2}
+        spec, dense, bias = make_spec(c)
+        x, more = inputs(c, spec, dense)
+        got, kernel = run_step("taps_f32", isa, c, spec, x, more)
+        check_close(got, c, x, dense, bias, more)
+        assert ("planes_" in kernel and "_rest" in kernel) == (block > 8), kernel
+
+
 @pytest.mark.parametrize("isa", [i for i in ISAS if i != "scalar"])
 @pytest.mark.parametrize("width", [3, 4, 5, 7, 9, 13, 14, 20])
 @pytest.mark.parametrize("between", [0, 1, 3, 8, 9])

@@ -375,8 +375,10 @@ std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) 
     const PixelTiles& t = copy ? plan.panel : plan.direct;
     int most = 0;
     for (const Tile& tile : t.tiles) most = std::max(most, tile.count);
-    names.push_back(name(shared ? "shared_" : copy ? "panel_" : "planes_", k.panel_rows[most - 1], most * k.lanes,
-                         t.window, t.tiles.back().rest > 0));
+    names.push_back(name(shared ? "shared_"
+                         : copy ? "panel_"
+                                : "planes_",
+                         k.panel_rows[most - 1], most * k.lanes, t.window, t.tiles.back().rest > 0));
   }
   return names;
 }

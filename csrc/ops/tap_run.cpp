@@ -43,8 +43,9 @@ int64_t job_units(const TapPlan& plan, const Job& job, int64_t images) {
 // Tiles begin to end of a job's `units`: its share of a strip.
 struct Share {
   int64_t begin, end, units;
-  // Whether x lies beyond L2, and comes in a strip ahead of its use.
-  bool far() const { return units > kFarStrips * (end - begin) && end < units; }
+  // Whether x lies beyond L2, and comes in a strip ahead of its use. Where each job has other taps, little of x is read
+  // twice.
+  bool far(bool blocks = false) const { return units > (blocks ? 2 : kFarStrips) * (end - begin) && end < units; }
 };
 
 struct Operands {
@@ -79,6 +80,13 @@ Some there(const PixelTiles& t, const Tile& tile, int64_t images) {
   Some some{t.vectors.data() + tile.first, tile.count};
   while (some.count > 0 && some.vectors[some.count - 1].image >= images) --some.count;
   return some;
+}
+
+// [NR - 1]
+const auto& panel_kernel(const TapPlan& plan, From from) {
+  const auto i = static_cast<int>(from);
+  const auto& past = plan.kernels->panel_past_caches[i];
+  return plan.planes.y.past_caches && past[0] ? past : plan.kernels->panel_kernel[i];
 }
 
 PanelTile tile_of(const TapPlan& plan, const Operands& data, const Some& some, int64_t image, int64_t images) {
@@ -226,7 +234,7 @@ void multiply_rest(const TapPlan& plan, const Together& t, int pixels, const int
 void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
   const auto& t = plan.direct;
   const Panel& panel = packed.panels[job.panel];
-  const auto& kernel = plan.kernels->panel_kernel[static_cast<int>(From::kPlanes)];
+  const auto& kernel = panel_kernel(plan, From::kPlanes);
   const auto tiles = static_cast<int64_t>(t.tiles.size());
   PanelTile some[kPanelTiles];
   const auto args = [&](const Panel& panel) {
@@ -243,6 +251,9 @@ void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const
   };
   PanelArgs a = args(panel);
   const float* const behind = a.w + panel.n_taps * panel.width;  // the next panel's weights
+  // The first panel fetches what all read, or each its own.
+  const bool blocks = packed.panels.front().block != packed.panels.back().block;
+  const bool far = plan.pointwise() && share.far(blocks) && (blocks || job.panel == 0);
   int n = 0, vectors = 0;
   const auto run = [&](const float* next) {
     if (n == 0) return;
@@ -272,6 +283,11 @@ void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const
       } else {
         if (n == kPanelTiles || tile.count != vectors) run(nullptr);
         vectors = tile.count;
+        const int64_t later = u + share.end - share.begin;
+        if (far && later < share.units) {
+          one.ahead = (later / tiles * t.period - image) * plan.planes.x.image_stride +
+                      t.vectors[t.tiles[later % tiles].first].offset - tile.vectors->offset;
+        }
         some[n++] = one;
       }
     }
@@ -288,9 +304,7 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
   const auto& t = plan.panel;
   const Collection& c = plan.collections[job.collection];
   const bool shared = !c.slot.empty(), edges = !t.inside.empty();
-  const bool past_caches = plan.planes.y.past_caches && !shared && k.panel_past_caches[0];
-  const auto& kernel =
-      past_caches ? k.panel_past_caches : k.panel_kernel[static_cast<int>(shared ? From::kSlots : From::kCopy)];
+  const auto& kernel = panel_kernel(plan, shared ? From::kSlots : From::kCopy);
   const auto tiles = static_cast<int64_t>(t.tiles.size());
   const int64_t tile_floats = k.nr * k.lanes, panel_floats = kernels::kMaxPanel * tile_floats;
   const int64_t copy_floats = most_taps(c) * tile_floats;
@@ -400,8 +414,8 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
           }
           // They are multiplied for some panels together.
           const auto joins = [&](int64_t i) {
-            return !shared && rest_together(k, same.rest) && (i + 1 - from) % kernels::kMaxPanels != 0 &&
-                   i + 1 < to && panel_of(i).width == kernels::kMaxPanel && panel_of(i + 1).width == kernels::kMaxPanel;
+            return !shared && rest_together(k, same.rest) && (i + 1 - from) % kernels::kMaxPanels != 0 && i + 1 < to &&
+                   panel_of(i).width == kernels::kMaxPanel && panel_of(i + 1).width == kernels::kMaxPanel;
           };
           if (joins(j)) continue;
           int64_t first = j;
@@ -446,8 +460,9 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
         const int64_t begin = low + std::max<int64_t>(0, first - at), end = std::min(high, low + last - at);
         at += high - low;
         if (begin >= end) continue;
-        (job.by == By::kFilters ? run_filters : job.by == By::kPanel ? run_panel : run_planes)(plan, packed, job, data,
-                                                                                              {begin, end, n});
+        (job.by == By::kFilters ? run_filters
+         : job.by == By::kPanel ? run_panel
+                                : run_planes)(plan, packed, job, data, {begin, end, n});
       }
     }
 #if SADMM_X86

@@ -1,4 +1,4 @@
-// AVX512-BF16: 8 filters x 2 vectors of 16 pixels accumulate, a weight pair is broadcast from its tile.
+// AVX512-BF16: 8 filters x 2 vectors of 16 pixels accumulate, or 16 x 1; a weight pair is broadcast from its tile.
 #include <immintrin.h>
 
 // GCC 12 takes the undefined operands inside its own unmasked intrinsics for variables of ours.
@@ -12,17 +12,21 @@ namespace {
 
 #include "kernels/gemm_bf16/panel_bf16.h"
 
-constexpr int kFilters = 8;
+// Filters at a time: sixteen sums, for eight would wait for themselves.
+constexpr int filters_of(int vectors) {
+  return vectors == 2 ? 8 : 16;
+}
 constexpr int64_t kNearWeights = 1 << 18;  // elements of a block, with more of which they do not stay in L2
 
 // w: the tile that holds the filters, at the first of them; stride: to the tile of the next step. rows: of the panel,
-// of which the last step may have fewer than 16. kNext: eight lines from `next` on are fetched with each step, all of
-// the next unit in the four calls of one. (A call reads eight lines of every 32, a pattern that the processor does not
+// of which the last step may have fewer than 16. kNext: a line per filter from `next` on is fetched with each step, all
+// of the next unit in the calls of one. (A call reads eight lines of every 32, a pattern that the processor does not
 // follow by itself, and small maps waited for their weights.)
 template <int V, bool kNext>
 void multiply(const Bf16* w, int64_t stride, const Bf16* next, const Bf16* panel, int rows, float* c) {
+  constexpr int kFilters = filters_of(V);
   __m512 sum[kFilters][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int f = 0; f < kFilters; ++f) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum[f][v] = _mm512_setzero_ps();
@@ -30,7 +34,7 @@ void multiply(const Bf16* w, int64_t stride, const Bf16* next, const Bf16* panel
   for (; rows > 0; rows -= kTile, w += stride, panel += V * kPanelTile) {
     const int some = rows < kTile ? rows : kTile;
     if constexpr (kNext) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int f = 0; f < kFilters; ++f, next += kStepTaps) __builtin_prefetch(next, 0, 2);
     }
     for (int r = 0; r < some; ++r) {
@@ -39,7 +43,7 @@ void multiply(const Bf16* w, int64_t stride, const Bf16* next, const Bf16* panel
       for (int v = 0; v < V; ++v) {
         x[v] = reinterpret_cast<__m512bh>(_mm512_load_si512(panel + (r * V + v) * kPanelRow));
       }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int f = 0; f < kFilters; ++f) {
         int32_t taps;
         __builtin_memcpy(&taps, w + f * kStepTaps + 2 * r, sizeof taps);
@@ -49,7 +53,7 @@ void multiply(const Bf16* w, int64_t stride, const Bf16* next, const Bf16* panel
       }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int f = 0; f < kFilters; ++f) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) _mm512_store_ps(c + f * 2 * kTile + v * kTile, sum[f][v]);
@@ -76,9 +80,9 @@ void run(const GemmBf16Args& a) {
         const bool fetch = (i == 0 || !stay) && unit + 1 < u.last;
         const auto product = at.pair->vectors == 2 ? (fetch ? multiply<2, true> : multiply<2, false>)
                                                    : (fetch ? multiply<1, true> : multiply<1, false>);
-        for (int f = 0; f < filters; f += kFilters) {
+        for (int f = 0; f < filters; f += filters_of(at.pair->vectors)) {
           const Bf16* first_w = w + f / kTile * kPanelTile + f % kTile * kStepTaps;
-          const Bf16* const next = w + unit_size + f / kFilters * b.steps * (kFilters * kStepTaps);
+          const Bf16* const next = w + unit_size + f * b.steps * kStepTaps;
           product(first_w, tiles * kPanelTile, next, panel, rows, sums + f * 2 * kTile);
         }
         const Sums done{sums, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile, filters, at};

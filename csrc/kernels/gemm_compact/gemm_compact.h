@@ -109,6 +109,7 @@ struct PanelTile {
   float* sums = nullptr;        // of all panels, where they go on from one part of the taps to the next
   int64_t y = 0, residual = 0;  // offsets of the first image
   int images = 1;               // as Output::images
+  int64_t ahead = 0;            // if given, what each tap reads of the planes at this offset is fetched into L2 meanwhile
 };
 
 struct PanelArgs {
@@ -186,10 +187,10 @@ struct GemmCompact {
   // 1], and for 4 filters on the planes [NR - 1].
   double filters_cycles[3][kMaxPanels];
   double planes_cycles[kMaxVectors];
-  double planes_call = 0;  // of a panel and tile on the planes, besides its taps
-  double pointwise = 1;    // what 1x1 multiplies planes_cycles by: each tap is a page
-  double far = 1;          // what others do where an image of x exceeds 1 MiB
-  double many = 1;         // and where a panel of more than 4 filters has many taps
+  double planes_call = 0;                                   // of a panel and tile on the planes, besides its taps
+  double pointwise = 1;                                     // what 1x1 multiplies planes_cycles by: each tap is a page
+  double far = 1;                                           // what others do where an image of x exceeds 1 MiB
+  double many = 1;                                          // and where a panel of more than 4 filters has many taps
   FiltersKernel filters_kernel[3][kMaxPanels][kMaxPixels];  // [width class][NV - 1][P - 1]
   int panel_rows[kMaxVectors];                              // filters at a time: [NR - 1]
   // As planes_cycles, from a copy; 0: there is no collect, and no panel kernel but on the planes.
@@ -199,20 +200,20 @@ struct GemmCompact {
   double mask_cycles[kReads] = {};     // more than that where x has edges
   double store_cycles[3] = {};         // of the panel kernel: of a whole vector, of a piece, of PixelVector::run
   double copy_cycles = 0;              // of a tile that is copied for one block, besides its taps
-  // Of a tap and panel by a filters kernel, for pixels that fill no vector: at least (a chain of multiply-adds waits for
-  // itself), and of each pixel. 0: not measured, and such pixels are a vector.
+  // Of a tap and panel by a filters kernel, for pixels that fill no vector: at least (a chain of multiply-adds waits
+  // for itself), and of each pixel. 0: not measured, and such pixels are a vector.
   double rest_cycles[2] = {};
   // Likewise where kMaxPanels panels 16 wide that follow one another go together, as many chains: if not 0, for as many
   // pixels as `pixels` says.
   double together_cycles[2] = {};
-  double rest_call = 60;  // of a panel and part, with the way of its sums to y
+  double rest_call = 60;                                  // of a panel and part, with the way of its sums to y
   double slots = 1;                                       // what From::kSlots multiplies panel_cycles by
   CollectKernel collect[kReads][kMaxVectors] = {};        // [Reads][NR - 1]
   CollectKernel collect_edges[kReads][kMaxVectors] = {};  // the same of planes with Edges
   PanelKernel panel_kernel[kFrom][kMaxVectors] = {};      // [From][NR - 1]
-  // From::kCopy, for a y that is more than caches keep until it is read: lines that are written as a whole go past them
-  // and are not fetched before. The caller fences. Null where there is none.
-  PanelKernel panel_past_caches[kMaxVectors] = {};
+  // For a y that is more than caches keep until it is read: lines that are written as a whole go past them and are not
+  // fetched before. The caller fences. Null where there is none.
+  PanelKernel panel_past_caches[kFrom][kMaxVectors] = {};
   SpreadKernel spread;
 };
 

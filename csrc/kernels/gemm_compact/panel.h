@@ -119,6 +119,7 @@ struct Taps {
 };
 
 constexpr int64_t kFetchTaps = 32;  // with fewer, stores come before what was fetched: up to a quarter slower
+enum class Fetch { kNothing, kWeights, kPlanes };
 
 // MR filters at a time, and Tail where no more are left: enough sums to keep two units of multiply-adds busy, whatever
 // NR. Weights and biases of filters that are not there are read (a packed weight has its biases, and zeros, behind it).
@@ -199,9 +200,16 @@ void panel(const PanelArgs& a) {
         int64_t t = 0;
         // Some taps at a time: a core that another thread shares is short of places for all that is not a multiply-add.
         for (; t + T::kRun <= n_taps; t += T::kRun, w += T::kRun * w_stride) {
-          if constexpr (decltype(fetch)::value) {
+          if constexpr (decltype(fetch)::value == Fetch::kWeights) {
             __builtin_prefetch(line);
             line += T::kRun * kRows;
+          }
+          if constexpr (decltype(fetch)::value == Fetch::kPlanes) {
+#pragma GCC unroll 4
+            for (int k = 0; k < T::kRun; ++k) {
+#pragma GCC unroll 8
+              for (int v = 0; v < NR; ++v) __builtin_prefetch(base[v] + tile.ahead + a.offset[t + k], 0, 2);
+            }
           }
           if constexpr (F == From::kCopy) {
             T::run(acc, tile.x + t * kTile, w, w_stride);
@@ -218,10 +226,12 @@ void panel(const PanelArgs& a) {
           }
         }
       };
-      if (next) {
-        run(std::true_type{});
+      if (F == From::kPlanes && tile.ahead != 0 && first == 0) {
+        if constexpr (F == From::kPlanes) run(std::integral_constant<Fetch, Fetch::kPlanes>{});
+      } else if (next) {
+        run(std::integral_constant<Fetch, Fetch::kWeights>{});
       } else {
-        run(std::false_type{});
+        run(std::integral_constant<Fetch, Fetch::kNothing>{});
       }
       if (!a.last) {
 #pragma GCC unroll 16

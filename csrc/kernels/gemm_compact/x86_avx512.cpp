@@ -141,12 +141,12 @@ struct Vec16 {
   }
 };
 
-template <From F>
-constexpr void fill_panel(GemmCompact& g) {
-  auto& row = g.panel_kernel[static_cast<int>(F)];
-  row[0] = &panel<Vec16, F, 8, 4, 1>;
-  row[1] = &panel<Vec16, F, 8, 4, 2>;
-  row[2] = &panel<Vec16, F, 8, 4, 3>;
+template <From F, bool kPast = false>
+constexpr void fill_panel(PanelKernel (&kernels)[kFrom][kMaxVectors]) {
+  auto& row = kernels[static_cast<int>(F)];
+  row[0] = &panel<Vec16, F, 8, 4, 1, kPast>;
+  row[1] = &panel<Vec16, F, 8, 4, 2, kPast>;
+  row[2] = &panel<Vec16, F, 8, 4, 3, kPast>;
 }
 
 // Cycles measured on an Intel Xeon.
@@ -168,12 +168,11 @@ constexpr GemmCompact make() {
                 .store_cycles = {3, 8, 16},
                 .spread = &spread<Vec16>};
   fill_collect<Vec16, 3>(g);
-  fill_panel<From::kCopy>(g);
-  fill_panel<From::kSlots>(g);
-  fill_panel<From::kPlanes>(g);
-  g.panel_past_caches[0] = &panel<Vec16, From::kCopy, 8, 4, 1, true>;
-  g.panel_past_caches[1] = &panel<Vec16, From::kCopy, 8, 4, 2, true>;
-  g.panel_past_caches[2] = &panel<Vec16, From::kCopy, 8, 4, 3, true>;
+  fill_panel<From::kCopy>(g.panel_kernel);
+  fill_panel<From::kSlots>(g.panel_kernel);
+  fill_panel<From::kPlanes>(g.panel_kernel);
+  fill_panel<From::kCopy, true>(g.panel_past_caches);
+  fill_panel<From::kPlanes, true>(g.panel_past_caches);
   fill_filters<Vec16, 16, 1>(g.filters_kernel[0][0], upto<8>());
   fill_filters<Vec16, 16, 2>(g.filters_kernel[0][1], upto<8>());
   fill_filters<Vec16, 16, 3>(g.filters_kernel[0][2], upto<8>());
