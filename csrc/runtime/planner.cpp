@@ -645,6 +645,7 @@ class Planner {
             add(i, weights_.linear(i).plan(from(0), to, added, images), operands, y.operand);
           } else {
             add(i, weights_.conv(i).plan(from(0), to, added, images), operands, y.operand);
+            plan_.stages[stage_[i]].steps.back().imports = operands[0].where == Operand::Where::kInput;
           }
           break;
         case Kind::kLinear:

@@ -109,7 +109,7 @@ struct PanelTile {
   float* sums = nullptr;        // of all panels, where they go on from one part of the taps to the next
   int64_t y = 0, residual = 0;  // offsets of the first image
   int images = 1;               // as Output::images
-  int64_t ahead = 0;            // if given, what each tap reads of the planes at this offset is fetched into L2 meanwhile
+  int64_t ahead = 0;  // if given, what each tap reads of the planes at this offset is fetched into L2 meanwhile
 };
 
 struct PanelArgs {
