@@ -221,7 +221,7 @@ class TapsStep final : public Step {
              .last_pair = 0,
              .first_unit = 0,
              .last_unit = weights_->units,
-             .strip = strip_of(y, images, weights_->most_steps, blocks_.size()),
+             .strip = strip_of(y, images, *weights_),
              .epilogue = s.epilogue,
              .scratch = nullptr};
     outputs_ = y.height * y.width;
@@ -257,11 +257,15 @@ class TapsStep final : public Step {
 
  private:
   // Where y comes from beyond L2, a long run to one channel after the other (measured: 1.1 to 1.7 times as fast as
-  // single pairs), of panels that leave most of L2 to the rest. Where it does not, panels stay in the first cache.
-  static int32_t strip_of(const Planes& y, int64_t images, int64_t steps, size_t blocks) {
+  // single pairs), of panels that leave most of L2 to the rest. The same where weights do. Where neither does, panels
+  // stay in the first cache.
+  static int32_t strip_of(const Planes& y, int64_t images, const Weights& w) {
     constexpr int64_t kSpills = 1 << 20, kPanels = 256 << 10, kOfBlocks = 4;
-    if (images * y.channels * y.height * y.width * dtype_size(y.dtype) < kSpills) return blocks > 1 ? kOfBlocks : 1;
-    const int64_t panel = std::max<int64_t>(1, steps) * kStepTaps * kPairPixels * static_cast<int64_t>(sizeof(Bf16));
+    const bool spills = images * y.channels * y.height * y.width * dtype_size(y.dtype) >= kSpills;
+    const bool far = w.kernel->near_weights > 0 && w.units * w.most_steps * kStepTaps * 32 > w.kernel->near_weights;
+    if (!spills && !far) return w.blocks.size() > 1 ? kOfBlocks : 1;
+    const int64_t panel =
+        std::max<int64_t>(1, w.most_steps) * kStepTaps * kPairPixels * static_cast<int64_t>(sizeof(Bf16));
     return static_cast<int32_t>(std::clamp<int64_t>(kPanels / panel, 1, kernels::kMostStrip));
   }
 

@@ -128,6 +128,9 @@ struct GemmBf16 {
   const char* name;
   WeightLayout layout;
   void (*run)(const GemmBf16Args& a);
+  // Elements of a weight, with more of which it does not stay in L2, and is read once for all pairs of a strip. 0: one
+  // pair after the other reads it.
+  int64_t near_weights = 0;
 };
 
 // A pure function of the instruction set, which need not be this CPU's.

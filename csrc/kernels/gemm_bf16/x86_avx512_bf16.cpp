@@ -16,7 +16,9 @@ namespace {
 constexpr int filters_of(int vectors) {
   return vectors == 2 ? 8 : 16;
 }
-constexpr int64_t kNearWeights = 1 << 18;  // elements of a block, with more of which they do not stay in L2
+
+// Elements of a block: with more they do not stay in L2; with fewer all is there soon enough.
+constexpr int64_t kNearWeights = 1 << 18, kFewWeights = 1 << 16;
 
 // w: the tile that holds the filters, at the first of them; stride: to the tile of the next step. rows: of the panel,
 // of which the last step may have fewer than 16. kNext: a line per filter from `next` on is fetched with each step, all
@@ -60,24 +62,42 @@ void multiply(const Bf16* w, int64_t stride, const Bf16* next, const Bf16* panel
   }
 }
 
+// All of a panel, while the weights of the first unit are fetched, a step of them at a time.
+void gather_fetching(PanelRows& panel, int rows, const Bf16* w, int step) {
+  for (; rows > 0; rows -= kTile, w += step) {
+    panel.gather(rows < kTile ? rows : kTile);
+    for (int i = 0; i < step; i += kStepTaps) __builtin_prefetch(w + i, 0, 2);
+  }
+}
+
 void run(const GemmBf16Args& a) {
   const Act act = act_of(a.epilogue);
   auto* const sums = reinterpret_cast<float*>(a.scratch);
-  auto* const panel = reinterpret_cast<Bf16*>(a.scratch + 16384);
+  auto* const panels = reinterpret_cast<Bf16*>(a.scratch + 16384);
   for (Walk walk(a); !walk.done(); walk.next()) {
     const GemmBf16Block& b = walk.block();
     const Units u = walk.units();
     const int rows = (b.taps + 1) / 2;
     const int64_t unit_size = int64_t{b.steps} * 2 * kPanelTile;
-    const bool stay = unit_size * (u.last - u.first) <= kNearWeights;
+    const int64_t size = unit_size * (u.last - u.first);
+    const bool cold = walk.first_pair() == a.first_pair || size > kNearWeights;
     for (int i = 0; i < walk.pairs(); ++i) {
-      const Place at = place(a, walk.first_pair() + i);
-      PanelRows(a, b, at, panel).gather(rows);
-      for (int unit = u.first; unit < u.last; ++unit) {
-        const int left = b.filters - unit * 2 * kTile, filters = left < 2 * kTile ? left : 2 * kTile;
-        const int tiles = filters > kTile ? 2 : 1;
-        const Bf16* const w = static_cast<const Bf16*>(b.w) + unit * unit_size;
-        const bool fetch = (i == 0 || !stay) && unit + 1 < u.last;
+      PanelRows panel(a, b, place(a, walk.first_pair() + i), panels + i * unit_size);
+      if (i == 0 && cold && size > kFewWeights) {
+        const bool one = b.filters - u.first * 2 * kTile <= kTile;
+        gather_fetching(panel, rows, static_cast<const Bf16*>(b.w) + u.first * unit_size, (one ? 1 : 2) * kPanelTile);
+      } else {
+        panel.gather(rows);
+      }
+    }
+    for (int unit = u.first; unit < u.last; ++unit) {
+      const int left = b.filters - unit * 2 * kTile, filters = left < 2 * kTile ? left : 2 * kTile;
+      const int tiles = filters > kTile ? 2 : 1;
+      const Bf16* const w = static_cast<const Bf16*>(b.w) + unit * unit_size;
+      for (int i = 0; i < walk.pairs(); ++i) {
+        const Place at = place(a, walk.first_pair() + i);
+        const Bf16* const panel = panels + i * unit_size;
+        const bool fetch = i == 0 && cold && unit + 1 < u.last;
         const auto product = at.pair->vectors == 2 ? (fetch ? multiply<2, true> : multiply<2, false>)
                                                    : (fetch ? multiply<1, true> : multiply<1, false>);
         for (int f = 0; f < filters; f += filters_of(at.pair->vectors)) {
@@ -94,6 +114,7 @@ void run(const GemmBf16Args& a) {
 
 }  // namespace
 
-extern constinit const GemmBf16 gemm_bf16_avx512_bf16 = {"gemm_bf16_8x32__avx512_bf16", WeightLayout::kTiles, run};
+extern constinit const GemmBf16 gemm_bf16_avx512_bf16 = {"gemm_bf16_8x32__avx512_bf16", WeightLayout::kTiles, run,
+                                                             kNearWeights};
 
 }  // namespace structadmm::kernels
