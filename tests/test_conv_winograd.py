@@ -235,6 +235,43 @@ def test_the_runtime_takes_it_where_it_pays() -> None:
     assert not taken(few, 1, 64, 28, 28), "columns"
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=30, deadline=None)
+@given(c=squares())
+def test_bf16_planes_are_rounded_once(isa: str, c: dict[str, Any]) -> None:
+    """What lies between is f32: the bits of the f32 step on the same values, rounded."""
+    spec, dense, _ = make_spec(c)
+    x, residual = inputs(c, spec, dense)
+    x, residual = x.bfloat16().float(), None if residual is None else residual.bfloat16().float()
+    if isa != "avx512":
+        with pytest.raises(ValueError, match="conv_winograd: planes got bf16 and bf16, wanted f32"):
+            run("winograd", isa, c, spec, x, residual, dtype="bf16")
+        return
+    got = run("winograd", isa, c, spec, x, residual, dtype="bf16")
+    assert torch.equal(got, run("winograd", isa, c, spec, x, residual).bfloat16().float())
+
+
+@pytest.mark.parametrize("isa", _core.supported_isas())
+def test_in_bf16_the_runtime_takes_it_where_it_pays(isa: str) -> None:
+    """That is on AVX-512 without tiles; with its products of bf16 pairs, of more channels."""
+    torch.manual_seed(0)
+    layers = {64: conv(64, 64), 32: conv(32, 32)}
+    taken = {}
+    for channels, layer in layers.items():
+        x = torch.randn(2, channels, 56, 56)
+        net = nn.Sequential(nn.Conv2d(channels, channels, 1), layer, nn.ReLU()).eval()
+        data = container.to_bytes(trace(net, x).module)
+        e = sa.Engine(data, dtype="bfloat16", isa=isa)
+        taken[channels] = any(s["kernel"].startswith("winograd_bf16") for s in e.describe(tuple(x.shape)))
+        want = net.double()(x.double()).detach().numpy()
+        # Inputs, values between layers and outputs are rounded to eight bits.
+        assert np.abs(e.run(x.numpy()) - want).max() < 0.02 * np.abs(want).max()
+        assert np.array_equal(e.run(x[1:].numpy()), e.run(x.numpy())[1:])
+    assert taken == {"avx512": {64: True, 32: True}, "avx512_bf16": {64: True, 32: False}}.get(
+        isa, {64: False, 32: False}
+    )
+
+
 def engine_of(layer: nn.Conv2d, family: str, example: Tensor) -> sa.Engine:
     """From a file that asks for a family."""
     graph = fx.Graph()

@@ -473,6 +473,32 @@ class Wide(nn.Module):
         return F.relu6(self.second(x) + y) if self.adds else y
 
 
+class Pointwise(nn.Module):
+    """Outputs of many filters of 1x1 convolutions, which panels read from the planes, and a sum of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(40, 20, 1), nn.Conv2d(40, 20, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(self.second(x) + torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("size", [(512, 512), (511, 513)])
+def test_outputs_that_caches_do_not_keep_from_the_planes(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    net, x = Pointwise().eval(), torch.randn(1, 40, *size)
+    with torch.no_grad():
+        want = net(x)
+    assert want.numel() * 4 > 16 << 20
+    e = engine(net, x)
+    if _core.isa() not in ("scalar", "avx2"):
+        assert "planes" in e.describe(tuple(x.shape))[-1]["kernel"]
+    close(e.run(x.numpy()), want.numpy(), 1e-4)
+    fast = sa.optimize(net, x, budget=0.0, report=False)
+    assert np.array_equal(fast(x).numpy(), e.run(x.numpy()))
+
+
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("size", [(264, 264), (261, 265)])
 def test_outputs_that_caches_do_not_keep(size: tuple[int, int], adds: bool) -> None:

@@ -11,8 +11,9 @@
 //               (ops/merge_blocks.h): an infinity or NaN then reaches the filters of both
 //   depthwise   one input channel per conv group, f32 or bf16
 //   nonzeros    single weights, for non-structured sparsity, f32
-//   winograd    3x3 of stride 1 with a quarter of the multiply-adds, for few or no pruned taps, f32. Its rounding
-//               errors are a few times those of a plain sum, and an infinity makes NaN of the outputs beside it too
+//   winograd    3x3 of stride 1 with a quarter of the multiply-adds, for few or no pruned taps, in f32; with
+//               AVX-512 also on bf16 planes. Its rounding errors are a few times those of a plain sum, and an infinity
+//               makes NaN of the outputs beside it too
 #pragma once
 
 #include <cstdint>
@@ -87,9 +88,10 @@ std::shared_ptr<const PackedConv> pack_conv_depthwise(const ConvSpec& spec, Dtyp
 std::shared_ptr<const PackedConv> pack_conv_nonzeros(const ConvSpec& spec, Isa isa);
 std::shared_ptr<const PackedConv> pack_conv_winograd(const ConvSpec& spec, Isa isa);
 
-// Whether the family winograd can run it; and whether it should be faster than taps_f32 on maps of these outputs, by an
-// estimate that is the same for any number of images.
+// Whether the family winograd can run it, and takes planes of this dtype; and whether it should be faster than taps on
+// maps of these outputs, by an estimate that is the same for any number of images.
 bool can_winograd(const ConvSpec& spec);
-bool winograd_pays(const ConvSpec& spec, int64_t height, int64_t width, Isa isa);
+bool winograd_holds(Dtype dtype, Isa isa);
+bool winograd_pays(const ConvSpec& spec, int64_t height, int64_t width, Dtype dtype, Isa isa);
 
 }  // namespace structadmm

@@ -1,10 +1,15 @@
 // The family winograd: 3x3 convolutions of stride 1 with a quarter of the multiply-adds (kernels/winograd/winograd.h).
 //
+// Where AVX-512 has them x, y and the residual may be bf16: what lies between is f32, for bf16 would lose most of its
+// bits in the transforms.
+//
 // A block of tiles at a time: the squares of all channels are transformed, then for some panels of filters the 36
 // products run on the filters kernels of kernels/gemm_compact, and their sums are transformed back and stored. The
 // weights are transformed once. Pruned taps are zeros here: a column that is missing saves nothing.
 #include <algorithm>
+#include <cstddef>
 #include <memory>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -104,6 +109,7 @@ class WinogradStep final : public Step {
       : w_(std::move(weights)),
         planes_(planes),
         epilogue_(epilogue),
+        bf16_(planes.x.dtype == Dtype::kBf16),
         k_(kernels::gemm_compact(isa)),
         transforms_(kernels::winograd(isa)) {
     const auto channels = static_cast<int64_t>(w_->channels.size());
@@ -121,9 +127,9 @@ class WinogradStep final : public Step {
   }
 
   void run(std::span<const void* const> inputs, void* output, int64_t images, Parallel& parallel) const override {
-    const auto* x = static_cast<const float*>(inputs[0]);
+    const void* const x = inputs[0];
     const auto* residual = epilogue_.residual ? static_cast<const float*>(inputs[1]) : nullptr;
-    auto* y = static_cast<float*>(output);
+    auto* y = static_cast<float*>(output);  // or what is bf16
     const auto groups = static_cast<int64_t>(w_->groups.size()), blocks = static_cast<int64_t>(tiles_.blocks.size());
     const int64_t all = div_up(images, tiles_.period) * blocks, units = all * groups;
     const int64_t macs = images * planes_.outputs() * w_->filters * static_cast<int64_t>(w_->channels.size());
@@ -138,13 +144,13 @@ class WinogradStep final : public Step {
       for (int64_t u = task * units / tasks; u < end; ++u) {
         const int64_t image = u / groups / blocks * tiles_.period, left = images - image;
         const SquareTiles::Block& block = tiles_.blocks[u / groups % blocks];
-        if (there != u / groups) transform_in(block, x + image * planes_.x.image_stride, left, v);
+        if (there != u / groups) transform_in(block, at(x, image * planes_.x.image_stride), left, v);
         there = u / groups;
         const Group& group = w_->groups[u % groups];
         multiply(block, group, v, v + kWinogradPlaces * in_place_);
-        kernels::Output out{.y = y + image * planes_.y.image_stride,
+        kernels::Output out{.y = at(y, image * planes_.y.image_stride),
                             .y_stride = planes_.y.channel_stride,
-                            .residual = residual ? residual + image * planes_.residual.image_stride : nullptr,
+                            .residual = residual ? at(residual, image * planes_.residual.image_stride) : nullptr,
                             .residual_stride = planes_.residual.channel_stride,
                             .stores = tiles_.stores.data(),
                             .images = static_cast<int>(std::min(tiles_.period, left)),
@@ -154,27 +160,37 @@ class WinogradStep final : public Step {
     });
   }
 
-  std::string kernel() const override { return std::string("winograd_f32_4x4__") + transforms_.isa; }
+  std::string kernel() const override {
+    return std::string(bf16_ ? "winograd_bf16_4x4__" : "winograd_f32_4x4__") + transforms_.isa;
+  }
 
  private:
-  void transform_in(const SquareTiles::Block& block, const float* x, int64_t images, float* v) const {
+  // So many elements of x, y or the residual from there on.
+  template <class T>
+  T* at(T* from, int64_t elements) const {
+    using Byte = std::conditional_t<std::is_const_v<T>, const std::byte, std::byte>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(from) + elements * dtype_size(planes_.x.dtype));
+  }
+
+  void transform_in(const SquareTiles::Block& block, const void* x, int64_t images, float* v) const {
     const Planes& p = planes_.x;
+    const auto kernel = bf16_ ? transforms_.in_bf16 : transforms_.in;
     for (int64_t i = 0; i < block.runs; ++i) {
       const SquareTiles::Run& run = tiles_.runs[block.first_run + i];
       if (run.image >= images) break;
-      transforms_.in({.x = x + run.image * p.image_stride + p.origin,
-                      .channel = w_->channels.data(),
-                      .channels = static_cast<int64_t>(w_->channels.size()),
-                      .plane_stride = p.channel_stride,
-                      .pitch = p.pitch,
-                      .height = p.height,
-                      .width = p.width,
-                      .row = run.row - planes_.geometry.padding[0],
-                      .column = run.column - planes_.geometry.padding[1],
-                      .tiles = run.tiles,
-                      .v = v + run.first,
-                      .place_stride = in_place_,
-                      .channel_stride = most_});
+      kernel({.x = at(x, run.image * p.image_stride + p.origin),
+              .channel = w_->channels.data(),
+              .channels = static_cast<int64_t>(w_->channels.size()),
+              .plane_stride = p.channel_stride,
+              .pitch = p.pitch,
+              .height = p.height,
+              .width = p.width,
+              .row = run.row - planes_.geometry.padding[0],
+              .column = run.column - planes_.geometry.padding[1],
+              .tiles = run.tiles,
+              .v = v + run.first,
+              .place_stride = in_place_,
+              .channel_stride = most_});
     }
   }
 
@@ -221,8 +237,8 @@ class WinogradStep final : public Step {
                            .vectors = 4,
                            .stores = nullptr,
                            .out = out};
-    to.out.y += first * out.y_stride;
-    if (out.residual) to.out.residual += first * out.residual_stride;
+    to.out.y = at(to.out.y, first * out.y_stride);
+    if (out.residual) to.out.residual = at(to.out.residual, first * out.residual_stride);
     for (int64_t i = 0; i < block.groups; ++i) {
       const SquareTiles::Group& tiles = tiles_.groups[block.first_group + i];
       transforms_.out({.m = m + tiles.first * widest_,
@@ -235,13 +251,14 @@ class WinogradStep final : public Step {
                        .row_stride = k_.lanes,
                        .pixel_stride = widest_});
       to.stores = tiles.rows;
-      k_.spread(to);
+      (bf16_ ? k_.spread_bf16 : k_.spread)(to);
     }
   }
 
   std::shared_ptr<const Weights> w_;
   ConvPlanes planes_;
   Epilogue epilogue_;
+  bool bf16_;
   const kernels::GemmCompact& k_;
   const kernels::Winograd& transforms_;
   SquareTiles tiles_;
@@ -271,7 +288,8 @@ class WinogradConv final : public PackedConv {
     SADMM_CHECK((residual != nullptr) == epilogue_.residual, kOp, ": residual got ", residual ? "planes" : "none",
                 ", wanted ", epilogue_.residual ? "planes" : "none");
     const ConvPlanes planes{.x = x, .y = y, .residual = residual ? *residual : y, .geometry = geometry_};
-    check_planes(kOp, planes, in_channels_, weights_->filters, {3, 3});
+    const bool bf16 = x.dtype == Dtype::kBf16 && winograd_holds(Dtype::kBf16, isa_);
+    check_planes(kOp, planes, in_channels_, weights_->filters, {3, 3}, bf16 ? Dtype::kBf16 : Dtype::kF32);
     return std::make_unique<WinogradStep>(weights_, planes, epilogue_, images, isa_);
   }
 
@@ -290,8 +308,12 @@ bool can_winograd(const ConvSpec& s) {
   return are(s.kernel, 3) && are(s.stride, 1) && are(s.dilation, 1) && s.groups == 1;
 }
 
-bool winograd_pays(const ConvSpec& s, int64_t height, int64_t width, Isa isa) {
-  if (!can_winograd(s) || height * width == 0) return false;
+bool winograd_holds(Dtype dtype, Isa isa) {
+  return dtype == Dtype::kF32 || (dtype == Dtype::kBf16 && kernels::winograd(isa).in_bf16 && isa != Isa::kAmxBf16);
+}
+
+bool winograd_pays(const ConvSpec& s, int64_t height, int64_t width, Dtype dtype, Isa isa) {
+  if (!can_winograd(s) || !winograd_holds(dtype, isa) || height * width == 0) return false;
   // Cycles: of a multiply-add of vectors, of a run and channel on the way in, of a tile and a vector of filters on the
   // way out, of a vector of pixels and a panel that are stored; of a byte of weights from beyond L2. Measured on a CPU
   // with one unit of 512-bit multiply-adds, and rounded so that one with two is served too.
@@ -306,7 +328,9 @@ bool winograd_pays(const ConvSpec& s, int64_t height, int64_t width, Isa isa) {
   const double transforms = kIn * number(rows * div_up(wide, int64_t{t.lanes})) * channels +
                             kOut * number(tiles) * vectors + kStore * number(4 * groups * panels);
   const double bytes = 4 * kWinogradPlaces * channels * number(panels * kMaxPanel);
-  const double taps = kMultiplyAdd * number(height * width) * number(static_cast<int64_t>(s.weight.size())) / t.lanes;
+  const double per_lane = dtype == Dtype::kBf16 && isa == Isa::kAvx512Bf16 ? 2 : 1;
+  const double taps =
+      kMultiplyAdd * number(height * width) * number(static_cast<int64_t>(s.weight.size())) / (t.lanes * per_lane);
   return products + transforms + kByte * std::max(0.0, bytes - kL2) < 0.9 * taps;
 }
 

@@ -26,7 +26,7 @@ struct ConvPlanes {
 
 // Throws Error, worded for `op`, where the planes do not fit the weight, the geometry or each other.
 void check_planes(const char* op, const ConvPlanes& planes, int64_t in_channels, int64_t out_channels,
-                  const KernelSize& kernel);
+                  const KernelSize& kernel, Dtype dtype = Dtype::kF32);
 
 // The outputs of `period` images as vectors of pixels, and those in tiles.
 struct PixelTiles {
@@ -41,6 +41,8 @@ struct PixelTiles {
   std::vector<kernels::PixelVector> vectors;
   std::vector<kernels::PixelStore> stores;
   std::vector<Tile> tiles;
+  // Tiles of whole vectors.
+  int64_t whole() const { return static_cast<int64_t>(tiles.size()) - (!tiles.empty() && tiles.back().rest > 0); }
   // Of planes without the halo that the kernel reaches: [vectors][positions] lanes that are inside x.
   std::vector<uint16_t> inside;
 };

@@ -59,19 +59,6 @@ double cycles_of_rest(const kernels::GemmCompact& k, int pixels, bool alone) {
 
 constexpr double kNever = std::numeric_limits<double>::infinity();
 
-PanelCost planes_costs(const kernels::GemmCompact& k, int width, const CutSize& size, double taps, double slower) {
-  const auto tile = [&](int64_t count) {
-    return k.planes_cycles[count - 1] * slower * taps * (width / 4) + k.planes_call;
-  };
-  const double stores = stores_cost(k, width, size);
-  PanelCost cost{over_tiles(size.vectors, k.nr, tile) + stores, kNever};
-  if (can_rest(k, size)) {
-    cost.rest = over_tiles(size.vectors - 1, k.nr, tile) + stores +
-                taps * cycles_of_rest(k, size.rest, width < kernels::kMaxPanel) + k.rest_call;
-  }
-  return cost;
-}
-
 PanelCost panel_costs(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {
   const auto calls = static_cast<double>(div_up(filters, int64_t{kernels::kMaxPanel})),
              parts = std::max(1.0, std::ceil(taps / static_cast<double>(k.panel_taps)));
@@ -116,13 +103,16 @@ PanelCost shared_costs(const kernels::GemmCompact& k, const Packed& packed, cons
 
 }  // namespace
 
-double planes_cost(const kernels::GemmCompact& k, int width, const CutSize& size, double taps, double slower) {
-  return planes_costs(k, width, size, taps, slower).least();
-}
-
-bool planes_rest_pays(const kernels::GemmCompact& k, int width, const CutSize& size, double taps, double slower) {
-  const PanelCost cost = planes_costs(k, width, size, taps, slower);
-  return cost.rest < cost.vectors;
+double planes_cost(const kernels::GemmCompact& k, int width, const CutSize& size, double taps, double slower,
+                   int rest) {
+  const auto tile = [&](int64_t count) {
+    return k.planes_cycles[count - 1] * slower * taps * (width / 4) + k.planes_call;
+  };
+  const double stores = stores_cost(k, width, size);
+  if (rest == 0) return over_tiles(size.vectors, k.nr, tile) + stores;
+  if (!can_rest(k, size)) return kNever;
+  const bool alone = rest == 1 || width < kernels::kMaxPanel;
+  return over_tiles(size.vectors - 1, k.nr, tile) + stores + taps * cycles_of_rest(k, size.rest, alone) + k.rest_call;
 }
 
 double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {

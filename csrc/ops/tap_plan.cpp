@@ -125,6 +125,10 @@ class Chooser {
   };
 
   int64_t outputs() const { return plan_.planes.outputs(); }
+  // How many of a block's panels go together where pixels fill no vector.
+  static int rest_panels(int64_t panels) {
+    return static_cast<int>(std::clamp<int64_t>(panels, 1, kernels::kMaxPanels));
+  }
   KernelSize kernel() const { return {packed_.header->kernel_h, packed_.header->kernel_w}; }
   // What edges cost a copy: a mask for each of its vectors.
   double masks(const CutSize& size, double taps) const {
@@ -175,16 +179,24 @@ class Chooser {
   }
 
   void choose_cuts() {
-    const auto on_planes = [&](const CutSize& size) {
-      return planes_cost(k_, kernels::kMaxPanel, size, mean_taps_, slower(kernels::kMaxPanel, mean_taps_));
-    };
-    if (!edges_) direct_ = cheapest({1}, on_planes);
-    // The panel kernel needs enough filters of a block: the largest one chooses.
+    // The largest block chooses for all.
+    int width = 0;
     for (size_t i = 0, filters = 0; i < packed_.panels.size(); ++i) {
       filters = i > 0 && packed_.panels[i].block == packed_.panels[i - 1].block ? filters : 0;
       filters += packed_.panels[i].filters;
       widest_ = std::max<int64_t>(widest_, filters);
+      width = std::max(width, packed_.panels[i].width);
     }
+    const auto on_planes = [&](const CutSize& size, int rest) {
+      return planes_cost(k_, width, size, mean_taps_, slower(width, mean_taps_), rest);
+    };
+    const int together = rest_panels(div_up(widest_, int64_t{kernels::kMaxPanel}));
+    if (!edges_) {
+      direct_ =
+          cheapest({1}, [&](const CutSize& size) { return std::min(on_planes(size, 0), on_planes(size, together)); });
+    }
+    rest_ = direct_.possible() && on_planes(direct_.size, together) < on_planes(direct_.size, 0);
+    // A copy needs enough filters that share it.
     const auto by_panel = [&](const CutSize& size) {
       return panel_cost(k_, widest_, size, mean_taps_) + masks(size, mean_taps_);
     };
@@ -197,6 +209,7 @@ class Chooser {
   // Panels begin to end, of one block: all by the panel kernel from a copy, or each by what is cheaper of the others.
   void choose_block(int64_t begin, int64_t end) {
     const auto taps = static_cast<double>(packed_.panels[begin].n_taps);
+    const int rest = rest_ ? rest_panels(end - begin) : 0;
     std::vector<Job> jobs;
     double cost = 0;
     int64_t filters = 0;
@@ -206,7 +219,7 @@ class Chooser {
       const double by_filters = filters_cost(k_, kernels::width_class(width), nv, filters_period_ * outputs(), taps) /
                                 static_cast<double>(filters_period_);
       const double on_planes =
-          direct_.of_image([&] { return planes_cost(k_, width, direct_.size, taps, slower(width, taps)); });
+          direct_.of_image([&] { return planes_cost(k_, width, direct_.size, taps, slower(width, taps), rest); });
       if (by_filters <= nv * on_planes) {
         jobs.push_back({By::kFilters, p, nv});
         cost += by_filters;
@@ -274,11 +287,8 @@ class Chooser {
 
   void cut_direct() {
     const auto on_planes = [](const Job& job) { return job.by == By::kPlanes; };
-    const Panel& first = packed_.panels[std::ranges::find_if(plan_.jobs, on_planes)->panel];
-    const auto taps = static_cast<double>(first.n_taps);
-    const bool rest = planes_rest_pays(k_, first.width, direct_.size, taps, slower(first.width, taps));
-    plan_.direct = cut_vectors(plan_.planes, direct_.cut, k_, rest);
-    if (!rest) return;
+    plan_.direct = cut_vectors(plan_.planes, direct_.cut, k_, rest_);
+    if (!rest_) return;
     const bool together = rest_together(k_, direct_.size.rest);
     // Panels that follow one another go together as far as kernels take them, with the last of them.
     for (size_t i = 0; i < plan_.jobs.size(); ++i) {
@@ -308,6 +318,7 @@ class Chooser {
   int64_t farthest_ = 0, last_ = 0;  // of a tap from its output's place; the last output's place
   double mean_taps_ = 0, cost_ = 0;  // cost_: of the jobs, an image
   Choice direct_, panel_;
+  bool rest_ = false;  // whether pixels that fill no vector are multiplied one by one on the planes
   int64_t filters_period_ = 1, widest_ = 0;  // widest_: filters of a block, at most
 };
 

@@ -1,6 +1,5 @@
 // The running half of ops/tap_plan.h: jobs, strips and tiles, in the order in which caches like them.
 #include <algorithm>
-#include <cstdlib>
 #include <utility>
 
 #include "base/ahead.h"
@@ -35,9 +34,10 @@ constexpr int64_t kCollectTaps = 32;         // for all of them, before the next
 // Tiles (by the panel kernel: and panels) of one job over `images` images.
 int64_t job_units(const TapPlan& plan, const Job& job, int64_t images) {
   if (job.by == By::kFilters) return div_up(images, plan.filters.period) * plan.filters.spans;
-  const PixelTiles& t = job.by == By::kPanel ? plan.panel : plan.direct;
-  const auto tiles = div_up(images, t.period) * static_cast<int64_t>(t.tiles.size());
-  return job.by == By::kPanel ? tiles * job.panels : tiles;
+  if (job.by == By::kPanel) {
+    return div_up(images, plan.panel.period) * static_cast<int64_t>(plan.panel.tiles.size()) * job.panels;
+  }
+  return div_up(images, plan.direct.period) * plan.direct.whole();
 }
 
 // Tiles begin to end of a job's `units`: its share of a strip.
@@ -230,13 +230,15 @@ void multiply_rest(const TapPlan& plan, const Together& t, int pixels, const int
       {.sums = sums, .sums_stride = sums_stride, .filters = a.filters, .vectors = 1, .stores = &stores, .out = out});
 }
 
-// All filters of the panel in one call, over some tiles of as many vectors; and behind them the pixels that fill none.
+// All filters of the panel in one call, over some tiles of as many vectors; and behind them, while the weights are
+// near, the pixels of their maps that fill none.
 void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
   const auto& t = plan.direct;
   const Panel& panel = packed.panels[job.panel];
   const auto& kernel = panel_kernel(plan, From::kPlanes);
-  const auto tiles = static_cast<int64_t>(t.tiles.size());
-  PanelTile some[kPanelTiles];
+  const int64_t tiles = t.whole();
+  const Tile* const last = job.rest > 0 ? &t.tiles.back() : nullptr;
+  PanelTile some[kPanelTiles], rest[kPanelTiles];
   const auto args = [&](const Panel& panel) {
     PanelArgs a{.tiles = some,
                 .offset = plan.offset.data() + panel.first_tap,
@@ -251,44 +253,44 @@ void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const
   };
   PanelArgs a = args(panel);
   const float* const behind = a.w + panel.n_taps * panel.width;  // the next panel's weights
-  // The first panel fetches what all read, or each its own.
+  // The first panel of a block fetches what all of it read.
   const bool blocks = packed.panels.front().block != packed.panels.back().block;
-  const bool far = plan.pointwise() && share.far(blocks) && (blocks || job.panel == 0);
-  int n = 0, vectors = 0;
+  const bool first_of_block = job.panel == 0 || packed.panels[job.panel - 1].block != panel.block;
+  const bool far = plan.pointwise() && share.far(blocks) && first_of_block;
+  int n = 0, vectors = 0, rests = 0;
   const auto run = [&](const float* next) {
     if (n == 0) return;
     a.n_tiles = n;
     a.next = next;
     kernel[vectors - 1](a);
     n = 0;
-  };
-  const auto rest = [&](PanelTile& tile, int pixels) {
-    alignas(64) float sums[kernels::kMaxLanes * kernels::kMaxPanel * kernels::kMaxPanels];
-    tile.x += tile.vectors->offset;
-    tile.sums = sums;
-    const Panel& first = packed.panels[job.panel - job.rest + 1];
-    PanelArgs all = args(first);
-    all.tiles = &tile;
-    all.filters = panel.first_filter + panel.filters - first.first_filter;
-    multiply_rest(plan, {first.width, job.rest, first.n_taps * first.width}, pixels, all.offset, all);
+    for (int i = 0; i < rests; ++i) {
+      alignas(64) float sums[kernels::kMaxLanes * kernels::kMaxPanel * kernels::kMaxPanels];
+      rest[i].x += rest[i].vectors->offset;
+      rest[i].sums = sums;
+      const Panel& first = packed.panels[job.panel - job.rest + 1];
+      PanelArgs all = args(first);
+      all.tiles = rest + i;
+      all.filters = panel.first_filter + panel.filters - first.first_filter;
+      multiply_rest(plan, {first.width, job.rest, first.n_taps * first.width}, last->rest, all.offset, all);
+    }
+    rests = 0;
   };
   for (int64_t u = share.begin, in_image = u % tiles, image = u / tiles * t.period; u < share.end; ++u) {
     const int64_t images = std::min(t.period, data.images - image);
     const Some tile = there(t, t.tiles[in_image], images);
     if (tile.count > 0) {
-      PanelTile one = tile_of(plan, data, tile, image, images);
-      const int pixels = t.tiles[in_image].rest;
-      if (pixels > 0) {
-        if (job.rest > 0) rest(one, pixels);
-      } else {
-        if (n == kPanelTiles || tile.count != vectors) run(nullptr);
-        vectors = tile.count;
-        const int64_t later = u + share.end - share.begin;
-        if (far && later < share.units) {
-          one.ahead = (later / tiles * t.period - image) * plan.planes.x.image_stride +
-                      t.vectors[t.tiles[later % tiles].first].offset - tile.vectors->offset;
-        }
-        some[n++] = one;
+      if (n == kPanelTiles || tile.count != vectors) run(nullptr);
+      vectors = tile.count;
+      PanelTile& one = some[n++];
+      one = tile_of(plan, data, tile, image, images);
+      const int64_t later = u + share.end - share.begin;
+      if (far && later < share.units) {
+        one.ahead = (later / tiles * t.period - image) * plan.planes.x.image_stride +
+                    t.vectors[t.tiles[later % tiles].first].offset - tile.vectors->offset;
+      }
+      if (const Some few = last && in_image + 1 == tiles ? there(t, *last, images) : Some{}; few.count > 0) {
+        rest[rests++] = tile_of(plan, data, few, image, images);
       }
     }
     if (++in_image == tiles) in_image = 0, image += t.period;

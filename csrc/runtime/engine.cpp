@@ -145,9 +145,9 @@ std::shared_ptr<const PackedConv> pack_conv(const Node& n, const std::string& fa
 
 // Whether a convolution with outputs of these sizes runs by Winograd's algorithm: asked for, or where it pays.
 bool by_winograd(const Node& n, const std::string& family, Dtype dtype, const std::vector<int64_t>& y, Isa isa) {
-  if (dtype != Dtype::kF32 || y.size() != 3) return false;
+  if (!winograd_holds(dtype, isa) || y.size() != 3) return false;
   if (!n.family.empty()) return family == "winograd" && can_winograd(*n.conv);
-  return family == "taps" && winograd_pays(*n.conv, y[1], y[2], isa);
+  return family == "taps" && winograd_pays(*n.conv, y[1], y[2], dtype, isa);
 }
 
 }  // namespace
@@ -276,7 +276,7 @@ struct Call {
     return base + o.offset + image * o.image_bytes;
   }
 
-  // What the stage's import reads of the images from `image` on, as many as a chunk has; empty where there is none.
+  // What the stage's first step reads of the images from `image` on, as many as a chunk has; empty where there is none.
   Ahead next_chunk(const Stage& stage, int64_t image, int64_t end) const {
     const PlannedStep& s = stage.steps.front();
     if (!s.imports || image >= end) return {};

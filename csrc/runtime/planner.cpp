@@ -613,6 +613,11 @@ class Planner {
     return channels.size() == read.size() ? std::vector<int64_t>{} : channels;
   }
 
+  // Whether these channels (empty: all) of an input are so many that all are worth fetching.
+  bool reads_most(int i, const std::vector<int64_t>& some) const {
+    return some.empty() || 5 * static_cast<int64_t>(some.size()) >= 2 * values_[i].channels;
+  }
+
   void plan_steps() {
     for (int i = 0; i < count(); ++i) {
       const Node& n = g_.nodes[i];
@@ -636,8 +641,7 @@ class Planner {
                                .image_bytes = in_[k].strides[0] * dtype_size(in_[k].dtype)};
           const std::vector<int64_t> some = channels_read(i);
           add(i, import_step(image_view(as_value(in_[k], y), images), to, isa_, some), {source}, y.operand);
-          plan_.stages[stage_[i]].steps.back().imports =
-              some.empty() || 5 * static_cast<int64_t>(some.size()) >= 2 * y.channels;
+          plan_.stages[stage_[i]].steps.back().imports = reads_most(i, some);
           break;
         }
         case Kind::kConv:
@@ -645,7 +649,8 @@ class Planner {
             add(i, weights_.linear(i).plan(from(0), to, added, images), operands, y.operand);
           } else {
             add(i, weights_.conv(i).plan(from(0), to, added, images), operands, y.operand);
-            plan_.stages[stage_[i]].steps.back().imports = operands[0].where == Operand::Where::kInput;
+            plan_.stages[stage_[i]].steps.back().imports =
+                operands[0].where == Operand::Where::kInput && reads_most(n.inputs[0], channels_read(n.inputs[0]));
           }
           break;
         case Kind::kLinear:

@@ -39,7 +39,7 @@ struct PlannedStep {
   std::vector<Operand> inputs;
   Operand output;
   int64_t bytes = 0;     // of the values read and written per image
-  bool imports = false;  // so much of the caller's images that they are worth fetching as a whole
+  bool imports = false;  // reads so much of the caller's images that they are worth fetching as a whole
 };
 
 struct Stage {

@@ -45,12 +45,6 @@ struct Vec {
   void store_lanes(float* p, int first, int last) const { _mm512_mask_storeu_ps(p, lanes(first, last), v); }
   void store_lanes(Bf16* p, int first, int last) const { _mm256_mask_storeu_epi16(p, lanes(first, last), to_bf16()); }
 
- private:
-  static __mmask16 lanes(int first, int last) {
-    return static_cast<__mmask16>(first_lanes(last) & ~first_lanes(first));
-  }
-  static Vec from_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
-  __m256i to_f16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   // AVX512-BF16 has an instruction for this, but flushes subnormals; rounding by integers does as torch does.
   __m256i to_bf16() const {
     const __m512i bits = _mm512_castps_si512(v);
@@ -59,6 +53,13 @@ struct Vec {
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(h, nan, _mm512_set1_epi32(0x7fc0)));
   }
+
+ private:
+  static __mmask16 lanes(int first, int last) {
+    return static_cast<__mmask16>(first_lanes(last) & ~first_lanes(first));
+  }
+  static Vec from_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
+  __m256i to_f16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 };
 
 inline Vec operator+(Vec x, Vec y) {

@@ -22,8 +22,8 @@ constexpr int64_t kNearWeights = 1 << 18, kFewWeights = 1 << 16;
 
 // w: the tile that holds the filters, at the first of them; stride: to the tile of the next step. rows: of the panel,
 // of which the last step may have fewer than 16. kNext: a line per filter from `next` on is fetched with each step, all
-// of the next unit in the calls of one. (A call reads eight lines of every 32, a pattern that the processor does not
-// follow by itself, and small maps waited for their weights.)
+// of the next unit in the calls of one. (A call reads eight or sixteen lines of every 32, a pattern that the processor
+// does not follow by itself, and small maps waited for their weights.)
 template <int V, bool kNext>
 void multiply(const Bf16* w, int64_t stride, const Bf16* next, const Bf16* panel, int rows, float* c) {
   constexpr int kFilters = filters_of(V);
@@ -115,6 +115,6 @@ void run(const GemmBf16Args& a) {
 }  // namespace
 
 extern constinit const GemmBf16 gemm_bf16_avx512_bf16 = {"gemm_bf16_8x32__avx512_bf16", WeightLayout::kTiles, run,
-                                                             kNearWeights};
+                                                         kNearWeights};
 
 }  // namespace structadmm::kernels

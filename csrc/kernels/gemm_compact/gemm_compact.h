@@ -125,7 +125,8 @@ struct PanelArgs {
   int64_t sums = 0;   // offset in PanelTile::sums: [width of the panel][NR][lanes], of which a kernel may write all
   bool last = true;   // whether the sums are whole and go to y; otherwise to memory
   // If given, filters * n_taps floats from here on, but perhaps the last of them, are fetched during the last tile: the
-  // weights of the next call. And as many during each of the others, up to `ahead_end`: what the next step reads.
+  // weights of the next call, or where the tile fetches x a part of them. And as many during each of the others, up to
+  // `ahead_end`: what the next step reads.
   const float *next = nullptr, *ahead = nullptr, *ahead_end = nullptr;
   Output out;  // its images are those of the tiles
 };
@@ -180,7 +181,7 @@ using SpreadKernel = void (*)(const SpreadArgs&);
 struct GemmCompact {
   const char* isa;
   int lanes;                  // pixels in a vector
-  int pixels[3][kMaxPanels];  // largest P: [width class][NV - 1]; beyond nv for CutSize::rest alone
+  int pixels[3][kMaxPanels];  // largest P: [width class][NV - 1]; beyond nv for together_cycles alone
   int nr;                     // largest NR
   int nv[3];                  // largest NV
   // Measured cycles per tap of a full tile, by which the kernel for a shape is chosen: of filters [width class][NV -
@@ -215,6 +216,7 @@ struct GemmCompact {
   // fetched before. The caller fences. Null where there is none.
   PanelKernel panel_past_caches[kFrom][kMaxVectors] = {};
   SpreadKernel spread;
+  SpreadKernel spread_bf16 = nullptr;  // where y and the residual are bf16; null where there is none
 };
 
 constexpr bool has_copies(const GemmCompact& k) {

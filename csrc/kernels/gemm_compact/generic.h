@@ -274,7 +274,7 @@ struct SpanStore {
 enum class Limits { kLow, kBoth, kCurve };
 
 // Filter by filter, so that few pages are written at a time.
-template <class V, bool kStraight, bool kResidual, Limits kLimits>
+template <class V, class T, bool kStraight, bool kResidual, Limits kLimits>
 inline void spread_stores(const SpreadArgs& a, const SpanStore* stores, int count) {
   constexpr int N = V::kLanes;
   const Output& o = a.out;
@@ -283,8 +283,8 @@ inline void spread_stores(const SpreadArgs& a, const SpanStore* stores, int coun
     alignas(64) float block[kMaxSpan / N][N][N];
     for (int v = 0; v < a.vectors; ++v) V::transpose(a.sums + first + v * N * a.sums_stride, a.sums_stride, block[v]);
     const int filters = a.filters - first < N ? a.filters - first : N;
-    float* y = o.y + first * o.y_stride;
-    const float* residual = kResidual ? o.residual + first * o.residual_stride : nullptr;
+    T* y = reinterpret_cast<T*>(o.y) + first * o.y_stride;
+    const T* residual = reinterpret_cast<const T*>(o.residual) + (kResidual ? first * o.residual_stride : 0);
     for (int f = 0; f < filters; ++f, y += o.y_stride) {
       for (int i = 0; i < count; ++i) {
         const SpanStore& s = stores[i];
@@ -305,16 +305,16 @@ inline void spread_stores(const SpreadArgs& a, const SpanStore* stores, int coun
   }
 }
 
-template <class V, bool kStraight, bool kResidual>
+template <class V, class T, bool kStraight, bool kResidual>
 inline void spread_stores(const SpreadArgs& a, const SpanStore* stores, int count) {
   const Epilogue& e = a.out.epilogue;
   if (e.activation != Activation::kClamp)
-    return spread_stores<V, kStraight, kResidual, Limits::kCurve>(a, stores, count);
-  if (e.high < __builtin_inff()) return spread_stores<V, kStraight, kResidual, Limits::kBoth>(a, stores, count);
-  return spread_stores<V, kStraight, kResidual, Limits::kLow>(a, stores, count);
+    return spread_stores<V, T, kStraight, kResidual, Limits::kCurve>(a, stores, count);
+  if (e.high < __builtin_inff()) return spread_stores<V, T, kStraight, kResidual, Limits::kBoth>(a, stores, count);
+  return spread_stores<V, T, kStraight, kResidual, Limits::kLow>(a, stores, count);
 }
 
-template <class V>
+template <class V, class T>
 inline void spread_by_lanes(const SpreadArgs& a) {
   SpanStore stores[kMaxSpan];  // a pixel each, at most
   int count = 0;
@@ -327,9 +327,9 @@ inline void spread_by_lanes(const SpreadArgs& a) {
     }
   }
   if (a.out.residual) {
-    straight ? spread_stores<V, true, true>(a, stores, count) : spread_stores<V, false, true>(a, stores, count);
+    straight ? spread_stores<V, T, true, true>(a, stores, count) : spread_stores<V, T, false, true>(a, stores, count);
   } else {
-    straight ? spread_stores<V, true, false>(a, stores, count) : spread_stores<V, false, false>(a, stores, count);
+    straight ? spread_stores<V, T, true, false>(a, stores, count) : spread_stores<V, T, false, false>(a, stores, count);
   }
 }
 
@@ -435,10 +435,11 @@ inline void spread_by_vectors(const SpreadArgs& a) {
   }
 }
 
-template <class V>
+// T: of y and the residual.
+template <class V, class T = float>
 void spread(const SpreadArgs& a) {
   if constexpr (V::kMasks) {
-    spread_by_lanes<V>(a);
+    spread_by_lanes<V, T>(a);
   } else {
     spread_by_vectors<V>(a);
   }

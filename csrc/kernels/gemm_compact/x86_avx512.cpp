@@ -12,6 +12,7 @@
 #include "kernels/gemm_compact/gemm_compact.h"
 #include "kernels/gemm_compact/isa_tables.h"
 #include "simd/activate.h"
+#include "simd/vec_avx512.h"
 
 namespace structadmm::kernels {
 namespace {
@@ -87,6 +88,10 @@ struct Vec16 {
   static Reg permute(Reg r, Index i) { return _mm512_permutexvar_ps(i, r); }
   static Reg load_lanes(const float* p, Lanes some) { return _mm512_maskz_loadu_ps(some, p); }
   static void store_lanes(float* p, Lanes some, Reg r) { _mm512_mask_storeu_ps(p, some, r); }
+  static Reg load_lanes(const Bf16* p, Lanes some) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p)), 16));
+  }
+  static void store_lanes(Bf16* p, Lanes some, Reg r) { _mm256_mask_storeu_epi16(p, some, avx512::Vec{r}.to_bf16()); }
   static Reg curve(Reg r, const Epilogue& e) { return activated(r, e); }
 
   static void store_mask(float* p, Lanes some) { _mm512_store_si512(p, _mm512_maskz_set1_epi32(some, -1)); }
@@ -166,7 +171,8 @@ constexpr GemmCompact make() {
                 .collect_cycles = {3, 4.7, 9.2, 4.5, 4.7, 9.2},
                 .mask_cycles = {0, 3, 3, 0, 3, 3},
                 .store_cycles = {3, 8, 16},
-                .spread = &spread<Vec16>};
+                .spread = &spread<Vec16>,
+                .spread_bf16 = &spread<Vec16, Bf16>};
   fill_collect<Vec16, 3>(g);
   fill_panel<From::kCopy>(g.panel_kernel);
   fill_panel<From::kSlots>(g.panel_kernel);

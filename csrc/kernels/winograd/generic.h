@@ -29,11 +29,12 @@ inline void from_points(const Vec (&m)[6], Vec (&y)[4]) {
   y[3] = fma(a3, minus_a, fma(b3, minus_b, m[5]));
 }
 
-// Down the columns first, which are vectors as they lie in x and which tiles side by side share.
+// Down the columns first, which are vectors as they lie in x and which tiles side by side share. T: of x.
+template <class T>
 void transform_in(const WinogradIn& a) {
   constexpr int L = Vec::kWidth, kColumns = 4 * L + 8;
   // Rows above and below the plane are this one.
-  alignas(64) static constexpr float kZeros[kColumns + L] = {};
+  alignas(64) static constexpr T kZeros[kColumns + L] = {};
   alignas(64) float t[6][kColumns + L];
   // Columns beside the plane stay zero.
   const int left = a.column < 0 ? static_cast<int>(-a.column) : 0;
@@ -42,16 +43,16 @@ void transform_in(const WinogradIn& a) {
   for (auto& row : t) {
     for (int i = 0; i < kColumns; i += L) Vec::zero().store(row + i);
   }
-  const float* row[6];
+  const T* row[6];
   int64_t stride[6];
   for (int i = 0; i < 6; ++i) {
     const int64_t r = a.row + i;
     const bool inside = 0 <= r && r < a.height;
-    row[i] = inside ? a.x + r * a.pitch + a.column : kZeros;
+    row[i] = inside ? static_cast<const T*>(a.x) + r * a.pitch + a.column : kZeros;
     stride[i] = inside ? a.plane_stride : 0;
   }
   for (int64_t c = 0; c < a.channels; ++c) {
-    const float* at[6];
+    const T* at[6];
     for (int i = 0; i < 6; ++i) at[i] = row[i] + a.channel[c] * stride[i];
     const auto columns = [&](int i, auto load) {
       Vec d[6], r[6];
@@ -60,8 +61,8 @@ void transform_in(const WinogradIn& a) {
       for (int k = 0; k < 6; ++k) r[k].store(t[k] + i);
     };
     int i = left;
-    for (; i + L <= right; i += L) columns(i, [](const float* p) { return Vec::load(p); });
-    if (i < right) columns(i, [n = right - i](const float* p) { return Vec::load_n(p, n); });
+    for (; i + L <= right; i += L) columns(i, [](const T* p) { return Vec::load(p); });
+    if (i < right) columns(i, [n = right - i](const T* p) { return Vec::load_n(p, n); });
     float* v = a.v + c * a.channel_stride;
     for (int k = 0; k < 6; ++k, v += 6 * a.place_stride) {
       Vec d[6], r[6];

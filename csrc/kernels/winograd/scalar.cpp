@@ -19,6 +19,6 @@ inline void deinterleave(const float* p, Vec (&d)[6]) {
 
 }  // namespace
 
-extern constinit const Winograd winograd_scalar = {"scalar", Vec::kWidth, &transform_in, &transform_out};
+extern constinit const Winograd winograd_scalar = {"scalar", Vec::kWidth, &transform_in<float>, &transform_out};
 
 }  // namespace structadmm::kernels

@@ -22,7 +22,7 @@ inline constexpr int kWinogradTile = 4, kWinogradSquare = 6, kWinogradPlaces = 3
 // Tiles side by side in one row of tiles, of all channels: their squares from x to
 //   v[place * place_stride + c * channel_stride + tile]
 struct WinogradIn {
-  const float* x;          // row 0, column 0 of the image in plane 0
+  const void* x;           // row 0, column 0 of the image in plane 0: f32, or bf16 as the kernel has it
   const int32_t* channel;  // [channels] planes
   int64_t channels, plane_stride, pitch, height, width;
   int64_t row, column;  // of the first square's corner: negative in the padding
@@ -48,6 +48,7 @@ struct Winograd {
   int lanes;
   void (*in)(const WinogradIn&);
   void (*out)(const WinogradOut&);
+  void (*in_bf16)(const WinogradIn&) = nullptr;  // null where there is none
 };
 
 // A pure function of the instruction set, which need not be this CPU's.

@@ -32,6 +32,6 @@ inline void deinterleave(const float* p, Vec (&d)[6]) {
 
 }  // namespace
 
-extern constinit const Winograd winograd_avx2 = {"avx2", Vec::kWidth, &transform_in, &transform_out};
+extern constinit const Winograd winograd_avx2 = {"avx2", Vec::kWidth, &transform_in<float>, &transform_out};
 
 }  // namespace structadmm::kernels

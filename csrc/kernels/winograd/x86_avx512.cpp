@@ -29,6 +29,7 @@ inline void deinterleave(const float* p, Vec (&d)[6]) {
 
 }  // namespace
 
-extern constinit const Winograd winograd_avx512 = {"avx512", Vec::kWidth, &transform_in, &transform_out};
+extern constinit const Winograd winograd_avx512 = {"avx512", Vec::kWidth, &transform_in<float>, &transform_out,
+                                                   &transform_in<Bf16>};
 
 }  // namespace structadmm::kernels
