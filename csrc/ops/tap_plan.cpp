@@ -223,12 +223,11 @@ class Chooser {
       if (by_filters <= nv * on_planes) {
         jobs.push_back({By::kFilters, p, nv});
         cost += by_filters;
-        p += nv;
       } else {
-        jobs.push_back({By::kPlanes, p, 1});
-        cost += on_planes;
-        ++p;
+        for (int i = 0; i < nv; ++i) jobs.push_back({By::kPlanes, p + i, 1});
+        cost += nv * on_planes;
       }
+      p += nv;
     }
     const double by_panel =
         panel_.of_image([&] { return panel_cost(k_, filters, panel_.size, taps) + masks(panel_.size, taps); });

@@ -202,7 +202,7 @@ constexpr GemmCompact on_zen4(GemmCompact g) {
 }
 
 constexpr GemmCompact on_zen5(GemmCompact g) {
-  constexpr double kFilters[] = {6.2, 8.1, 12.5, 12.5}, kPanel[] = {2.4, 4.1, 6.0};
+  constexpr double kFilters[] = {6.2, 8.1, 12.1, 12.5}, kPanel[] = {2.4, 4.1, 6.0};
   for (int v = 0; v < 4; ++v) g.filters_cycles[0][v] = kFilters[v];
   for (int v = 0; v < 3; ++v) g.planes_cycles[v] = g.panel_cycles[v] = kPanel[v];
   g.filters_cycles[1][0] = g.filters_cycles[2][0] = 6.4;
