@@ -25,6 +25,18 @@ def rounded(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_weights_that_the_cache_does_not_keep(isa: str) -> None:
+    """Strips of several pairs of tiles, the last of them short: a weight of one block, in place, with two threads."""
+    c = {**CASE, "size": (14, 14), "channels": 96, "filters": 512, "block": 1000, "batch": 1, "residual": "y"}
+    c |= {"curve": {"low": 0.0}, "y_layout": "tensor", "y_halo": (0, 0, 0, 0), "x_halo": (1, 1, 1, 1)}
+    spec, dense, bias = make_spec(c)
+    x, residual = inputs(c, spec, dense)
+    got = run(isa, c, spec, x, residual)
+    check_close(got, c, x, dense, bias, residual)
+    assert torch.equal(got, run(isa, {**c, "threads": 3}, spec, x, residual))
+
+
 def flushed(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 2.0**-126, 0.0, x)
 

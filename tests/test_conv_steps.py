@@ -260,6 +260,8 @@ def test_pixels_that_fill_no_vector(
     check_close(got, c, x, dense, bias, more)
     if isa == "avx2" and batch == 1 and size != (10, 10) and block == 1000 and (bare or filters > 16):
         assert "_rest" in kernel
+    if isa.startswith("avx512") and batch == 1 and size == (7, 7) and block == 1000 and bare:
+        assert "_rest" in kernel
 
 
 @pytest.mark.parametrize("isa", [i for i in ISAS if i != "scalar"])
@@ -286,8 +288,8 @@ def test_pixels_that_fill_no_vector_on_the_planes(
     residual: str,
     monkeypatch: Any,
 ) -> None:
-    """Panels go together up to four, of one block; the last may have fewer filters; narrow panels are vectors. As
-    vectors (the core whose cycles say so) they have the same bits."""
+    """Panels go together up to four, of one block; the last may have fewer filters; narrow panels are vectors. With
+    AVX-512, as vectors (on a core whose cycles of them are not known) they have the same bits."""
     c = {"groups": groups, "kernel": (1, 1), "dilation": (1, 1), "padding": (0, 0), "stride": (1, 1), "size": size}
     c |= {"channels": 400 * groups, "filters": filters, "block": block, "density": 0.7, "bias": True, "curve": curve}
     c |= {"residual": residual, "x_layout": "arena", "y_layout": "tensor", "x_halo": (0, 0, 0, 0)}
@@ -302,7 +304,8 @@ def test_pixels_that_fill_no_vector_on_the_planes(
         if isa != "avx2":
             assert ("planes_" in kernel and "_rest" in kernel) == (block > 8), kernel
         monkeypatch.setenv("STRUCTADMM_AVX512_CORE", "intel")
-        assert torch.equal(got, run("taps_f32", isa, c, spec, x, more))
+        other, kernel = run_step("taps_f32", isa, c, spec, x, more)
+        assert torch.equal(got, other) and (isa == "avx2" or "_rest" not in kernel)
 
 
 @pytest.mark.parametrize("isa", [i for i in ISAS if i != "scalar"])

@@ -262,7 +262,7 @@ class TapsStep final : public Step {
   static int32_t strip_of(const Planes& y, int64_t images, const Weights& w) {
     constexpr int64_t kSpills = 1 << 20, kPanels = 256 << 10, kOfBlocks = 4;
     const bool spills = images * y.channels * y.height * y.width * dtype_size(y.dtype) >= kSpills;
-    const bool far = w.kernel->near_weights > 0 && w.units * w.most_steps * kStepTaps * 32 > w.kernel->near_weights;
+    const bool far = w.kernel->near_weights > 0 && w.units * w.most_steps * kStepTaps * kUnit > w.kernel->near_weights;
     if (!spills && !far) return w.blocks.size() > 1 ? kOfBlocks : 1;
     const int64_t panel =
         std::max<int64_t>(1, w.most_steps) * kStepTaps * kPairPixels * static_cast<int64_t>(sizeof(Bf16));

@@ -309,11 +309,12 @@ bool can_winograd(const ConvSpec& s) {
 }
 
 bool winograd_holds(Dtype dtype, Isa isa) {
-  return dtype == Dtype::kF32 || (dtype == Dtype::kBf16 && kernels::winograd(isa).in_bf16 && isa != Isa::kAmxBf16);
+  return dtype == Dtype::kF32 || (dtype == Dtype::kBf16 && kernels::winograd(isa).in_bf16);
 }
 
 bool winograd_pays(const ConvSpec& s, int64_t height, int64_t width, Dtype dtype, Isa isa) {
   if (!can_winograd(s) || !winograd_holds(dtype, isa) || height * width == 0) return false;
+  if (dtype == Dtype::kBf16 && isa == Isa::kAmxBf16) return false;  // products of tiles are ten times those of f32
   // Cycles: of a multiply-add of vectors, of a run and channel on the way in, of a tile and a vector of filters on the
   // way out, of a vector of pixels and a panel that are stored; of a byte of weights from beyond L2. Measured on a CPU
   // with one unit of 512-bit multiply-adds, and rounded so that one with two is served too.

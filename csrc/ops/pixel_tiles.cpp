@@ -96,7 +96,8 @@ void check_planes(const char* op, const ConvPlanes& p, int64_t in_channels, int6
   const ConvGeometry& g = p.geometry;
   const int64_t in[] = {p.x.height, p.x.width}, out[] = {p.y.height, p.y.width};
   SADMM_CHECK(p.x.dtype == dtype && p.y.dtype == dtype && p.residual.dtype == dtype, op, ": planes got ",
-              dtype_name(p.x.dtype), " and ", dtype_name(p.y.dtype), ", wanted ", dtype_name(dtype));
+              dtype_name(p.x.dtype), ", ", dtype_name(p.y.dtype), " and for the residual ",
+              dtype_name(p.residual.dtype), ", wanted ", dtype_name(dtype));
   SADMM_CHECK(p.x.channels == in_channels, op, ": x has ", p.x.channels, " channels, wanted ", in_channels);
   SADMM_CHECK(p.y.channels == out_channels, op, ": y has ", p.y.channels, " channels, wanted ", out_channels);
   SADMM_CHECK(p.residual.channels == p.y.channels && p.residual.height == p.y.height && p.residual.width == p.y.width,

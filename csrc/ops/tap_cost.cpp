@@ -104,14 +104,14 @@ PanelCost shared_costs(const kernels::GemmCompact& k, const Packed& packed, cons
 }  // namespace
 
 double planes_cost(const kernels::GemmCompact& k, int width, const CutSize& size, double taps, double slower,
-                   int rest) {
+                   Rest rest) {
   const auto tile = [&](int64_t count) {
     return k.planes_cycles[count - 1] * slower * taps * (width / 4) + k.planes_call;
   };
   const double stores = stores_cost(k, width, size);
-  if (rest == 0) return over_tiles(size.vectors, k.nr, tile) + stores;
+  if (rest == Rest::kVector) return over_tiles(size.vectors, k.nr, tile) + stores;
   if (!can_rest(k, size)) return kNever;
-  const bool alone = rest == 1 || width < kernels::kMaxPanel;
+  const bool alone = rest == Rest::kAlone || width < kernels::kMaxPanel;
   return over_tiles(size.vectors - 1, k.nr, tile) + stores + taps * cycles_of_rest(k, size.rest, alone) + k.rest_call;
 }
 

@@ -15,9 +15,11 @@ inline constexpr int64_t kSharedTaps = 1536;  // in one for several blocks, of w
 // Cycles of a job of `taps` taps by the filters kernel, for some panels and pixels.
 double filters_cost(const kernels::GemmCompact& k, int width_class, int panels, int64_t pixels, double taps);
 
-// Of one panel on the planes; slower: by where x lies. rest: with the last vector in filters kernels, together with
-// those of so many panels of the block; 0: as a vector. Infinite where that can't be.
-double planes_cost(const kernels::GemmCompact& k, int width, const CutSize& size, double taps, double slower, int rest);
+// Of one panel on the planes; slower: by where x lies. With the last vector in filters kernels, which costs infinity
+// where that can't be: by itself, or together with those of other panels.
+enum class Rest { kVector, kAlone, kTogether };
+double planes_cost(const kernels::GemmCompact& k, int width, const CutSize& size, double taps, double slower,
+                   Rest rest);
 
 // By the panel kernel, for some filters that share their taps; and whether that is cheaper with the last vector in
 // filters kernels.

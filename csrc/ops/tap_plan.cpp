@@ -125,10 +125,8 @@ class Chooser {
   };
 
   int64_t outputs() const { return plan_.planes.outputs(); }
-  // How many of a block's panels go together where pixels fill no vector.
-  static int rest_panels(int64_t panels) {
-    return static_cast<int>(std::clamp<int64_t>(panels, 1, kernels::kMaxPanels));
-  }
+  // How pixels that fill no vector go for a block of so many filters.
+  static Rest rest_of(int64_t filters) { return filters < 2 * kernels::kMaxPanel ? Rest::kAlone : Rest::kTogether; }
   KernelSize kernel() const { return {packed_.header->kernel_h, packed_.header->kernel_w}; }
   // What edges cost a copy: a mask for each of its vectors.
   double masks(const CutSize& size, double taps) const {
@@ -187,15 +185,15 @@ class Chooser {
       widest_ = std::max<int64_t>(widest_, filters);
       width = std::max(width, packed_.panels[i].width);
     }
-    const auto on_planes = [&](const CutSize& size, int rest) {
+    const auto on_planes = [&](const CutSize& size, Rest rest) {
       return planes_cost(k_, width, size, mean_taps_, slower(width, mean_taps_), rest);
     };
-    const int together = rest_panels(div_up(widest_, int64_t{kernels::kMaxPanel}));
     if (!edges_) {
-      direct_ =
-          cheapest({1}, [&](const CutSize& size) { return std::min(on_planes(size, 0), on_planes(size, together)); });
+      direct_ = cheapest({1}, [&](const CutSize& size) {
+        return std::min(on_planes(size, Rest::kVector), on_planes(size, rest_of(widest_)));
+      });
     }
-    rest_ = direct_.possible() && on_planes(direct_.size, together) < on_planes(direct_.size, 0);
+    rest_ = direct_.possible() && on_planes(direct_.size, rest_of(widest_)) < on_planes(direct_.size, Rest::kVector);
     // A copy needs enough filters that share it.
     const auto by_panel = [&](const CutSize& size) {
       return panel_cost(k_, widest_, size, mean_taps_) + masks(size, mean_taps_);
@@ -206,14 +204,15 @@ class Chooser {
                                     [&](int64_t n) { return filters_cost(k_, 0, 1, n * outputs(), mean_taps_); });
   }
 
-  // Panels begin to end, of one block: all by the panel kernel from a copy, or each by what is cheaper of the others.
+  // Panels begin to end, of one block: all by the panel kernel from a copy, or as many as filters kernels take together
+  // by what is cheaper of the others.
   void choose_block(int64_t begin, int64_t end) {
     const auto taps = static_cast<double>(packed_.panels[begin].n_taps);
-    const int rest = rest_ ? rest_panels(end - begin) : 0;
     std::vector<Job> jobs;
     double cost = 0;
     int64_t filters = 0;
     for (int64_t p = begin; p < end; ++p) filters += packed_.panels[p].filters;
+    const Rest rest = rest_ ? rest_of(filters) : Rest::kVector;
     for (int64_t p = begin; p < end;) {
       const int width = packed_.panels[p].width, nv = next_panels(packed_, p, k_);
       const double by_filters = filters_cost(k_, kernels::width_class(width), nv, filters_period_ * outputs(), taps) /

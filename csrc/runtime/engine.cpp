@@ -146,8 +146,10 @@ std::shared_ptr<const PackedConv> pack_conv(const Node& n, const std::string& fa
 // Whether a convolution with outputs of these sizes runs by Winograd's algorithm: asked for, or where it pays.
 bool by_winograd(const Node& n, const std::string& family, Dtype dtype, const std::vector<int64_t>& y, Isa isa) {
   if (!winograd_holds(dtype, isa) || y.size() != 3) return false;
-  if (!n.family.empty()) return family == "winograd" && can_winograd(*n.conv);
-  return family == "taps" && winograd_pays(*n.conv, y[1], y[2], dtype, isa);
+  // A file's choice was measured in f32.
+  const bool asked = !n.family.empty() && family == "winograd" && can_winograd(*n.conv);
+  if (asked && dtype == Dtype::kF32) return true;
+  return (asked || (n.family.empty() && family == "taps")) && winograd_pays(*n.conv, y[1], y[2], dtype, isa);
 }
 
 }  // namespace

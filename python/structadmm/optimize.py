@@ -42,6 +42,8 @@ BF16_ERROR = 0.1
 _NONZEROS = 0.5
 # Density of the taps above which a 3x3 convolution may run faster by Winograd's algorithm, for which all are there.
 _WINOGRAD = 0.3
+# Instruction sets on which the runtime may take it in bf16, by its own estimate.
+_WINOGRAD_BF16 = ("avx512", "avx512_bf16")
 
 
 @dataclass
@@ -576,7 +578,11 @@ def _families(row: LayerChoice, m: Any, dtype: torch.dtype) -> list[str]:
     if row.nonzero < _NONZEROS * row.density:
         return ["", "nonzeros"]
     squares = m.kernel_size == (3, 3) and m.stride == m.dilation == (1, 1) and m.groups == 1
-    return ["", "taps", "winograd"] if squares and row.density > _WINOGRAD and dtype == torch.float32 else [""]
+    if not squares or row.density <= _WINOGRAD:
+        return [""]
+    if dtype == torch.float32:
+        return ["", "taps", "winograd"]
+    return ["", "taps"] if ops.isa() in _WINOGRAD_BF16 else [""]
 
 
 def _family(row: LayerChoice) -> str:

@@ -128,8 +128,7 @@ struct GemmBf16 {
   const char* name;
   WeightLayout layout;
   void (*run)(const GemmBf16Args& a);
-  // Elements of a weight, with more of which it does not stay in L2, and is read once for all pairs of a strip. 0: one
-  // pair after the other reads it.
+  // Elements of a weight, with more of which it does not stay in L2: strips of several pairs then pay. 0: not measured.
   int64_t near_weights = 0;
 };
 

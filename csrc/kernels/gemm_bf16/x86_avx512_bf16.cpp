@@ -74,6 +74,7 @@ void run(const GemmBf16Args& a) {
   const Act act = act_of(a.epilogue);
   auto* const sums = reinterpret_cast<float*>(a.scratch);
   auto* const panels = reinterpret_cast<Bf16*>(a.scratch + 16384);
+  Place at[kMostStrip];
   for (Walk walk(a); !walk.done(); walk.next()) {
     const GemmBf16Block& b = walk.block();
     const Units u = walk.units();
@@ -82,7 +83,8 @@ void run(const GemmBf16Args& a) {
     const int64_t size = unit_size * (u.last - u.first);
     const bool cold = walk.first_pair() == a.first_pair || size > kNearWeights;
     for (int i = 0; i < walk.pairs(); ++i) {
-      PanelRows panel(a, b, place(a, walk.first_pair() + i), panels + i * unit_size);
+      at[i] = place(a, walk.first_pair() + i);
+      PanelRows panel(a, b, at[i], panels + i * unit_size);
       if (i == 0 && cold && size > kFewWeights) {
         const bool one = b.filters - u.first * 2 * kTile <= kTile;
         gather_fetching(panel, rows, static_cast<const Bf16*>(b.w) + u.first * unit_size, (one ? 1 : 2) * kPanelTile);
@@ -95,17 +97,16 @@ void run(const GemmBf16Args& a) {
       const int tiles = filters > kTile ? 2 : 1;
       const Bf16* const w = static_cast<const Bf16*>(b.w) + unit * unit_size;
       for (int i = 0; i < walk.pairs(); ++i) {
-        const Place at = place(a, walk.first_pair() + i);
         const Bf16* const panel = panels + i * unit_size;
         const bool fetch = i == 0 && cold && unit + 1 < u.last;
-        const auto product = at.pair->vectors == 2 ? (fetch ? multiply<2, true> : multiply<2, false>)
-                                                   : (fetch ? multiply<1, true> : multiply<1, false>);
-        for (int f = 0; f < filters; f += filters_of(at.pair->vectors)) {
+        const auto product = at[i].pair->vectors == 2 ? (fetch ? multiply<2, true> : multiply<2, false>)
+                                                      : (fetch ? multiply<1, true> : multiply<1, false>);
+        for (int f = 0; f < filters; f += filters_of(at[i].pair->vectors)) {
           const Bf16* first_w = w + f / kTile * kPanelTile + f % kTile * kStepTaps;
           const Bf16* const next = w + unit_size + f * b.steps * kStepTaps;
           product(first_w, tiles * kPanelTile, next, panel, rows, sums + f * 2 * kTile);
         }
-        const Sums done{sums, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile, filters, at};
+        const Sums done{sums, b.bias + unit * 2 * kTile, b.first_filter + unit * 2 * kTile, filters, at[i]};
         store_of(a, act, done)(a, done, 0, filters);
       }
     }
