@@ -7,7 +7,7 @@ namespace structadmm::kernels {
 
 extern const ConvNonzeros conv_nonzeros_scalar;
 #if SADMM_X86
-extern const ConvNonzeros conv_nonzeros_avx2, conv_nonzeros_avx512;
+extern const ConvNonzeros conv_nonzeros_avx2, conv_nonzeros_avx512, conv_nonzeros_avx512_zen5;
 #endif
 
 }  // namespace structadmm::kernels

@@ -74,5 +74,6 @@ struct Vec16 {
 }  // namespace
 
 extern constinit const ConvNonzeros conv_nonzeros_avx512 = make<Vec16, 28>("avx512", 576, 576);
+extern constinit const ConvNonzeros conv_nonzeros_avx512_zen5 = make<Vec16, 28>("avx512", 900, 900);
 
 }  // namespace structadmm::kernels
