@@ -244,7 +244,7 @@ def test_bf16_planes_are_rounded_once(isa: str, c: dict[str, Any]) -> None:
     x, residual = inputs(c, spec, dense)
     x, residual = x.bfloat16().float(), None if residual is None else residual.bfloat16().float()
     if isa != "avx512":
-        with pytest.raises(ValueError, match="conv_winograd: planes got bf16, bf16 and for the residual bf16, wanted f32"):
+        with pytest.raises(ValueError, match="conv_winograd: planes got bf16, .*, wanted f32"):
             run("winograd", isa, c, spec, x, residual, dtype="bf16")
         return
     got = run("winograd", isa, c, spec, x, residual, dtype="bf16")
