@@ -49,7 +49,7 @@ struct Planes {
   // in [0, readable). Planes of the arena leave room for kSlack elements behind the last plane.
   int64_t readable = 0;
   Grid grid = {};
-  bool past_caches = false;  // of an output: all images are more than caches keep until they are read
+  bool past_caches = false;  // of the caller's tensors: all images are more than caches keep until they are read
   bool operator==(const Planes&) const = default;
 
   bool in_lanes() const { return grid.images > 0; }

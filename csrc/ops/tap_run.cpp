@@ -22,8 +22,11 @@ using Job = TapPlan::Job;
 using Tile = PixelTiles::Tile;
 
 constexpr int64_t kStripFloats = 64 * 1024;  // of x, for which all panels are done before the next strip
-constexpr int64_t kSharePixels = 192;        // of a thread, below which its tiles would be cut short
-constexpr int64_t kSerialMacs = 1 << 20;     // ten microseconds of work: a parallel region costs as much
+// Where each block of a 1x1 layer reads a few channels, little of x is read twice, and its calls are many: where x is
+// in caches, so much of it is one strip.
+constexpr int64_t kStripOfBlocks = 1024 * 1024;
+constexpr int64_t kSharePixels = 192;     // of a thread, below which its tiles would be cut short
+constexpr int64_t kSerialMacs = 1 << 20;  // ten microseconds of work: a parallel region costs as much
 constexpr int64_t kSpan = kernels::kMaxSpan;
 constexpr int64_t kBlockFloats = 6 * 1024;   // of the weights of a job, which tiles of a span read from L1
 constexpr int64_t kFarStrips = 4;            // of x, with more of which it does not stay in L2
@@ -446,8 +449,11 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
   const int64_t pixels = images * plan.planes.outputs();
   // Threads that divide the pixels, not the filters, find in their own caches what they wrote in the layer before.
   const int64_t shares = tasks > 1 && pixels >= kSharePixels * parallel.threads() ? parallel.threads() : 1;
+  const bool blocks = !packed.panels.empty() && packed.panels.front().block != packed.panels.back().block;
+  const bool near = blocks && plan.pointwise() && !plan.planes.x.past_caches && read <= kStripOfBlocks;
+  const int64_t strip = near ? kStripOfBlocks : kStripFloats;
   const int64_t strips =
-      std::clamp<int64_t>(div_up(div_up(read, kStripFloats), shares) * shares, 1, std::max<int64_t>(pixels, 1));
+      std::clamp<int64_t>(div_up(div_up(read, strip), shares) * shares, 1, std::max<int64_t>(pixels, 1));
   int64_t units = 0;
   for (const Job& job : plan.jobs) units += job_units(plan, job, images);
   parallel.run(tasks, [&](int64_t task) {

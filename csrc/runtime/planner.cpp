@@ -18,7 +18,8 @@ namespace structadmm::runtime {
 namespace {
 
 constexpr int64_t kPlace = 64;  // places begin at cache lines
-// Bytes of an output, with more of which it is taken not to stay in an L3 that others share until it is read.
+// Bytes of an output, with more of which it is taken not to stay in an L3 that others share until it is read; of an
+// input half as much, for others were written since.
 constexpr int64_t kPastCaches = 16 << 20;
 
 // What a byte of an activation that leaves L2 and comes back costs in bytes of weights, which are read in order and
@@ -232,6 +233,7 @@ class Planner {
         v.padded = halo;
         v.operand = {.where = Operand::Where::kInput, .index = static_cast<int>(k)};
         v.planes = planes_of(in_[k], v);
+        v.planes.past_caches = v.planes.readable * dtype_size(v.planes.dtype) > kPastCaches / 2;
       } else {
         v.halo = halo;
       }
