@@ -175,7 +175,7 @@ class ReadsOf {
 }  // namespace
 
 CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes) {
-  CutSize size;
+  CutSize size{.most = cut.most};
   ReadsOf reads(cut.window, lanes);
   std::vector<PixelStore> stores;  // of one vector
   int filled = 0;                  // of its lanes, from the first on
@@ -233,14 +233,14 @@ std::vector<uint16_t> inside_of(const ConvPlanes& planes, const KernelSize& kern
   return inside;
 }
 
-PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::GemmCompact& k, bool rest) {
+PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, int lanes, bool rest) {
   PixelTiles t;
   int last = 0;  // pixels of the last vector
   t.window = cut.window;
   t.period = cut.period;
-  ReadsOf reads(cut.window, k.lanes);
+  ReadsOf reads(cut.window, lanes);
   for_vectors(
-      Outputs(planes, t.period), cut, k.lanes,
+      Outputs(planes, t.period), cut, lanes,
       [&](int64_t offset) {
         t.vectors.push_back({offset, static_cast<int32_t>(t.stores.size()), 0, {}});
         last = 0;
@@ -252,22 +252,22 @@ PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::
         reads.add(lane, at);
         ++last;
         // Lanes that hold no output go on as a run would.
-        for (int i = lane + 1; i < std::min(k.lanes, kernels::kMaxLanes); ++i) {
-          v.lane[i] = static_cast<int8_t>(std::min<int64_t>(i + reads.gap(), cut.window * k.lanes - 1));
+        for (int i = lane + 1; i < std::min(lanes, kernels::kMaxLanes); ++i) {
+          v.lane[i] = static_cast<int8_t>(std::min<int64_t>(i + reads.gap(), cut.window * lanes - 1));
         }
-        add_to_stores(o, lane, k.lanes, static_cast<size_t>(v.first_store), t.stores);
+        add_to_stores(o, lane, lanes, static_cast<size_t>(v.first_store), t.stores);
         v.stores = static_cast<int32_t>(t.stores.size()) - v.first_store;
       });
   for (kernels::PixelVector& v : t.vectors) {
     const kernels::PixelStore& s = t.stores[v.first_store];
     v.y = s.y, v.residual = s.residual, v.lanes = s.lanes, v.image = s.image;
     v.straight = v.stores == 1 && s.straight ? s.count : 0;
-    v.run = run_of(std::span(&s, v.stores), planes, k.lanes);
+    v.run = run_of(std::span(&s, v.stores), planes, lanes);
     v.gap = static_cast<int32_t>(planes.y.pitch - planes.y.width);
     v.residual_gap = static_cast<int32_t>(planes.residual.pitch - planes.residual.width);
   }
   const int64_t count = static_cast<int64_t>(t.vectors.size()) - (rest ? 1 : 0);
-  const int64_t tiles = div_up(count, k.nr);
+  const int64_t tiles = div_up(count, int64_t{cut.most});
   // Those of as many vectors one behind the other, for a kernel takes them together.
   for (int64_t i = 0, begin = 0; i < tiles; ++i) {
     const int64_t n = count / tiles + (i < count % tiles ? 1 : 0);

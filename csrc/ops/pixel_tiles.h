@@ -83,6 +83,7 @@ struct SquareTiles {
 struct Cut {
   int window = 1;
   int64_t period = 1, limit = 0;
+  int most = 1;  // vectors in a tile
 };
 // Whether x has no room for what the kernel reaches beyond it.
 bool has_edges(const ConvPlanes& planes, const KernelSize& kernel);
@@ -93,12 +94,12 @@ struct CutSize {
   // Stores of a whole vector (the halo in it included), of less, and vectors of two rows (PixelVector::run).
   int64_t vectors = 0, whole = 0, pieces = 0, runs = 0;
   int rest = 0;  // pixels of the last vector, where it is not full and has them in order
+  int most = 1;  // Cut::most
   kernels::Reads reads = kernels::Reads::kWindow1;  // of most
 };
 CutSize size_of(const ConvPlanes& planes, const Cut& cut, int lanes);
 // rest: whether the last vector, which CutSize::rest tells of, becomes a tile by itself.
-PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, const kernels::GemmCompact& kernels,
-                       bool rest = false);
+PixelTiles cut_vectors(const ConvPlanes& planes, const Cut& cut, int lanes, bool rest = false);
 
 // most: tiles in a block. lanes: of a vector of pixels, of a run of tiles.
 SquareTiles cut_squares(const ConvPlanes& planes, int64_t period, int64_t most, int pixel_lanes, int run_lanes);

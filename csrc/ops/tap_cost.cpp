@@ -70,9 +70,9 @@ PanelCost panel_costs(const kernels::GemmCompact& k, int64_t filters, const CutS
            (parts - 1) * (kCall * calls + kSum * static_cast<double>(filters * vectors));
   };
   const double stores = stores_cost(k, filters, size);
-  PanelCost cost{over_tiles(size.vectors, k.nr, tile) + stores, kNever};
+  PanelCost cost{over_tiles(size.vectors, size.most, tile) + stores, kNever};
   if (can_rest(k, size)) {
-    cost.rest = over_tiles(size.vectors - 1, k.nr, tile) + stores +
+    cost.rest = over_tiles(size.vectors - 1, size.most, tile) + stores +
                 taps * (cycles_of_rest(k, size.rest, false) * calls + collect) + parts * k.rest_call * calls +
                 k.copy_cycles;
   }
@@ -91,9 +91,9 @@ PanelCost shared_costs(const kernels::GemmCompact& k, const Packed& packed, cons
     return cycles;
   };
   const double stores = stores_cost(k, packed.header->out_channels, size);
-  PanelCost cost{over_tiles(size.vectors, k.nr, tile) + stores, kNever};
+  PanelCost cost{over_tiles(size.vectors, size.most, tile) + stores, kNever};
   if (can_rest(k, size)) {
-    cost.rest = over_tiles(size.vectors - 1, k.nr, tile) + stores + collect;
+    cost.rest = over_tiles(size.vectors - 1, size.most, tile) + stores + collect;
     for (const Panel& p : packed.panels) {
       cost.rest += cycles_of_rest(k, size.rest, true) * static_cast<double>(p.n_taps) + parts * k.rest_call;
     }
@@ -109,10 +109,10 @@ double planes_cost(const kernels::GemmCompact& k, int width, const CutSize& size
     return k.planes_cycles[count - 1] * slower * taps * (width / 4) + k.planes_call;
   };
   const double stores = stores_cost(k, width, size);
-  if (rest == Rest::kVector) return over_tiles(size.vectors, k.nr, tile) + stores;
+  if (rest == Rest::kVector) return over_tiles(size.vectors, size.most, tile) + stores;
   if (!can_rest(k, size)) return kNever;
   const bool alone = rest == Rest::kAlone || width < kernels::kMaxPanel;
-  return over_tiles(size.vectors - 1, k.nr, tile) + stores + taps * cycles_of_rest(k, size.rest, alone) + k.rest_call;
+  return over_tiles(size.vectors - 1, size.most, tile) + stores + taps * cycles_of_rest(k, size.rest, alone) + k.rest_call;
 }
 
 double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {

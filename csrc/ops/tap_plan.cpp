@@ -146,34 +146,35 @@ class Chooser {
 
   // Where a window of slack lies behind the last place that is read, vectors may begin anywhere; otherwise those of the
   // last image must not, and the tables of all images are as that of the last.
-  Cut cut_of(int window, int64_t period) const {
+  Cut cut_of(int window, int64_t period, int most) const {
     const Planes& x = plan_.planes.x;
     const bool slack = edges_ || last_ + farthest_ + window * k_.lanes <= x.readable;
     return {window, period,
             slack ? std::numeric_limits<int64_t>::max()
-                  : x.readable - farthest_ - window * k_.lanes - (images_ - 1) * x.image_stride};
+                  : x.readable - farthest_ - window * k_.lanes - (images_ - 1) * x.image_stride,
+            most};
   }
 
   // The cheapest of these windows by cost(size of a cut), and how many images to cut together.
-  Choice cheapest(std::initializer_list<int> windows, const auto& cost) const {
+  Choice cheapest(std::initializer_list<int> windows, int most, const auto& cost) const {
     Choice best;
     for (const int window : windows) {
       if (window == 1 && g_.stride[1] != 1) continue;
-      const Cut one = cut_of(window, 1);
+      const Cut one = cut_of(window, 1, most);
       if (one.limit < 0) continue;
       const bool slack = one.limit == std::numeric_limits<int64_t>::max();
-      const auto size = [&](int64_t n) { return size_of(plan_.planes, cut_of(window, n), k_.lanes); };
+      const auto size = [&](int64_t n) { return size_of(plan_.planes, cut_of(window, n, most), k_.lanes); };
       const auto cost_of = [&](int64_t n) { return cost(size(n)); };
       // Without a halo lanes are read one by one at the ends of x, so none may be of an image that is not there, as the
       // last of several that are cut together may be.
       const int64_t period = choose_period(slack && !edges_ ? images_ : 1, outputs(), cost_of);
       const double each = cost_of(period) / static_cast<double>(period);
-      if (!best.possible() || each < best.cost) best = {cut_of(window, period), size(period), each};
+      if (!best.possible() || each < best.cost) best = {cut_of(window, period, most), size(period), each};
     }
     return best;
   }
   Choice cheapest_copy(const auto& cost) const {
-    return g_.stride[1] == 1 ? cheapest({1, 2}, cost) : cheapest({2, 4}, cost);
+    return g_.stride[1] == 1 ? cheapest({1, 2}, k_.nr, cost) : cheapest({2, 4}, k_.nr, cost);
   }
 
   void choose_cuts() {
@@ -189,7 +190,7 @@ class Chooser {
       return planes_cost(k_, width, size, mean_taps_, slower(width, mean_taps_), rest);
     };
     if (!edges_) {
-      direct_ = cheapest({1}, [&](const CutSize& size) {
+      direct_ = cheapest({1}, width == 4 ? k_.nr_narrow : k_.nr, [&](const CutSize& size) {
         return std::min(on_planes(size, Rest::kVector), on_planes(size, rest_of(widest_)));
       });
     }
@@ -276,7 +277,7 @@ class Chooser {
       const bool rest = c.slot.empty()
                             ? rest_pays(k_, widest_, panel_.size, mean_taps_)
                             : shared_rest_pays(k_, packed_, panel_.size, static_cast<int64_t>(c.offset.size()));
-      plan_.panel = cut_vectors(plan_.planes, panel_.cut, k_, rest);
+      plan_.panel = cut_vectors(plan_.planes, panel_.cut, k_.lanes, rest);
       if (rest) rest_offsets(c);
       if (edges_) plan_.panel.inside = inside_of(plan_.planes, kernel(), panel_.cut, k_.lanes);
     }
@@ -285,7 +286,7 @@ class Chooser {
 
   void cut_direct() {
     const auto on_planes = [](const Job& job) { return job.by == By::kPlanes; };
-    plan_.direct = cut_vectors(plan_.planes, direct_.cut, k_, rest_);
+    plan_.direct = cut_vectors(plan_.planes, direct_.cut, k_.lanes, rest_);
     if (!rest_) return;
     const bool together = rest_together(k_, direct_.size.rest);
     // Panels that follow one another go together as far as kernels take them, with the last of them.

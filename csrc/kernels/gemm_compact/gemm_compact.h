@@ -32,7 +32,7 @@ inline constexpr int kMaxPanel = 16;   // filters
 inline constexpr int kMaxLanes = 16;   // of any instruction set
 inline constexpr int kMaxSpan = 64;    // pixels whose sums wait in L1 to be spread
 inline constexpr int kMaxPixels = 8;   // P of any instruction set
-inline constexpr int kMaxVectors = 3;  // NR of any instruction set
+inline constexpr int kMaxVectors = 6;  // NR of any instruction set
 inline constexpr int kMaxPanels = 4;   // NV of any instruction set
 
 // One store of a vector of pixels, for each filter: y[i] = lane from[i] of it, for the bits i of `lanes`.
@@ -184,6 +184,7 @@ struct GemmCompact {
   int pixels[3][kMaxPanels];  // largest P: [width class][NV - 1]; beyond nv for together_cycles alone
   int nr;                     // largest NR
   int nv[3];                  // largest NV
+  int nr_narrow = nr;         // largest NR on the planes where no panel has more than 4 filters
   // Measured cycles per tap of a full tile, by which the kernel for a shape is chosen: of filters [width class][NV -
   // 1], and for 4 filters on the planes [NR - 1].
   double filters_cycles[3][kMaxPanels];

@@ -154,6 +154,15 @@ constexpr void fill_panel(PanelKernel (&kernels)[kFrom][kMaxVectors]) {
   row[2] = &panel<Vec16, F, 8, 4, 3, kPast>;
 }
 
+// Of panels of 4 filters, up to 24 sums: x comes from L2 where each block has other taps, and so in fewer lines.
+template <bool kPast>
+constexpr void fill_narrow(PanelKernel (&kernels)[kFrom][kMaxVectors]) {
+  auto& row = kernels[static_cast<int>(From::kPlanes)];
+  row[3] = &panel<Vec16, From::kPlanes, 4, 0, 4, kPast>;
+  row[4] = &panel<Vec16, From::kPlanes, 4, 0, 5, kPast>;
+  row[5] = &panel<Vec16, From::kPlanes, 4, 0, 6, kPast>;
+}
+
 // Cycles measured on an Intel Xeon.
 constexpr GemmCompact make() {
   GemmCompact g{.isa = "avx512",
@@ -161,11 +170,12 @@ constexpr GemmCompact make() {
                 .pixels = {{8, 8, 8, 6}, {8}, {8}},
                 .nr = 3,
                 .nv = {4, 1, 1},
+                .nr_narrow = 6,
                 .filters_cycles = {{7, 11.5, 13, 12.7}, {6}, {6}},
-                .planes_cycles = {3.75, 5, 7},
+                .planes_cycles = {3.75, 5, 7, 9, 11, 13},
                 .planes_call = 60,
                 .filters_kernel = {},
-                .panel_rows = {8, 8, 8},
+                .panel_rows = {8, 8, 8, 4, 4, 4},
                 .panel_cycles = {3.75, 5, 7},
                 .panel_taps = 200,
                 .collect_cycles = {3, 4.7, 9.2, 4.5, 4.7, 9.2},
@@ -179,6 +189,8 @@ constexpr GemmCompact make() {
   fill_panel<From::kPlanes>(g.panel_kernel);
   fill_panel<From::kCopy, true>(g.panel_past_caches);
   fill_panel<From::kPlanes, true>(g.panel_past_caches);
+  fill_narrow<false>(g.panel_kernel);
+  fill_narrow<true>(g.panel_past_caches);
   fill_filters<Vec16, 16, 1>(g.filters_kernel[0][0], upto<8>());
   fill_filters<Vec16, 16, 2>(g.filters_kernel[0][1], upto<8>());
   fill_filters<Vec16, 16, 3>(g.filters_kernel[0][2], upto<8>());
@@ -190,11 +202,9 @@ constexpr GemmCompact make() {
 
 // Where one unit runs a multiply-add in two halves, that is all that counts.
 constexpr GemmCompact on_zen4(GemmCompact g) {
-  constexpr double kWide[] = {8.6, 16.5, 24.6};
-  for (int v = 0; v < 3; ++v) {
-    g.filters_cycles[0][v] = kWide[v];
-    g.planes_cycles[v] = g.panel_cycles[v] = kWide[v] / 2;
-  }
+  constexpr double kWide[kMaxVectors] = {8.6, 16.5, 24.6, 32.8, 41, 49.2};
+  for (int v = 0; v < kMaxVectors; ++v) g.planes_cycles[v] = g.panel_cycles[v] = kWide[v] / 2;
+  for (int v = 0; v < 3; ++v) g.filters_cycles[0][v] = kWide[v];
   g.filters_cycles[0][3] = 24.6;
   g.filters_cycles[1][0] = 8.6;
   g.panel_taps = 160;
@@ -202,9 +212,9 @@ constexpr GemmCompact on_zen4(GemmCompact g) {
 }
 
 constexpr GemmCompact on_zen5(GemmCompact g) {
-  constexpr double kFilters[] = {6.2, 8.1, 12.1, 12.5}, kPanel[] = {2.4, 4.1, 6.0};
+  constexpr double kFilters[] = {6.2, 8.1, 12.1, 12.5}, kPanel[kMaxVectors] = {2.4, 4.1, 6, 8.2, 10.2, 12.2};
   for (int v = 0; v < 4; ++v) g.filters_cycles[0][v] = kFilters[v];
-  for (int v = 0; v < 3; ++v) g.planes_cycles[v] = g.panel_cycles[v] = kPanel[v];
+  for (int v = 0; v < kMaxVectors; ++v) g.planes_cycles[v] = g.panel_cycles[v] = kPanel[v];
   g.filters_cycles[1][0] = g.filters_cycles[2][0] = 6.4;
   g.rest_cycles[0] = 4, g.rest_cycles[1] = 0.5;
   g.together_cycles[0] = 1.1, g.together_cycles[1] = 0.55;
