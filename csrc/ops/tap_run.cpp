@@ -48,6 +48,7 @@ struct Share {
   int64_t begin, end, units;
   // Whether x lies beyond L2, and comes in a strip ahead of its use. Where each job has other taps, little of x is read
   // twice.
+  bool operator==(const Share&) const = default;
   bool far(bool blocks = false) const { return units > (blocks ? 2 : kFarStrips) * (end - begin) && end < units; }
 };
 
@@ -196,14 +197,14 @@ void run_filters(const TapPlan& plan, const Packed& packed, const Job& job, cons
 }
 
 // Panels of one width that follow one another, and how far apart their weights are.
-struct Together {
+struct Neighbours {
   int width, panels = 1;
   int64_t apart = 0;
 };
 
 // As a panel kernel does with the one tile of `a`, but pixel by pixel, for the `pixels` first lanes of its vector.
 // offset: of the taps from tile.x on; a.filters: of all panels.
-void multiply_rest(const TapPlan& plan, const Together& t, int pixels, const int64_t* offset, const PanelArgs& a) {
+void multiply_rest(const TapPlan& plan, const Neighbours& t, int pixels, const int64_t* offset, const PanelArgs& a) {
   static constexpr int32_t kPixel[kernels::kMaxPixels] = {0, 1, 2, 3, 4, 5, 6, 7};
   const GemmCompact& k = *plan.kernels;
   const PanelTile& tile = *a.tiles;
@@ -233,17 +234,73 @@ void multiply_rest(const TapPlan& plan, const Together& t, int pixels, const int
       {.sums = sums, .sums_stride = sums_stride, .filters = a.filters, .vectors = 1, .stores = &stores, .out = out});
 }
 
+// Tiles on the planes that the kernel takes in one call, and the pixels behind their maps that fill no vector.
+struct Together {
+  int64_t end;  // the unit behind them
+  int count, vectors, rests;
+  PanelTile tiles[kPanelTiles], rest[kPanelTiles];
+};
+
+// Those of a share. All jobs have the same, and may be hundreds of a fraction of a microsecond each.
+class Shared {
+ public:
+  // What a call before this one has left is of other data.
+  void forget() { known_ = 0; }
+
+  // The i-th of the share, from `unit` on.
+  const Together& at(const TapPlan& plan, const Operands& data, const Share& share, int64_t i, int64_t unit) {
+    if (share != share_) share_ = share, known_ = 0;
+    if (i < known_) return kept_[i];
+    Together& t = kept_[std::min(i, kKept - 1)];
+    if (i < kKept - 1) known_ = i + 1;
+    fill(plan, data, unit, t);
+    return t;
+  }
+
+ private:
+  void fill(const TapPlan& plan, const Operands& data, int64_t unit, Together& to) const {
+    const PixelTiles& t = plan.direct;
+    const int64_t tiles = t.whole();
+    const bool rest = tiles < static_cast<int64_t>(t.tiles.size());
+    to.count = to.vectors = to.rests = 0;
+    int64_t in_image = unit % tiles, image = unit / tiles * t.period;
+    for (; unit < share_.end; ++unit) {
+      const int64_t images = std::min(t.period, data.images - image);
+      const Some tile = there(t, t.tiles[in_image], images);
+      if (tile.count > 0) {
+        if (to.count == kPanelTiles || (to.count > 0 && tile.count != to.vectors)) break;
+        to.vectors = tile.count;
+        PanelTile& one = to.tiles[to.count++];
+        one = tile_of(plan, data, tile, image, images);
+        const int64_t later = unit + share_.end - share_.begin;
+        if (later < share_.units) {
+          one.ahead = (later / tiles * t.period - image) * plan.planes.x.image_stride +
+                      t.vectors[t.tiles[later % tiles].first].offset - tile.vectors->offset;
+        }
+        if (const Some few = rest && in_image + 1 == tiles ? there(t, t.tiles.back(), images) : Some{}; few.count > 0) {
+          to.rest[to.rests] = tile_of(plan, data, few, image, images);
+          to.rest[to.rests++].x += few.vectors->offset;
+        }
+      }
+      if (++in_image == tiles) in_image = 0, image += t.period;
+    }
+    to.end = unit;
+  }
+
+  static constexpr int64_t kKept = 8;
+  Share share_{};
+  int64_t known_ = 0;
+  Together kept_[kKept];
+};
+thread_local Shared shared_tiles;
+
 // All filters of the panel in one call, over some tiles of as many vectors; and behind them, while the weights are
 // near, the pixels of their maps that fill none.
 void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const Operands& data, const Share& share) {
-  const auto& t = plan.direct;
   const Panel& panel = packed.panels[job.panel];
   const auto& kernel = panel_kernel(plan, From::kPlanes);
-  const int64_t tiles = t.whole();
-  const Tile* const last = job.rest > 0 ? &t.tiles.back() : nullptr;
-  PanelTile some[kPanelTiles], rest[kPanelTiles];
   const auto args = [&](const Panel& panel) {
-    PanelArgs a{.tiles = some,
+    PanelArgs a{.tiles = nullptr,
                 .offset = plan.offset.data() + panel.first_tap,
                 .n_taps = panel.n_taps,
                 .w = packed.weights + panel.weight,
@@ -251,7 +308,7 @@ void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const
                 .filters = panel.filters,
                 .bias = packed.bias + panel.first_filter,
                 .out = output_of(plan, data, panel.first_filter)};
-    a.out.stores = t.stores.data();
+    a.out.stores = plan.direct.stores.data();
     return a;
   };
   PanelArgs a = args(panel);
@@ -259,46 +316,28 @@ void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const
   // The first panel of a block fetches what all of it read.
   const bool blocks = packed.panels.front().block != packed.panels.back().block;
   const bool first_of_block = job.panel == 0 || packed.panels[job.panel - 1].block != panel.block;
-  const bool far = plan.pointwise() && share.far(blocks) && first_of_block;
-  int n = 0, vectors = 0, rests = 0;
-  const auto run = [&](const float* next) {
-    if (n == 0) return;
-    a.n_tiles = n;
-    a.next = next;
-    kernel[vectors - 1](a);
-    n = 0;
-    for (int i = 0; i < rests; ++i) {
+  a.fetch_planes = plan.pointwise() && share.far(blocks) && first_of_block;
+  int64_t unit = share.begin;
+  for (int64_t i = 0; unit < share.end; ++i) {
+    const Together& t = shared_tiles.at(plan, data, share, i, unit);
+    unit = t.end;
+    if (t.count == 0) continue;
+    a.tiles = t.tiles;
+    a.n_tiles = t.count;
+    a.next = unit == share.end ? behind : nullptr;
+    kernel[t.vectors - 1](a);
+    for (int r = 0; job.rest > 0 && r < t.rests; ++r) {
       alignas(64) float sums[kernels::kMaxLanes * kernels::kMaxPanel * kernels::kMaxPanels];
-      rest[i].x += rest[i].vectors->offset;
-      rest[i].sums = sums;
+      PanelTile rest = t.rest[r];
+      rest.sums = sums;
       const Panel& first = packed.panels[job.panel - job.rest + 1];
       PanelArgs all = args(first);
-      all.tiles = rest + i;
+      all.tiles = &rest;
       all.filters = panel.first_filter + panel.filters - first.first_filter;
-      multiply_rest(plan, {first.width, job.rest, first.n_taps * first.width}, last->rest, all.offset, all);
+      multiply_rest(plan, {first.width, job.rest, first.n_taps * first.width}, plan.direct.tiles.back().rest,
+                    all.offset, all);
     }
-    rests = 0;
-  };
-  for (int64_t u = share.begin, in_image = u % tiles, image = u / tiles * t.period; u < share.end; ++u) {
-    const int64_t images = std::min(t.period, data.images - image);
-    const Some tile = there(t, t.tiles[in_image], images);
-    if (tile.count > 0) {
-      if (n == kPanelTiles || tile.count != vectors) run(nullptr);
-      vectors = tile.count;
-      PanelTile& one = some[n++];
-      one = tile_of(plan, data, tile, image, images);
-      const int64_t later = u + share.end - share.begin;
-      if (far && later < share.units) {
-        one.ahead = (later / tiles * t.period - image) * plan.planes.x.image_stride +
-                    t.vectors[t.tiles[later % tiles].first].offset - tile.vectors->offset;
-      }
-      if (const Some few = last && in_image + 1 == tiles ? there(t, *last, images) : Some{}; few.count > 0) {
-        rest[rests++] = tile_of(plan, data, few, image, images);
-      }
-    }
-    if (++in_image == tiles) in_image = 0, image += t.period;
   }
-  run(behind);
 }
 
 // Unit u is panel u % job.panels of tile u / job.panels. The taps go in parts: x at those of a part and the pixels of
@@ -459,6 +498,7 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
   parallel.run(tasks, [&](int64_t task) {
     const int64_t first = task * units / tasks, last = (task + 1) * units / tasks;
     int64_t at = 0;  // units before this strip of this job
+    shared_tiles.forget();
     for (int64_t strip = 0; strip < strips && at < last; ++strip) {
       for (const Job& job : plan.jobs) {
         const int64_t n = job_units(plan, job, images);

@@ -228,7 +228,7 @@ void panel(const PanelArgs& a) {
           }
         }
       };
-      if (F == From::kPlanes && tile.ahead != 0 && first == 0) {
+      if (F == From::kPlanes && a.fetch_planes && tile.ahead != 0 && first == 0) {
         if constexpr (F == From::kPlanes) run(std::integral_constant<Fetch, Fetch::kPlanes>{});
       } else if (next) {
         run(std::integral_constant<Fetch, Fetch::kWeights>{});
