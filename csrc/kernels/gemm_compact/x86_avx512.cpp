@@ -219,6 +219,7 @@ constexpr GemmCompact on_zen5(GemmCompact g) {
   g.rest_cycles[0] = 4, g.rest_cycles[1] = 0.5;
   g.together_cycles[0] = 1.1, g.together_cycles[1] = 0.55;
   g.rest_call = 200;
+  g.slots = 1.2;
   return g;
 }
 
