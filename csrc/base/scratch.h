@@ -8,7 +8,7 @@
 
 namespace structadmm {
 
-enum class Scratch { kCopy, kPanel };  // a padded copy of x, and what a kernel collects of it
+enum class Scratch { kCopy, kPanel };  // a copy of x, padded or in phases, and what a kernel collects of it
 
 float* scratch(int64_t floats, Scratch use);
 

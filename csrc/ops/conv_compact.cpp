@@ -57,13 +57,17 @@ Plan make_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
   Plan plan;
   // Small images of a batch make better tiles where they are neighbours in memory.
   plan.direct = unpadded && forward && (batch == 1 || outputs >= 64);
-  Planes x;
-  if (plan.direct) {
-    x = tensor_planes(Dtype::kF32, batch, s.channels, s.height, s.width);
+  const auto as_it_is = [&] {
+    Planes x = tensor_planes(Dtype::kF32, batch, s.channels, s.height, s.width);
     x.pitch = s.x_strides[2];
     x.channel_stride = s.x_strides[1];
     x.image_stride = s.x_strides[0];
     x.readable = x.at(batch - 1, s.channels - 1, s.height - 1, s.width - 1) + 1;
+    return x;
+  };
+  Planes x;
+  if (plan.direct) {
+    x = as_it_is();
     plan.chunk = batch;
   } else {
     x = scratch_planes(s, p, 1);
@@ -71,8 +75,17 @@ Plan make_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
     x = scratch_planes(s, p, plan.chunk);
     plan.tail = x.origin + x.halo.left + x.halo.right;
   }
-  const Planes y = tensor_planes(Dtype::kF32, plan.chunk, p.out_channels, s.out_h, s.out_w);
-  plan.taps = plan_taps(kOp, packed, geometry, x, y, nullptr, {}, plan.chunk, isa);
+  const auto taps = [&] {
+    const Planes y = tensor_planes(Dtype::kF32, plan.chunk, p.out_channels, s.out_h, s.out_w);
+    return plan_taps(kOp, packed, geometry, x, y, nullptr, {}, plan.chunk, isa, plan.direct || forward);
+  };
+  plan.taps = taps();
+  if (!plan.direct && plan.taps.phases) {  // which are a copy of x, not of another copy
+    plan.direct = true;
+    x = as_it_is();
+    plan.chunk = batch;
+    plan.taps = taps();
+  }
   return plan;
 }
 

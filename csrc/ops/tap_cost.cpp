@@ -112,7 +112,8 @@ double planes_cost(const kernels::GemmCompact& k, int width, const CutSize& size
   if (rest == Rest::kVector) return over_tiles(size.vectors, size.most, tile) + stores;
   if (!can_rest(k, size)) return kNever;
   const bool alone = rest == Rest::kAlone || width < kernels::kMaxPanel;
-  return over_tiles(size.vectors - 1, size.most, tile) + stores + taps * cycles_of_rest(k, size.rest, alone) + k.rest_call;
+  return over_tiles(size.vectors - 1, size.most, tile) + stores + taps * cycles_of_rest(k, size.rest, alone) +
+         k.rest_call;
 }
 
 double panel_cost(const kernels::GemmCompact& k, int64_t filters, const CutSize& size, double taps) {

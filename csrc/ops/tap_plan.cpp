@@ -78,6 +78,14 @@ void check_edges(const char* op, const Packed& packed, const ConvPlanes& p, cons
               " behind, wanted what the kernel reaches");
 }
 
+}  // namespace
+
+int64_t planes_read(const TapPlan& plan, const Packed& packed) {
+  return plan.phases ? plan.planes.x.channels : static_cast<int64_t>(packed.channels.size());
+}
+
+namespace {
+
 // Fills in which kernels run which panels, on which tiles.
 class Chooser {
  public:
@@ -90,8 +98,9 @@ class Chooser {
         plan.position.push_back(i * g_.dilation[0] * x.pitch + j * g_.dilation[1]);
       }
     }
-    edges_ = has_edges(plan.planes, kernel());
-    farthest_ = plan.position.back() + (h.in_channels - 1) * x.channel_stride;
+    edges_ = !plan.phases && has_edges(plan.planes, kernel());
+    farthest_ = plan.phases ? *std::max_element(plan.phases->offset.begin(), plan.phases->offset.end())
+                            : plan.position.back() + (h.in_channels - 1) * x.channel_stride;
     last_ = x.origin + (images - 1) * x.image_stride + ((y.height - 1) * g_.stride[0] - g_.padding[0]) * x.pitch +
             (y.width - 1) * g_.stride[1] - g_.padding[1];
     SADMM_CHECK(edges_ || last_ + farthest_ < x.readable, op, ": x got ", x.readable, " readable elements, wanted ",
@@ -108,7 +117,7 @@ class Chooser {
     }
     if (has_copies(k_) && count > 0 && packed_.panels.front().block != packed_.panels.back().block) try_one_copy();
     cut();
-    plan_.cost = cost_;
+    plan_.cost = cost_ + (plan_.phases ? plan_.phases->cost : 0);
   }
 
  private:
@@ -135,13 +144,14 @@ class Chooser {
   // What the panel kernel takes longer on the planes where each tap is a page, or x large, or the taps of a panel many.
   double slower(int width, double taps) const {
     const Planes& x = plan_.planes.x;
-    const int64_t floats = static_cast<int64_t>(packed_.channels.size()) * x.height * x.width;
+    const int64_t floats = planes_read(plan_, packed_) * x.height * x.width;
     const int64_t row = plan_.planes.y.width;
     const bool many = width > 4 && taps > kManyTaps && row < 2 * k_.lanes && row % k_.lanes != 0;
     return plan_.pointwise() ? k_.pointwise : floats > kFarImage ? k_.far : many ? k_.many : 1.0;
   }
   int64_t offset_of(const kernels::Tap& t) const {
-    return t.channel * plan_.planes.x.channel_stride + plan_.position[t.position];
+    return plan_.phases ? plan_.phases->offset[t.channel * plan_.position.size() + t.position]
+                        : t.channel * plan_.planes.x.channel_stride + plan_.position[t.position];
   }
 
   // Where a window of slack lies behind the last place that is read, vectors may begin anywhere; otherwise those of the
@@ -327,7 +337,6 @@ bool takes_edges(const Packed& packed, const ConvGeometry& g, int64_t batch, int
   const kernels::PackedHeader& h = *packed.header;
   const GemmCompact& k = kernels::gemm_compact(isa);
   if (!has_copies(k) || packed.panels.empty() || h.kernel_h * h.kernel_w > kernels::kMaxEdgePositions) return false;
-  if (batch > 1 && k.mask_cycles[0] > 0) return false;
   const int64_t in[] = {height, width}, kernel[] = {h.kernel_h, h.kernel_w};
   int64_t out[2], behind[2];
   for (const int a : {0, 1}) {
@@ -339,19 +348,101 @@ bool takes_edges(const Packed& packed, const ConvGeometry& g, int64_t batch, int
                y = tensor_planes(Dtype::kF32, 1, h.out_channels, out[0], out[1]),
                padded = arena_planes(Dtype::kF32, 1, h.in_channels, height, width,
                                      {g.padding[0], g.padding[1], behind[0], behind[1]});
-  const auto cost = [&](const Planes& x) {
-    return plan_taps("takes_edges", packed, g, x, y, nullptr, {}, 1, isa).cost;
-  };
+  const auto plan = [&](const Planes& x) { return plan_taps("takes_edges", packed, g, x, y, nullptr, {}, 1, isa); };
+  const TapPlan on_bare = plan(bare);
+  if (batch > 1 && k.mask_cycles[0] > 0 && !on_bare.phases) return false;
   constexpr int64_t kRow = 6, kVector = 3;  // cycles of a copy, from maps 13 and 56 wide in AVX-512
   const auto rows = static_cast<int64_t>(packed.channels.size()) * height;
   const int64_t copy = rows * (kRow + kVector * div_up(width, int64_t{k.lanes}));
-  return cost(bare) < cost(padded) + static_cast<double>(copy);
+  return on_bare.cost < plan(padded).cost + static_cast<double>(copy);
 }
 
+namespace {
+
+// Cycles of a copy: of a row, and of 16 floats of it by the stride of its columns.
+constexpr double kPhaseRow = 6, kPhaseVector[] = {3, 5, 8};
+constexpr int64_t kPhaseFloats = 128 * 1024;  // in a copy, unless an image is more: half of L2 or less
+constexpr int64_t kSpill = 16;                // what pad_copy may write behind a plane, besides the columns before it
+
+Phases phases_of(const Packed& packed, const ConvPlanes& planes, int64_t images, int lanes, Isa isa, ConvPlanes& to) {
+  const kernels::PackedHeader& h = *packed.header;
+  const ConvGeometry& g = planes.geometry;
+  const Planes& x = planes.x;
+  const int64_t kernel[] = {h.kernel_h, h.kernel_w}, in[] = {x.height, x.width},
+                out[] = {planes.y.height, planes.y.width};
+  int64_t size[2];
+  for (const int a : {0, 1}) size[a] = out[a] + g.dilation[a] * (kernel[a] - 1) / g.stride[a];
+  // Per axis, where the phase that begins at `begin` of the padded x lies in x: places before it, those of it, and the
+  // first.
+  struct Axis {
+    int64_t lead, count, first;
+  };
+  const auto axis = [&](int a, int64_t begin) {
+    const int64_t at = begin - g.padding[a], stride = g.stride[a];
+    const int64_t lead = std::min(size[a], at < 0 ? div_up(-at, stride) : 0), first = at + lead * stride;
+    return Axis{lead, std::clamp<int64_t>(div_up(in[a] - first, stride), 0, size[a] - lead), first};
+  };
+  Phases p{.copy = kernels::pad_copy(isa), .planes = {}, .image_stride = x.image_stride, .offset = {}};
+  const int64_t count = g.stride[0] * g.stride[1], positions = kernel[0] * kernel[1];
+  const int64_t image = size[0] * size[1];
+  std::vector<int64_t> of_phase(h.in_channels * count, -1);  // number of the plane
+  const auto phase = [&](const kernels::Tap& t) {
+    const int64_t row = t.position / kernel[1] * g.dilation[0], column = t.position % kernel[1] * g.dilation[1];
+    return t.channel * count + row % g.stride[0] * g.stride[1] + column % g.stride[1];
+  };
+  int64_t n = 0;
+  for (int64_t t = 0; t < h.taps; ++t) of_phase[phase(packed.taps[t])] = 0;
+  for (int64_t& plane : of_phase) plane = plane < 0 ? plane : n++;
+  p.images = std::clamp<int64_t>(kPhaseFloats / std::max<int64_t>(n * image, 1), 1, images);
+  const int64_t stride = (div_up(p.images * image + size[1] + kSpill, 16) | 1) * 16;
+  for (int64_t i = 0; i < std::ssize(of_phase); ++i) {
+    if (of_phase[i] < 0) continue;
+    const Axis row = axis(0, i % count / g.stride[1]), column = axis(1, i % g.stride[1]);
+    const bool empty = row.count == 0 || column.count == 0;
+    p.planes.push_back(
+        {.from = empty ? 0 : x.origin + i / count * x.channel_stride + row.first * x.pitch + column.first,
+         .to = of_phase[i] * stride,
+         .shape = {.src = nullptr,
+                   .image_stride = x.image_stride,
+                   .row_stride = x.pitch * g.stride[0],
+                   .col_stride = g.stride[1],
+                   .dst = nullptr,
+                   .images = 0,
+                   .image_rows = size[0],
+                   .pitch = size[1],
+                   .tail = 0,
+                   .lead_rows = row.lead,
+                   .rows = empty ? 0 : row.count,
+                   .lead_cols = column.lead,
+                   .cols = empty ? 0 : column.count}});
+  }
+  p.offset.assign(h.in_channels * positions, -1);
+  for (int64_t t = 0; t < h.taps; ++t) {
+    const kernels::Tap& tap = packed.taps[t];
+    const int64_t row = tap.position / kernel[1] * g.dilation[0], column = tap.position % kernel[1] * g.dilation[1];
+    p.offset[tap.channel * positions + tap.position] =
+        of_phase[phase(tap)] * stride + row / g.stride[0] * size[1] + column / g.stride[1];
+  }
+  const double vector = kPhaseVector[g.stride[1] == 1 ? 0 : g.stride[1] == 2 ? 1 : 2];
+  p.cost =
+      static_cast<double>(n * size[0]) * (kPhaseRow + vector * static_cast<double>(div_up(size[1], int64_t{lanes})));
+  to = planes;
+  to.geometry = {{1, 1}, {0, 0}, {1, 1}};
+  to.x = {.dtype = Dtype::kF32, .channels = n, .height = size[0], .width = size[1], .halo = {}};
+  to.x.pitch = size[1];
+  to.x.image_stride = image;
+  to.x.channel_stride = stride;
+  to.x.readable = n * stride + kSlack;
+  return p;
+}
+
+}  // namespace
+
 TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& geometry, const Planes& x, const Planes& y,
-                  const Planes* residual, const Epilogue& epilogue, int64_t images, Isa isa) {
+                  const Planes* residual, const Epilogue& epilogue, int64_t images, Isa isa, bool phases) {
   TapPlan plan{.kernels = &kernels::gemm_compact(isa),
                .planes = {x, y, residual ? *residual : y, geometry},
+               .phases = {},
                .epilogue = epilogue,
                .position = {},
                .offset = {},
@@ -364,8 +455,14 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& geom
   check_planes(op, plan.planes, packed.header->in_channels, packed.header->out_channels,
                {packed.header->kernel_h, packed.header->kernel_w});
   check_edges(op, packed, plan.planes, *plan.kernels);
-  Chooser(op, packed, std::max<int64_t>(images, 1), plan).choose();
-  return plan;
+  images = std::max<int64_t>(images, 1);
+  TapPlan in_phases = plan;
+  Chooser(op, packed, images, plan).choose();
+  const bool strided = geometry.stride[0] > 1 || geometry.stride[1] > 1;
+  if (!phases || !strided || packed.header->taps == 0) return plan;
+  in_phases.phases = phases_of(packed, plan.planes, images, plan.kernels->lanes, isa, in_phases.planes);
+  Chooser(op, packed, in_phases.phases->images, in_phases).choose();
+  return in_phases.cost < plan.cost ? in_phases : plan;
 }
 
 std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) {
@@ -373,7 +470,7 @@ std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) 
   std::vector<std::string> names;
   const auto name = [&](const char* by, int rows, int cols, int window, bool rest = false) {
     return std::string("gemm_compact_f32_") + by + std::to_string(rows) + "x" + std::to_string(cols) +
-           (window > 1 ? "_gather" : "") + (rest ? "_rest" : "") + "__" + k.isa;
+           (window > 1 ? "_gather" : "") + (plan.phases ? "_phases" : "") + (rest ? "_rest" : "") + "__" + k.isa;
   };
   for (const Job& job : plan.jobs) {
     if (job.by == By::kFilters) {

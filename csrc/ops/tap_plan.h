@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,7 @@
 #include "base/isa.h"
 #include "base/parallel.h"
 #include "kernels/gemm_compact/gemm_compact.h"
+#include "kernels/pad_copy/pad_copy.h"
 #include "ops/pixel_tiles.h"
 #include "ops/planes.h"
 #include "ops/tap_table.h"
@@ -33,6 +35,23 @@ struct Collection {
   int64_t count() const { return static_cast<int64_t>(parts.size()) - 1; }
 };
 
+// A convolution with stride is one without on the *phases* of x: every stride-th row and column of the padded x, from
+// some row and column on. A copy has those planes of them that some tap reads, each with all images one below the
+// other.
+struct Phases {
+  struct Plane {
+    int64_t from, to;            // in x and in the copy
+    kernels::PadCopyArgs shape;  // without src, dst and images
+  };
+  kernels::PadCopyKernel copy;
+  std::vector<Plane> planes;
+  int64_t image_stride = 0;  // of x
+  int64_t images = 1;        // in a copy, at most
+  // [channel][position] -> offset in the copy; -1 where no tap reads it.
+  std::vector<int64_t> offset;
+  double cost = 0;  // estimated cycles of an image
+};
+
 struct TapPlan {
   // Some panels of weights under the panel kernel, from a copy of x (of one block, or of all; pixels that fill no
   // vector under the filters kernel, from the same copy), or under the filters kernel (of one block), or one panel
@@ -49,7 +68,8 @@ struct TapPlan {
   };
 
   const kernels::GemmCompact* kernels;
-  ConvPlanes planes;
+  ConvPlanes planes;  // with `phases`: x are those, and the geometry has no stride
+  std::optional<Phases> phases;
   Epilogue epilogue;
   std::vector<int64_t> position;     // offset of each kernel position
   std::vector<int64_t> offset;       // in x of all taps of the weight, where no copy is read
@@ -70,13 +90,16 @@ bool takes_edges(const Packed& packed, const ConvGeometry& geometry, int64_t bat
                  Isa isa);
 
 // A pure function of its arguments (isa need not be this CPU's). Throws Error, worded for `op`, where the planes do not
-// fit the weight, the geometry or each other. images: the most that a run has.
+// fit the weight, the geometry or each other. images: the most that a run has. phases: whether x may be copied.
 TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& geometry, const Planes& x, const Planes& y,
-                  const Planes* residual, const Epilogue& epilogue, int64_t images, Isa isa);
+                  const Planes* residual, const Epilogue& epilogue, int64_t images, Isa isa, bool phases = true);
 
 // x, y, residual: the first elements of what the planes describe; residual null without one.
 void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const float* residual, float* y,
               int64_t images, Parallel& parallel);
+
+// Planes of x, or of its phases, that some tap reads.
+int64_t planes_read(const TapPlan& plan, const Packed& packed);
 
 // Pixels in a tile of a job by the filters kernel, at most.
 inline int filters_tile(const TapPlan& plan, const Packed& packed, const TapPlan::Job& job) {

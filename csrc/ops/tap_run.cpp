@@ -475,16 +475,17 @@ void run_panel(const TapPlan& plan, const Packed& packed, const Job& job, const 
   }
 }
 
-}  // namespace
+int64_t tasks_of(int64_t macs, const Parallel& parallel) {
+  return macs < kSerialMacs || parallel.threads() == 1 ? 1 : 4 * parallel.threads();
+}
 
-void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const float* residual, float* y,
-              int64_t images, Parallel& parallel) {
+void run_on_planes(const TapPlan& plan, const Packed& packed, const float* x, const float* residual, float* y,
+                   int64_t images, Parallel& parallel) {
   const Operands data{x, residual, y, images};
   const int64_t macs = packed.header->weights * plan.planes.outputs() * images;
-  const int64_t tasks = macs < kSerialMacs || parallel.threads() == 1 ? 1 : 4 * parallel.threads();
+  const int64_t tasks = tasks_of(macs, parallel);
   // All panels over one strip of pixels before the next strip, so that what they read of x stays in L2.
-  const int64_t read =
-      images * plan.planes.x.height * plan.planes.x.width * static_cast<int64_t>(packed.channels.size());
+  const int64_t read = images * plan.planes.x.height * plan.planes.x.width * planes_read(plan, packed);
   const int64_t pixels = images * plan.planes.outputs();
   // Threads that divide the pixels, not the filters, find in their own caches what they wrote in the layer before.
   const int64_t shares = tasks > 1 && pixels >= kSharePixels * parallel.threads() ? parallel.threads() : 1;
@@ -517,6 +518,38 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
     if (plan.planes.y.past_caches) __builtin_ia32_sfence();  // what went past the caches comes before what follows
 #endif
   });
+}
+
+void copy_phases(const Phases& phases, const float* x, int64_t images, float* to, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const Phases::Plane& plane = phases.planes[i];
+    kernels::PadCopyArgs a = plane.shape;
+    a.src = x + plane.from;
+    a.dst = to + plane.to;
+    a.images = images;
+    phases.copy(a);
+  }
+}
+
+}  // namespace
+
+void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const float* residual, float* y,
+              int64_t images, Parallel& parallel) {
+  if (!plan.phases) return run_on_planes(plan, packed, x, residual, y, images, parallel);
+  const Phases& phases = *plan.phases;
+  const auto count = static_cast<int64_t>(phases.planes.size());
+  float* const copy = scratch(plan.planes.x.readable, Scratch::kCopy);
+  for (int64_t image = 0; image < images; image += phases.images) {
+    const int64_t n = std::min(phases.images, images - image);
+    const int64_t tasks = tasks_of(packed.header->weights * plan.planes.outputs() * n, parallel);
+    const float* const from = x + image * phases.image_stride;
+    parallel.run(std::min(tasks, count), [&](int64_t task) {
+      const int64_t all = std::min(tasks, count);
+      copy_phases(phases, from, n, copy, task * count / all, (task + 1) * count / all);
+    });
+    run_on_planes(plan, packed, copy, residual ? residual + image * plan.planes.residual.image_stride : nullptr,
+                  y + image * plan.planes.y.image_stride, n, parallel);
+  }
 }
 
 }  // namespace structadmm

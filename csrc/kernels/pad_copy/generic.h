@@ -7,7 +7,10 @@ void pad_copy_f32(const PadCopyArgs a) {
   // Everything is written in ascending order by whole vectors: what one write spills, a later one overwrites.
   float* d = a.dst;
   const auto zero_until = [&](float* to) {
-    for (; d < to; d += kLanes) V::store(d, V::zero());
+    for (; d < to; d += kLanes) {
+      V::store(d, V::zero());
+      asm("" : "+r"(d));  // mostly one store: no call of memset
+    }
     d = to;
   };
   const int64_t full = a.cols / kLanes, rest = a.cols % kLanes;
@@ -28,6 +31,10 @@ void pad_copy_f32(const PadCopyArgs a) {
         const float* s = src;
         for (int64_t v = 0; v < full; ++v, d += kLanes, s += 2 * kLanes) V::store(d, V::load_even(s, all, all_but_one));
         if (rest) V::store(d, V::load_even(s, low, high)), d += kLanes;
+      } else if (a.col_stride == 4) {
+        const float* s = src;
+        for (int64_t v = 0; v < full; ++v, d += kLanes, s += 4 * kLanes) V::store(d, V::load_fourth(s));
+        for (int64_t c = full * kLanes; c < a.cols; ++c) *d++ = src[c * 4];
       } else {
         for (int64_t c = 0; c < a.cols; ++c) *d++ = src[c * a.col_stride];
       }

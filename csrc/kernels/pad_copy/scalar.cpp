@@ -12,6 +12,7 @@ struct Vec1 {
   static float load(const float* p) { return *p; }
   static float load(const float* p, bool some) { return some ? *p : 0.0f; }
   static float load_even(const float* p, bool low, bool) { return low ? *p : 0.0f; }
+  static float load_fourth(const float* p) { return *p; }
   static void store(float* p, float r) { *p = r; }
 };
 

@@ -20,6 +20,12 @@ struct Vec8 {
     const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(load(p, low), load(p + 8, high), 0x88));
     return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xD8));
   }
+  // Reads nothing behind the last that it wants.
+  static Reg load_fourth(const float* p) {
+    const Reg low = _mm256_shuffle_ps(load(p), load(p + 8), 0x00),
+              high = _mm256_shuffle_ps(load(p + 16), load(p + 24, first(5)), 0x00);
+    return _mm256_permutevar8x32_ps(_mm256_shuffle_ps(low, high, 0x88), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
   static void store(float* p, Reg r) { _mm256_storeu_ps(p, r); }
 };
 
