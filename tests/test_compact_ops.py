@@ -296,7 +296,7 @@ def test_nan_and_infinity_propagate() -> None:
         ("avx512", (1, 64, 32, 32), [8] * 8, {"planes_8x48__avx512"}),
         ("avx512", (1, 64, 8, 8), [8] * 8, {"shared_8x32__avx512"}),
         ("avx512", (16, 64, 4, 4), [8] * 8, {"shared_8x48_gather__avx512"}),
-        ("avx512", (1, 64, 32, 32), [4] * 16, {"planes_8x48__avx512"}),
+        ("avx512", (1, 64, 32, 32), [4] * 16, {"planes_4x96__avx512"}),
         ("avx512", (1, 64, 1, 1), [8] * 8, {"filters_8x8__avx512"}),
         ("avx512_bf16", (1, 64, 32, 32), [64], {"filters_6x64__avx512"}),
         ("amx_bf16", (1, 192, 13, 13), [384], {"filters_6x64__avx512"}),
@@ -316,6 +316,65 @@ def test_selection(isa: str, x: tuple[int, ...], blocks: list[int], kernels: set
     monkeypatch.setenv("STRUCTADMM_AVX512_CORE", "intel")
     names = _core.conv2d_kernels(isa, x, blocks, (3, 3), padding=(1, 1))
     assert {n.removeprefix("gemm_compact_f32_") for n in names} == kernels
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_selection_with_a_stride(isa: str, monkeypatch: Any) -> None:
+    """First layers, and narrow blocks on wide maps: as without a stride, on phases. Where few taps are read of each
+    channel, or strides are odd, pixels are collected."""
+    monkeypatch.setenv("STRUCTADMM_AVX512_CORE", "zen5")
+    on_phases = {
+        "first of AlexNet": ((1, 3, 227, 227), [84], (11, 11), {"stride": (4, 4)}),
+        "first of ResNet-50": ((1, 3, 224, 224), [64], (7, 7), {"stride": (2, 2), "padding": (3, 3)}),
+        "narrow blocks": ((1, 64, 32, 32), [8] * 16, (3, 3), {"stride": (2, 2), "padding": (1, 1)}),
+    }
+    for name, (x, blocks, kernel, sizes) in on_phases.items():
+        assert all("_phases" in n for n in _core.conv2d_kernels(isa, x, blocks, kernel, **sizes)), name
+    if isa != "scalar":
+        names = _core.conv2d_kernels(isa, (1, 512, 8, 8), [8] * 64, (3, 3), stride=(3, 3), padding=(1, 1))
+        assert not any("_phases" in n for n in names)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=25, deadline=None)
+@given(
+    kernel=st.tuples(st.integers(1, 11), st.integers(1, 11)),
+    stride=st.tuples(st.integers(1, 5), st.sampled_from([2, 2, 3, 4, 4, 5])),
+    padding=st.tuples(st.integers(0, 6), st.integers(0, 6)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 90)),
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 4),
+    block=st.sampled_from([4, 8, 1000]),
+    density=st.sampled_from([0.1, 1.0]),
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 1 << 30),
+)
+def test_phases_of_first_layers(isa: str, seed: int, **c: Any) -> None:
+    """Few channels and many filters, whose kernels mostly run on phases of x: wide strides, kernels that reach beyond
+    the padding, maps narrower than a stride."""
+    use(isa)
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(c["kernel"], c["padding"], c["dilation"], strict=True)]
+    c["size"] = tuple(max(s, n) for s, n in zip(c["size"], least, strict=True))
+    x, w, b, args, sizes = prepare({**c, "groups": 1, "filters": 52, "bias": True, "seed": seed})
+    check_close(ops.conv2d_compact(*args), x, w, b, F.conv2d, *sizes)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_phases_of_some_images_at_a_time(isa: str, monkeypatch: Any) -> None:
+    """Five large images, of which a copy holds one or two; a run may have fewer than the plan; threads share a copy."""
+    monkeypatch.setenv("STRUCTADMM_AVX512_CORE", "zen5")
+    use(isa)
+    c = {"groups": 1, "kernel": (7, 7), "dilation": (1, 1), "padding": (3, 3), "stride": (2, 2), "size": (150, 130)}
+    c |= {"batch": 5, "channels": 3, "filters": 20, "block": 1000, "density": 1.0, "bias": True, "seed": 0}
+    x, w, b, args, sizes = prepare({**c, "layout": "contiguous"})
+    assert "_phases" in kernel_of(isa, c, x, args)
+    got = ops.conv2d_compact(*args)
+    check_close(got, x, w, b, F.conv2d, *sizes)
+    torch.set_num_threads(3)
+    assert torch.equal(got, ops.conv2d_compact(*args))
+    for n in range(len(x)):
+        assert torch.equal(got[n : n + 1], ops.conv2d_compact(x[n : n + 1], *args[1:]))
 
 
 @pytest.mark.parametrize("x,blocks", [((1, 512, 28, 28), [64]), ((1, 256, 56, 56), [32])])
@@ -342,7 +401,7 @@ def test_conv_groups_share_no_copy(isa: str, monkeypatch: Any) -> None:
         ((1, 128, 28, 28), [64], "filters_6x64", "planes_8x48_rest"),
         ((1, 128, 16, 16), [128], "planes_8x48", "planes_8x48"),
         ((1, 64, 32, 32), [8] * 8, "planes_8x48", "planes_8x48"),
-        ((1, 64, 32, 32), [4] * 16, "planes_8x48", "planes_8x48"),
+        ((1, 64, 32, 32), [4] * 16, "planes_4x96", "planes_4x96"),
         ((1, 64, 8, 8), [8] * 8, "shared_8x32", "shared_8x32"),
         ((1, 64, 4, 4), [8] * 8, "shared_8x16", "shared_8x16"),
         ((16, 64, 4, 4), [8] * 8, "shared_8x32_gather", "shared_8x32_gather"),

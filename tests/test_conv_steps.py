@@ -192,7 +192,9 @@ def test_planes_without_the_halo_that_the_kernel_reaches(isa: str, c: dict[str, 
     spec, dense, bias = make_spec(c)
     x, residual = inputs(c, spec, dense)
     bare = {**c, "x_layout": "tensor"}
-    if isa == "scalar" and c["x_layout"] == "arena" and needs_halo(c):
+    # With a stride, its phases are copied of x between zeros.
+    strided = c["stride"] != (1, 1) and len(spec["taps"]) > 0
+    if isa == "scalar" and c["x_layout"] == "arena" and needs_halo(c) and not strided:
         with pytest.raises(ValueError, match="x got a halo of 0"):
             run("taps_f32", isa, bare, spec, x, residual)
         return

@@ -70,12 +70,11 @@ int64_t choose_period(int64_t most, int64_t outputs, const Cost& cost) {
   return period;
 }
 
-void check_edges(const char* op, const Packed& packed, const ConvPlanes& p, const GemmCompact& k) {
+// Whether the planes have the halo that the kernel reaches, or kernels do without.
+bool halo_fits(const Packed& packed, const ConvPlanes& p, const GemmCompact& k) {
   const kernels::PackedHeader& h = *packed.header;
-  if (!has_edges(p, KernelSize{h.kernel_h, h.kernel_w})) return;
-  SADMM_CHECK(has_copies(k) && h.kernel_h * h.kernel_w <= kernels::kMaxEdgePositions, op, ": x got a halo of ",
-              p.x.halo.top, " and ", p.x.halo.left, " before it, ", p.x.halo.bottom, " and ", p.x.halo.right,
-              " behind, wanted what the kernel reaches");
+  return !has_edges(p, KernelSize{h.kernel_h, h.kernel_w}) ||
+         (has_copies(k) && h.kernel_h * h.kernel_w <= kernels::kMaxEdgePositions);
 }
 
 }  // namespace
@@ -359,8 +358,13 @@ bool takes_edges(const Packed& packed, const ConvGeometry& g, int64_t batch, int
 
 namespace {
 
-// Cycles of a copy: of a row, and of 16 floats of it by the stride of its columns.
-constexpr double kPhaseRow = 6, kPhaseVector[] = {3, 5, 8};
+// Cycles of a row of a copy whose columns have a stride; the pixels of some strides are not copied in vectors.
+double cost_of_row(int64_t stride, int64_t columns, int lanes) {
+  constexpr double kRow = 6, kPixel = 1.5;
+  const double vector = stride == 1 ? 3 : stride == 2 ? 5 : stride == 4 ? 8 : kPixel * lanes;
+  return kRow + vector * static_cast<double>(div_up(columns, int64_t{lanes}));
+}
+
 constexpr int64_t kPhaseFloats = 128 * 1024;  // in a copy, unless an image is more: half of L2 or less
 constexpr int64_t kSpill = 16;                // what pad_copy may write behind a plane, besides the columns before it
 
@@ -423,9 +427,7 @@ Phases phases_of(const Packed& packed, const ConvPlanes& planes, int64_t images,
     p.offset[tap.channel * positions + tap.position] =
         of_phase[phase(tap)] * stride + row / g.stride[0] * size[1] + column / g.stride[1];
   }
-  const double vector = kPhaseVector[g.stride[1] == 1 ? 0 : g.stride[1] == 2 ? 1 : 2];
-  p.cost =
-      static_cast<double>(n * size[0]) * (kPhaseRow + vector * static_cast<double>(div_up(size[1], int64_t{lanes})));
+  p.cost = static_cast<double>(n * size[0]) * cost_of_row(g.stride[1], size[1], lanes);
   to = planes;
   to.geometry = {{1, 1}, {0, 0}, {1, 1}};
   to.x = {.dtype = Dtype::kF32, .channels = n, .height = size[0], .width = size[1], .halo = {}};
@@ -454,15 +456,17 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& geom
                .filters = {}};
   check_planes(op, plan.planes, packed.header->in_channels, packed.header->out_channels,
                {packed.header->kernel_h, packed.header->kernel_w});
-  check_edges(op, packed, plan.planes, *plan.kernels);
   images = std::max<int64_t>(images, 1);
   TapPlan in_phases = plan;
-  Chooser(op, packed, images, plan).choose();
-  const bool strided = geometry.stride[0] > 1 || geometry.stride[1] > 1;
-  if (!phases || !strided || packed.header->taps == 0) return plan;
+  const bool fits = halo_fits(packed, plan.planes, *plan.kernels);
+  phases = phases && (geometry.stride[0] > 1 || geometry.stride[1] > 1) && packed.header->taps > 0;
+  SADMM_CHECK(fits || phases, op, ": x got a halo of ", x.halo.top, " and ", x.halo.left, " before it, ", x.halo.bottom,
+              " and ", x.halo.right, " behind, wanted what the kernel reaches");
+  if (fits) Chooser(op, packed, images, plan).choose();
+  if (!phases) return plan;
   in_phases.phases = phases_of(packed, plan.planes, images, plan.kernels->lanes, isa, in_phases.planes);
   Chooser(op, packed, in_phases.phases->images, in_phases).choose();
-  return in_phases.cost < plan.cost ? in_phases : plan;
+  return fits && plan.cost <= in_phases.cost ? plan : in_phases;
 }
 
 std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) {
