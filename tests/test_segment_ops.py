@@ -174,6 +174,9 @@ def test_large_outputs_keep_their_memory_apart(rows, width):
     d = run(xs[0][:, :, :fewer])
     assert d.data_ptr() == place
     close([d, a + 1], [model(xs[0][:, :, :fewer]), model(xs[0]) + 1], 1e-6)
+    last = c.data_ptr()
+    del d, c
+    assert run(xs[1]).data_ptr() == last, "of two that are idle, caches may still hold the last"
 
 
 @torch.no_grad()

@@ -154,7 +154,9 @@ class LargeBlocks {
   Block take(int64_t bytes) {
     {
       const std::lock_guard lock(mutex_);
-      for (auto it = idle_.begin(); it != idle_.end(); ++it) {
+      // The last one given back, of which caches may still hold a part.
+      for (auto it = idle_.end(); it != idle_.begin();) {
+        --it;
         if (it->bytes < bytes || it->bytes > bytes + bytes / 4) continue;
         const Block found = *it;
         idle_.erase(it);
