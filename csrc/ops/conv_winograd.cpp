@@ -329,10 +329,13 @@ bool winograd_pays(const ConvSpec& s, int64_t height, int64_t width, Dtype dtype
   const double transforms = kIn * number(rows * div_up(wide, int64_t{t.lanes})) * channels +
                             kOut * number(tiles) * vectors + kStore * number(4 * groups * panels);
   const double bytes = 4 * kWinogradPlaces * channels * number(panels * kMaxPanel);
-  const double per_lane = dtype == Dtype::kBf16 && isa == Isa::kAvx512Bf16 ? 2 : 1;
-  const double taps =
-      kMultiplyAdd * number(height * width) * number(static_cast<int64_t>(s.weight.size())) / (t.lanes * per_lane);
-  return products + transforms + kByte * std::max(0.0, bytes - kL2) < 0.9 * taps;
+  const double winograd = products + transforms + kByte * std::max(0.0, bytes - kL2);
+  const double taps = kMultiplyAdd * number(height * width) * number(static_cast<int64_t>(s.weight.size())) / t.lanes;
+  if (dtype != Dtype::kBf16 || isa != Isa::kAvx512Bf16) return winograd < 0.9 * taps;
+  // Of two taps of 32 pixels that are gathered, for however few filters.
+  constexpr double kGather = 6;
+  const double gather = kGather * number(height * width) / 32 * channels * 9 / 2;
+  return winograd < 0.95 * (taps / 2 + gather);
 }
 
 std::shared_ptr<const PackedConv> pack_conv_winograd(const ConvSpec& spec, Isa isa) {
