@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "base/div_up.h"
 #include "base/isa.h"
 #include "bindings/torch/adapter.h"
 #include "runtime/load.h"
@@ -115,15 +116,14 @@ int32_t type_of(Dtype dtype) {
                                 : aoti_torch_dtype_float32();
 }
 
-// Memory of large outputs, on huge pages and kept for the next ones. On small pages, whose addresses a processor has to
-// look up where filters lie far apart, a 1x1 convolution to 13 MB took 1.4 to 1.8 times as long. And the C library
-// gives blocks beyond 32 MB back to the system, which zeroes new ones page by page: eight times as long for one to 51
-// MB.
+// Memory of large outputs, kept for the next ones, and from 2 MB on huge pages. On small pages, whose addresses a
+// processor has to look up where filters lie far apart, a 1x1 convolution to 13 MB took 1.4 to 1.8 times as long. And
+// the C library gives blocks back to the system (at first those of 128 KB, later those of 32 MB and what lies at the
+// end of its heap), which zeroes new ones page by page: eight times as long for one to 51 MB.
 class LargeBlocks {
  public:
-  static constexpr int64_t kUnit = 2 << 20;    // bytes of a huge page
-  static constexpr int64_t kLarge = kUnit;     // bytes
-  static constexpr int64_t kKept = 256 << 20;  // bytes of idle blocks
+  static constexpr int64_t kLarge = 128 << 10;  // bytes
+  static constexpr int64_t kKept = 256 << 20;   // bytes of idle blocks
   static LargeBlocks& instance() {
     static auto* const blocks = new LargeBlocks;  // never destroyed: tensors may outlive static objects
     return *blocks;
@@ -131,7 +131,7 @@ class LargeBlocks {
 
   // A tensor that gives its memory back here. Its storage can't grow.
   Tensor tensor(std::span<const int64_t> sizes, std::span<const int64_t> strides, Dtype dtype, int64_t bytes) {
-    const Block block = take((bytes + kUnit - 1) / kUnit * kUnit);
+    const Block block = take(bytes < kHuge ? div_up(bytes, kSmall) * kSmall : div_up(bytes, kHuge) * kHuge);
     const auto free = [](void* data, void* size) {
       LargeBlocks::instance().give({data, static_cast<int64_t>(reinterpret_cast<intptr_t>(size))});
     };
@@ -146,6 +146,8 @@ class LargeBlocks {
   }
 
  private:
+  static constexpr int64_t kHuge = 2 << 20, kSmall = 4096;  // bytes of a page
+
   struct Block {
     void* data;
     int64_t bytes;
@@ -164,10 +166,10 @@ class LargeBlocks {
         return found;
       }
     }
-    void* const data = std::aligned_alloc(kUnit, static_cast<size_t>(bytes));
+    void* const data = std::aligned_alloc(bytes < kHuge ? kSmall : kHuge, static_cast<size_t>(bytes));
     SADMM_CHECK(data, kOp, ": sizes got no memory, wanted ", bytes, " bytes for the output");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    madvise(data, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+    if (bytes >= kHuge) madvise(data, static_cast<size_t>(bytes), MADV_HUGEPAGE);
 #endif
     return {data, bytes};
   }
