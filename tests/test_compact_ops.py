@@ -134,6 +134,7 @@ SHARED_PLACE = SHARED_HALO | {"stride": (1, 1), "size": (2, 2), "batch": 1, "fil
 @given(c=convolutions())
 @example(c=SHARED_HALO)
 @example(c=SHARED_PLACE)
+@example(c=SHARED_PLACE | {"stride": (1 << 20, 1 << 20), "size": (5, 7)})
 def test_conv2d_compact(isa: str, c: dict[str, Any]) -> None:
     use(isa)
     x, w, b, args, sizes = prepare(c)

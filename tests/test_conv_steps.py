@@ -207,19 +207,37 @@ def test_planes_without_the_halo_that_the_kernel_reaches(isa: str, c: dict[str, 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "scalar"])
 def test_edges_of_more_taps_than_a_copy_holds(isa: str, core: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """540 taps in parts, of which each finds its positions; at each stride that vectors are read by (four on wide
-    maps)."""
+    maps). A tap of each channel: phases would be copied for one tap alone."""
     monkeypatch.setenv("STRUCTADMM_AVX512_CORE", core)
-    for stride, width in ((1, 19), (2, 19), (3, 19), (2, 61), (4, 66), (4, 131)):
+    for stride, size in ((1, (14, 19)), (2, (14, 19)), (3, (14, 19)), (2, (14, 61)), (4, (5, 9)), (4, (14, 66))):
         c = {"groups": 1, "kernel": (3, 3), "dilation": (1, 1), "padding": (1, 1), "stride": (stride, stride)}
-        c |= {"size": (14, width), "batch": 2, "channels": 60, "filters": 40, "block": 1000, "density": 1.0}
+        c |= {"size": size, "batch": 2, "channels": 540, "filters": 16, "block": 1000, "density": 1 / 9}
         c |= {"bias": True}
         c |= {"curve": {}, "residual": "none", "x_layout": "arena", "y_layout": "tensor", "x_halo": (0, 0, 0, 0)}
         c |= {"y_halo": (0, 0, 0, 0), "spare_images": 0, "guard": "end", "threads": 1, "seed": 0}
         spec, dense, bias = make_spec(c)
         x, _ = inputs(c, spec, dense)
-        got = run("taps_f32", isa, {**c, "x_layout": "tensor"}, spec, x, None)
+        got, kernel = run_step("taps_f32", isa, {**c, "x_layout": "tensor"}, spec, x, None)
+        assert "_phases" not in kernel or (isa != "avx2" and size == (14, 66))
         check_close(got, c, x, dense, bias, None)
         assert torch.equal(got, run("taps_f32", isa, c, spec, x, None))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("residual,x_layout", [("arena", "arena"), ("y", "tensor"), ("none", "tensor")])
+def test_phases_of_some_images(isa: str, residual: str, x_layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of five images at a time, each with its residual, to planes with a halo; on threads that share the copy."""
+    monkeypatch.setenv("STRUCTADMM_AVX512_CORE", "zen5")
+    c = {"groups": 1, "kernel": (7, 7), "dilation": (1, 1), "padding": (3, 3), "stride": (2, 2), "size": (150, 130)}
+    c |= {"batch": 5, "channels": 3, "filters": 20, "block": 1000, "density": 1.0, "bias": True, "curve": {"low": 0.0}}
+    c |= {"residual": residual, "x_layout": x_layout, "x_halo": (1, 0, 2, 1), "y_layout": "arena"}
+    c |= {"y_halo": (1, 2, 1, 2), "spare_images": 2, "guard": "end", "threads": 1, "seed": 0}
+    spec, dense, bias = make_spec(c)
+    x, added = inputs(c, spec, dense)
+    got, kernel = run_step("taps_f32", isa, c, spec, x, added)
+    assert "_phases" in kernel
+    check_close(got, c, x, dense, bias, added)
+    assert torch.equal(got, run("taps_f32", isa, {**c, "threads": 3}, spec, x, added))
 
 
 @pytest.mark.parametrize("isa", [i for i in ISAS if i != "scalar"])

@@ -19,7 +19,6 @@ using kernels::PadCopyArgs;
 constexpr auto kOp = "conv2d_compact";
 constexpr int64_t kScratchFloats = 64 * 1024;  // images copied at a time: with some panels and their part of y in L2
 constexpr int64_t kSerialMacs = 1 << 20;       // ten microseconds of work: two parallel regions would cost as much
-constexpr int64_t kPadCopySpill = 16;          // floats that pad_copy may write behind a plane, besides the left halo
 
 struct Plan {
   bool direct = false;  // reads x where it is
@@ -41,7 +40,7 @@ Planes scratch_planes(const Conv2dShape& s, const kernels::PackedHeader& p, int6
                            .bottom = behind(s.height, s.out_h, p.kernel_h, s.stride[0], s.padding[0], s.dilation[0]),
                            .right = behind(s.width, s.out_w, p.kernel_w, s.stride[1], s.padding[1], s.dilation[1])});
   if (s.height == 1 && s.width == 1 && x.halo == Halo{}) x.image_stride = 1;  // not rows of features
-  const int64_t plane = x.origin + images * x.image_stride + x.halo.right + x.halo.left + kPadCopySpill;
+  const int64_t plane = x.origin + images * x.image_stride + x.halo.right + x.halo.left + kernels::kPadCopySpill;
   x.channel_stride = (div_up(plane, 16) | 1) * 16;
   x.readable = s.channels * x.channel_stride + kSlack;
   return x;
@@ -75,17 +74,22 @@ Plan make_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
     x = scratch_planes(s, p, plan.chunk);
     plan.tail = x.origin + x.halo.left + x.halo.right;
   }
-  const auto taps = [&] {
+  const auto taps = [&](bool phases) {
     const Planes y = tensor_planes(Dtype::kF32, plan.chunk, p.out_channels, s.out_h, s.out_w);
-    return plan_taps(kOp, packed, geometry, x, y, nullptr, {}, plan.chunk, isa, plan.direct || forward);
+    return plan_taps(kOp, packed, geometry, x, y, nullptr, {}, plan.chunk, isa, phases);
   };
-  plan.taps = taps();
-  if (!plan.direct && plan.taps.phases) {  // which are a copy of x, not of another copy
-    plan.direct = true;
-    x = as_it_is();
-    plan.chunk = batch;
-    plan.taps = taps();
-  }
+  plan.taps = taps(forward);
+  if (plan.direct || !plan.taps.phases) return plan;
+  // They are copied of x, not of another copy.
+  const Plan padded = plan;
+  const Planes copy = std::exchange(x, as_it_is());
+  plan.direct = true;
+  plan.chunk = batch;
+  plan.taps = taps(true);
+  if (plan.taps.phases) return plan;
+  plan = padded;
+  x = copy;
+  plan.taps = taps(false);
   return plan;
 }
 

@@ -332,9 +332,9 @@ bool winograd_pays(const ConvSpec& s, int64_t height, int64_t width, Dtype dtype
   const double winograd = products + transforms + kByte * std::max(0.0, bytes - kL2);
   const double taps = kMultiplyAdd * number(height * width) * number(static_cast<int64_t>(s.weight.size())) / t.lanes;
   if (dtype != Dtype::kBf16 || isa != Isa::kAvx512Bf16) return winograd < 0.9 * taps;
-  // Of two taps of 32 pixels that are gathered, for however few filters.
+  // Of two taps of 32 pixels that are gathered, for however few filters. With it the two are estimated closely.
   constexpr double kGather = 6;
-  const double gather = kGather * number(height * width) / 32 * channels * 9 / 2;
+  const double gather = kGather * number(height * width) / 32 * number(std::ssize(s.taps)) / 2;
   return winograd < 0.95 * (taps / 2 + gather);
 }
 

@@ -70,6 +70,10 @@ int64_t choose_period(int64_t most, int64_t outputs, const Cost& cost) {
   return period;
 }
 
+bool has_stride(const ConvGeometry& g) {
+  return g.stride[0] > 1 || g.stride[1] > 1;
+}
+
 // Whether the planes have the halo that the kernel reaches, or kernels do without.
 bool halo_fits(const Packed& packed, const ConvPlanes& p, const GemmCompact& k) {
   const kernels::PackedHeader& h = *packed.header;
@@ -77,19 +81,17 @@ bool halo_fits(const Packed& packed, const ConvPlanes& p, const GemmCompact& k) 
          (has_copies(k) && h.kernel_h * h.kernel_w <= kernels::kMaxEdgePositions);
 }
 
-}  // namespace
-
-int64_t planes_read(const TapPlan& plan, const Packed& packed) {
-  return plan.phases ? plan.planes.x.channels : static_cast<int64_t>(packed.channels.size());
-}
-
-namespace {
-
 // Fills in which kernels run which panels, on which tiles.
 class Chooser {
  public:
-  Chooser(const char* op, const Packed& packed, int64_t images, TapPlan& plan)
-      : packed_(packed), plan_(plan), k_(*plan.kernels), g_(plan.planes.geometry), images_(images) {
+  // on_phases: what plan.planes is of; null without.
+  Chooser(const char* op, const Packed& packed, int64_t images, const OnPhases* on_phases, TapPlan& plan)
+      : packed_(packed),
+        on_phases_(on_phases),
+        plan_(plan),
+        k_(*plan.kernels),
+        g_(plan.planes.geometry),
+        images_(images) {
     const kernels::PackedHeader& h = *packed.header;
     const Planes &x = plan.planes.x, &y = plan.planes.y;
     for (int64_t i = 0; i < h.kernel_h; ++i) {
@@ -97,9 +99,12 @@ class Chooser {
         plan.position.push_back(i * g_.dilation[0] * x.pitch + j * g_.dilation[1]);
       }
     }
-    edges_ = !plan.phases && has_edges(plan.planes, kernel());
-    farthest_ = plan.phases ? *std::max_element(plan.phases->offset.begin(), plan.phases->offset.end())
-                            : plan.position.back() + (h.in_channels - 1) * x.channel_stride;
+    edges_ = !on_phases && has_edges(plan.planes, kernel());
+    farthest_ = plan.position.back() + (h.in_channels - 1) * x.channel_stride;
+    if (on_phases) {
+      farthest_ = 0;
+      for (int64_t t = 0; t < h.taps; ++t) farthest_ = std::max(farthest_, offset_of(packed.taps[t]));
+    }
     last_ = x.origin + (images - 1) * x.image_stride + ((y.height - 1) * g_.stride[0] - g_.padding[0]) * x.pitch +
             (y.width - 1) * g_.stride[1] - g_.padding[1];
     SADMM_CHECK(edges_ || last_ + farthest_ < x.readable, op, ": x got ", x.readable, " readable elements, wanted ",
@@ -107,6 +112,7 @@ class Chooser {
     mean_taps_ = static_cast<double>(h.weights) / static_cast<double>(std::max(h.out_channels, 1));
   }
 
+  // Fills in the jobs and their cost.
   void choose() {
     choose_cuts();
     const auto count = static_cast<int64_t>(packed_.panels.size());
@@ -115,8 +121,28 @@ class Chooser {
       choose_block(i, end);
     }
     if (has_copies(k_) && count > 0 && packed_.panels.front().block != packed_.panels.back().block) try_one_copy();
-    cut();
-    plan_.cost = cost_ + (plan_.phases ? plan_.phases->cost : 0);
+    plan_.cost = cost_ + (on_phases_ ? on_phases_->cost : 0);
+  }
+
+  // And the tables, of what choose() has chosen.
+  void cut() {
+    const auto any = [&](By by) {
+      return std::any_of(plan_.jobs.begin(), plan_.jobs.end(), [&](const Job& job) { return job.by == by; });
+    };
+    if (any(By::kPlanes)) cut_direct();
+    if (any(By::kFilters) || any(By::kPlanes)) {
+      for (int64_t t = 0; t < packed_.header->taps; ++t) plan_.offset.push_back(offset_of(packed_.taps[t]));
+    }
+    if (any(By::kPanel)) {
+      const Collection& c = plan_.collections[0];
+      const bool rest = c.slot.empty()
+                            ? rest_pays(k_, widest_, panel_.size, mean_taps_)
+                            : shared_rest_pays(k_, packed_, panel_.size, static_cast<int64_t>(c.offset.size()));
+      plan_.panel = cut_vectors(plan_.planes, panel_.cut, k_.lanes, rest);
+      if (rest) rest_offsets(c);
+      if (edges_) plan_.panel.inside = inside_of(plan_.planes, kernel(), panel_.cut, k_.lanes);
+    }
+    if (any(By::kFilters)) plan_.filters = cut_pixels(plan_.planes, filters_period_, k_.lanes);
   }
 
  private:
@@ -149,8 +175,8 @@ class Chooser {
     return plan_.pointwise() ? k_.pointwise : floats > kFarImage ? k_.far : many ? k_.many : 1.0;
   }
   int64_t offset_of(const kernels::Tap& t) const {
-    return plan_.phases ? plan_.phases->offset[t.channel * plan_.position.size() + t.position]
-                        : t.channel * plan_.planes.x.channel_stride + plan_.position[t.position];
+    return on_phases_ ? on_phases_->offset_of(t)
+                      : t.channel * plan_.planes.x.channel_stride + plan_.position[t.position];
   }
 
   // Where a window of slack lies behind the last place that is read, vectors may begin anywhere; otherwise those of the
@@ -273,26 +299,6 @@ class Chooser {
     return collect_taps(packed_, panels, most, [&](const kernels::Tap& t) { return offset_of(t); });
   }
 
-  void cut() {
-    const auto any = [&](By by) {
-      return std::any_of(plan_.jobs.begin(), plan_.jobs.end(), [&](const Job& job) { return job.by == by; });
-    };
-    if (any(By::kPlanes)) cut_direct();
-    if (any(By::kFilters) || any(By::kPlanes)) {
-      for (int64_t t = 0; t < packed_.header->taps; ++t) plan_.offset.push_back(offset_of(packed_.taps[t]));
-    }
-    if (any(By::kPanel)) {
-      const Collection& c = plan_.collections[0];
-      const bool rest = c.slot.empty()
-                            ? rest_pays(k_, widest_, panel_.size, mean_taps_)
-                            : shared_rest_pays(k_, packed_, panel_.size, static_cast<int64_t>(c.offset.size()));
-      plan_.panel = cut_vectors(plan_.planes, panel_.cut, k_.lanes, rest);
-      if (rest) rest_offsets(c);
-      if (edges_) plan_.panel.inside = inside_of(plan_.planes, kernel(), panel_.cut, k_.lanes);
-    }
-    if (any(By::kFilters)) plan_.filters = cut_pixels(plan_.planes, filters_period_, k_.lanes);
-  }
-
   void cut_direct() {
     const auto on_planes = [](const Job& job) { return job.by == By::kPlanes; };
     plan_.direct = cut_vectors(plan_.planes, direct_.cut, k_.lanes, rest_);
@@ -318,6 +324,7 @@ class Chooser {
   }
 
   const Packed& packed_;
+  const OnPhases* const on_phases_;
   TapPlan& plan_;
   const GemmCompact& k_;
   const ConvGeometry& g_;
@@ -335,7 +342,9 @@ class Chooser {
 bool takes_edges(const Packed& packed, const ConvGeometry& g, int64_t batch, int64_t height, int64_t width, Isa isa) {
   const kernels::PackedHeader& h = *packed.header;
   const GemmCompact& k = kernels::gemm_compact(isa);
-  if (!has_copies(k) || packed.panels.empty() || h.kernel_h * h.kernel_w > kernels::kMaxEdgePositions) return false;
+  const bool collects =
+      has_copies(k) && h.kernel_h * h.kernel_w <= kernels::kMaxEdgePositions && (batch == 1 || k.mask_cycles[0] == 0);
+  if (h.taps == 0 || (!collects && !has_stride(g))) return false;
   const int64_t in[] = {height, width}, kernel[] = {h.kernel_h, h.kernel_w};
   int64_t out[2], behind[2];
   for (const int a : {0, 1}) {
@@ -349,96 +358,11 @@ bool takes_edges(const Packed& packed, const ConvGeometry& g, int64_t batch, int
                                      {g.padding[0], g.padding[1], behind[0], behind[1]});
   const auto plan = [&](const Planes& x) { return plan_taps("takes_edges", packed, g, x, y, nullptr, {}, 1, isa); };
   const TapPlan on_bare = plan(bare);
-  if (batch > 1 && k.mask_cycles[0] > 0 && !on_bare.phases) return false;
-  constexpr int64_t kRow = 6, kVector = 3;  // cycles of a copy, from maps 13 and 56 wide in AVX-512
-  const auto rows = static_cast<int64_t>(packed.channels.size()) * height;
-  const int64_t copy = rows * (kRow + kVector * div_up(width, int64_t{k.lanes}));
-  return on_bare.cost < plan(padded).cost + static_cast<double>(copy);
+  if (!collects && !on_bare.phases) return false;
+  const double copy =
+      static_cast<double>(static_cast<int64_t>(packed.channels.size()) * height) * row_copy_cost(1, width, k.lanes);
+  return on_bare.cost < plan(padded).cost + copy;
 }
-
-namespace {
-
-// Cycles of a row of a copy whose columns have a stride; the pixels of some strides are not copied in vectors.
-double cost_of_row(int64_t stride, int64_t columns, int lanes) {
-  constexpr double kRow = 6, kPixel = 1.5;
-  const double vector = stride == 1 ? 3 : stride == 2 ? 5 : stride == 4 ? 8 : kPixel * lanes;
-  return kRow + vector * static_cast<double>(div_up(columns, int64_t{lanes}));
-}
-
-constexpr int64_t kPhaseFloats = 128 * 1024;  // in a copy, unless an image is more: half of L2 or less
-constexpr int64_t kSpill = 16;                // what pad_copy may write behind a plane, besides the columns before it
-
-Phases phases_of(const Packed& packed, const ConvPlanes& planes, int64_t images, int lanes, Isa isa, ConvPlanes& to) {
-  const kernels::PackedHeader& h = *packed.header;
-  const ConvGeometry& g = planes.geometry;
-  const Planes& x = planes.x;
-  const int64_t kernel[] = {h.kernel_h, h.kernel_w}, in[] = {x.height, x.width},
-                out[] = {planes.y.height, planes.y.width};
-  int64_t size[2];
-  for (const int a : {0, 1}) size[a] = out[a] + g.dilation[a] * (kernel[a] - 1) / g.stride[a];
-  // Per axis, where the phase that begins at `begin` of the padded x lies in x: places before it, those of it, and the
-  // first.
-  struct Axis {
-    int64_t lead, count, first;
-  };
-  const auto axis = [&](int a, int64_t begin) {
-    const int64_t at = begin - g.padding[a], stride = g.stride[a];
-    const int64_t lead = std::min(size[a], at < 0 ? div_up(-at, stride) : 0), first = at + lead * stride;
-    return Axis{lead, std::clamp<int64_t>(div_up(in[a] - first, stride), 0, size[a] - lead), first};
-  };
-  Phases p{.copy = kernels::pad_copy(isa), .planes = {}, .image_stride = x.image_stride, .offset = {}};
-  const int64_t count = g.stride[0] * g.stride[1], positions = kernel[0] * kernel[1];
-  const int64_t image = size[0] * size[1];
-  std::vector<int64_t> of_phase(h.in_channels * count, -1);  // number of the plane
-  const auto phase = [&](const kernels::Tap& t) {
-    const int64_t row = t.position / kernel[1] * g.dilation[0], column = t.position % kernel[1] * g.dilation[1];
-    return t.channel * count + row % g.stride[0] * g.stride[1] + column % g.stride[1];
-  };
-  int64_t n = 0;
-  for (int64_t t = 0; t < h.taps; ++t) of_phase[phase(packed.taps[t])] = 0;
-  for (int64_t& plane : of_phase) plane = plane < 0 ? plane : n++;
-  p.images = std::clamp<int64_t>(kPhaseFloats / std::max<int64_t>(n * image, 1), 1, images);
-  const int64_t stride = (div_up(p.images * image + size[1] + kSpill, 16) | 1) * 16;
-  for (int64_t i = 0; i < std::ssize(of_phase); ++i) {
-    if (of_phase[i] < 0) continue;
-    const Axis row = axis(0, i % count / g.stride[1]), column = axis(1, i % g.stride[1]);
-    const bool empty = row.count == 0 || column.count == 0;
-    p.planes.push_back(
-        {.from = empty ? 0 : x.origin + i / count * x.channel_stride + row.first * x.pitch + column.first,
-         .to = of_phase[i] * stride,
-         .shape = {.src = nullptr,
-                   .image_stride = x.image_stride,
-                   .row_stride = x.pitch * g.stride[0],
-                   .col_stride = g.stride[1],
-                   .dst = nullptr,
-                   .images = 0,
-                   .image_rows = size[0],
-                   .pitch = size[1],
-                   .tail = 0,
-                   .lead_rows = row.lead,
-                   .rows = empty ? 0 : row.count,
-                   .lead_cols = column.lead,
-                   .cols = empty ? 0 : column.count}});
-  }
-  p.offset.assign(h.in_channels * positions, -1);
-  for (int64_t t = 0; t < h.taps; ++t) {
-    const kernels::Tap& tap = packed.taps[t];
-    const int64_t row = tap.position / kernel[1] * g.dilation[0], column = tap.position % kernel[1] * g.dilation[1];
-    p.offset[tap.channel * positions + tap.position] =
-        of_phase[phase(tap)] * stride + row / g.stride[0] * size[1] + column / g.stride[1];
-  }
-  p.cost = static_cast<double>(n * size[0]) * cost_of_row(g.stride[1], size[1], lanes);
-  to = planes;
-  to.geometry = {{1, 1}, {0, 0}, {1, 1}};
-  to.x = {.dtype = Dtype::kF32, .channels = n, .height = size[0], .width = size[1], .halo = {}};
-  to.x.pitch = size[1];
-  to.x.image_stride = image;
-  to.x.channel_stride = stride;
-  to.x.readable = n * stride + kSlack;
-  return p;
-}
-
-}  // namespace
 
 TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& geometry, const Planes& x, const Planes& y,
                   const Planes* residual, const Epilogue& epilogue, int64_t images, Isa isa, bool phases) {
@@ -457,16 +381,27 @@ TapPlan plan_taps(const char* op, const Packed& packed, const ConvGeometry& geom
   check_planes(op, plan.planes, packed.header->in_channels, packed.header->out_channels,
                {packed.header->kernel_h, packed.header->kernel_w});
   images = std::max<int64_t>(images, 1);
-  TapPlan in_phases = plan;
   const bool fits = halo_fits(packed, plan.planes, *plan.kernels);
-  phases = phases && (geometry.stride[0] > 1 || geometry.stride[1] > 1) && packed.header->taps > 0;
-  SADMM_CHECK(fits || phases, op, ": x got a halo of ", x.halo.top, " and ", x.halo.left, " before it, ", x.halo.bottom,
+  std::optional<OnPhases> on;
+  if (phases && has_stride(geometry) && packed.header->taps > 0) {
+    on = phases_of(packed, plan.planes, images, plan.kernels->lanes, isa);
+  }
+  SADMM_CHECK(fits || on, op, ": x got a halo of ", x.halo.top, " and ", x.halo.left, " before it, ", x.halo.bottom,
               " and ", x.halo.right, " behind, wanted what the kernel reaches");
-  if (fits) Chooser(op, packed, images, plan).choose();
-  if (!phases) return plan;
-  in_phases.phases = phases_of(packed, plan.planes, images, plan.kernels->lanes, isa, in_phases.planes);
-  Chooser(op, packed, in_phases.phases->images, in_phases).choose();
-  return fits && plan.cost <= in_phases.cost ? plan : in_phases;
+  TapPlan copied = plan;
+  std::optional<Chooser> on_x, on_copy;
+  if (fits) on_x.emplace(op, packed, images, nullptr, plan).choose();
+  if (on) {
+    copied.planes = on->planes;
+    copied.phases = on->phases;
+    on_copy.emplace(op, packed, on->phases.images, &*on, copied).choose();
+  }
+  if (on_x && (!on_copy || plan.cost <= copied.cost)) {
+    on_x->cut();
+    return plan;
+  }
+  on_copy->cut();
+  return copied;
 }
 
 std::vector<std::string> tap_kernels(const TapPlan& plan, const Packed& packed) {

@@ -15,7 +15,7 @@
 #include "base/isa.h"
 #include "base/parallel.h"
 #include "kernels/gemm_compact/gemm_compact.h"
-#include "kernels/pad_copy/pad_copy.h"
+#include "ops/phases.h"
 #include "ops/pixel_tiles.h"
 #include "ops/planes.h"
 #include "ops/tap_table.h"
@@ -35,23 +35,6 @@ struct Collection {
   int64_t count() const { return static_cast<int64_t>(parts.size()) - 1; }
 };
 
-// A convolution with stride is one without on the *phases* of x: every stride-th row and column of the padded x, from
-// some row and column on. A copy has those planes of them that some tap reads, each with all images one below the
-// other.
-struct Phases {
-  struct Plane {
-    int64_t from, to;            // in x and in the copy
-    kernels::PadCopyArgs shape;  // without src, dst and images
-  };
-  kernels::PadCopyKernel copy;
-  std::vector<Plane> planes;
-  int64_t image_stride = 0;  // of x
-  int64_t images = 1;        // in a copy, at most
-  // [channel][position] -> offset in the copy; -1 where no tap reads it.
-  std::vector<int64_t> offset;
-  double cost = 0;  // estimated cycles of an image
-};
-
 struct TapPlan {
   // Some panels of weights under the panel kernel, from a copy of x (of one block, or of all; pixels that fill no
   // vector under the filters kernel, from the same copy), or under the filters kernel (of one block), or one panel
@@ -68,7 +51,7 @@ struct TapPlan {
   };
 
   const kernels::GemmCompact* kernels;
-  ConvPlanes planes;  // with `phases`: x are those, and the geometry has no stride
+  ConvPlanes planes;  // with `phases`: of the convolution on their copy
   std::optional<Phases> phases;
   Epilogue epilogue;
   std::vector<int64_t> position;     // offset of each kernel position
@@ -83,9 +66,9 @@ struct TapPlan {
   bool pointwise() const { return position.size() == 1; }  // each tap reads another channel
 };
 
-// Whether plan_taps takes an x without halo, of images of this size, and should run faster on one of them at a time
-// than on a padded copy: where kernels collect from x anyway. Where masks cost something, that is for one image only,
-// as measured: in a copy of several those of a channel are neighbours.
+// Whether plan_taps takes an x without halo, of images of this size, and should run faster on it, one of them at a
+// time, than on a padded copy: where kernels collect from x anyway, or copy phases of it. Where masks cost something,
+// several images are not collected without a copy, as measured: in it those of a channel are neighbours.
 bool takes_edges(const Packed& packed, const ConvGeometry& geometry, int64_t batch, int64_t height, int64_t width,
                  Isa isa);
 
@@ -99,7 +82,9 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
               int64_t images, Parallel& parallel);
 
 // Planes of x, or of its phases, that some tap reads.
-int64_t planes_read(const TapPlan& plan, const Packed& packed);
+inline int64_t planes_read(const TapPlan& plan, const Packed& packed) {
+  return plan.phases ? plan.phases->count() : static_cast<int64_t>(packed.channels.size());
+}
 
 // Pixels in a tile of a job by the filters kernel, at most.
 inline int filters_tile(const TapPlan& plan, const Packed& packed, const TapPlan::Job& job) {

@@ -46,9 +46,9 @@ int64_t job_units(const TapPlan& plan, const Job& job, int64_t images) {
 // Tiles begin to end of a job's `units`: its share of a strip.
 struct Share {
   int64_t begin, end, units;
+  bool operator==(const Share&) const = default;
   // Whether x lies beyond L2, and comes in a strip ahead of its use. Where each job has other taps, little of x is read
   // twice.
-  bool operator==(const Share&) const = default;
   bool far(bool blocks = false) const { return units > (blocks ? 2 : kFarStrips) * (end - begin) && end < units; }
 };
 
@@ -241,8 +241,9 @@ struct Together {
   PanelTile tiles[kPanelTiles], rest[kPanelTiles];
 };
 
-// Those of a share. All jobs have the same, and may be hundreds of a fraction of a microsecond each.
-class Shared {
+// Those of a share, which all jobs have in common: listed once, for there may be hundreds of jobs that take a fraction
+// of a microsecond each.
+class TilesOfShare {
  public:
   // What a call before this one has left is of other data.
   void forget() { known_ = 0; }
@@ -292,7 +293,7 @@ class Shared {
   int64_t known_ = 0;
   Together kept_[kKept];
 };
-thread_local Shared shared_tiles;
+thread_local TilesOfShare tiles_of_share;
 
 // All filters of the panel in one call, over some tiles of as many vectors; and behind them, while the weights are
 // near, the pixels of their maps that fill none.
@@ -319,7 +320,7 @@ void run_planes(const TapPlan& plan, const Packed& packed, const Job& job, const
   a.fetch_planes = plan.pointwise() && share.far(blocks) && first_of_block;
   int64_t unit = share.begin;
   for (int64_t i = 0; unit < share.end; ++i) {
-    const Together& t = shared_tiles.at(plan, data, share, i, unit);
+    const Together& t = tiles_of_share.at(plan, data, share, i, unit);
     unit = t.end;
     if (t.count == 0) continue;
     a.tiles = t.tiles;
@@ -499,7 +500,7 @@ void run_on_planes(const TapPlan& plan, const Packed& packed, const float* x, co
   parallel.run(tasks, [&](int64_t task) {
     const int64_t first = task * units / tasks, last = (task + 1) * units / tasks;
     int64_t at = 0;  // units before this strip of this job
-    shared_tiles.forget();
+    tiles_of_share.forget();
     for (int64_t strip = 0; strip < strips && at < last; ++strip) {
       for (const Job& job : plan.jobs) {
         const int64_t n = job_units(plan, job, images);
@@ -520,33 +521,17 @@ void run_on_planes(const TapPlan& plan, const Packed& packed, const float* x, co
   });
 }
 
-void copy_phases(const Phases& phases, const float* x, int64_t images, float* to, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const Phases::Plane& plane = phases.planes[i];
-    kernels::PadCopyArgs a = plane.shape;
-    a.src = x + plane.from;
-    a.dst = to + plane.to;
-    a.images = images;
-    phases.copy(a);
-  }
-}
-
 }  // namespace
 
 void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const float* residual, float* y,
               int64_t images, Parallel& parallel) {
   if (!plan.phases) return run_on_planes(plan, packed, x, residual, y, images, parallel);
   const Phases& phases = *plan.phases;
-  const auto count = static_cast<int64_t>(phases.planes.size());
   float* const copy = scratch(plan.planes.x.readable, Scratch::kCopy);
   for (int64_t image = 0; image < images; image += phases.images) {
     const int64_t n = std::min(phases.images, images - image);
     const int64_t tasks = tasks_of(packed.header->weights * plan.planes.outputs() * n, parallel);
-    const float* const from = x + image * phases.image_stride;
-    parallel.run(std::min(tasks, count), [&](int64_t task) {
-      const int64_t all = std::min(tasks, count);
-      copy_phases(phases, from, n, copy, task * count / all, (task + 1) * count / all);
-    });
+    copy_phases(phases, plan.planes, x + image * phases.shapes.front().image_stride, n, copy, tasks, parallel);
     run_on_planes(plan, packed, copy, residual ? residual + image * plan.planes.residual.image_stride : nullptr,
                   y + image * plan.planes.y.image_stride, n, parallel);
   }

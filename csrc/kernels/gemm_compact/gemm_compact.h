@@ -109,7 +109,7 @@ struct PanelTile {
   float* sums = nullptr;        // of all panels, where they go on from one part of the taps to the next
   int64_t y = 0, residual = 0;  // offsets of the first image
   int images = 1;               // as Output::images
-  int64_t ahead = 0;            // if not 0, what PanelArgs::fetch_planes fetches, from here
+  int64_t ahead = 0;            // an offset in the planes: see PanelArgs::fetch_planes
 };
 
 struct PanelArgs {
@@ -123,8 +123,8 @@ struct PanelArgs {
   int filters;        // 1 to the width of the panel of weights
   const float* bias;  // null where the sums go on from those in memory
   int64_t sums = 0;   // offset in PanelTile::sums: [width of the panel][NR][lanes], of which a kernel may write all
-  bool fetch_planes =
-      false;         // whether what each tap reads of the planes at PanelTile::ahead is fetched into L2 meanwhile
+  // What each tap reads of the planes at PanelTile::ahead, where that is not 0, is fetched into L2 meanwhile.
+  bool fetch_planes = false;
   bool last = true;  // whether the sums are whole and go to y; otherwise to memory
   // If given, filters * n_taps floats from here on, but perhaps the last of them, are fetched during the last tile: the
   // weights of the next call, or where the tile fetches x a part of them. And as many during each of the others, up to

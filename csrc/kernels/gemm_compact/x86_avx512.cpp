@@ -1,4 +1,5 @@
-// AVX-512: 24 of 32 registers accumulate, as 8 filters x 3 vectors of 16 pixels, or 6 pixels x 4 panels of 16 filters.
+// AVX-512: 24 of 32 registers accumulate, as 8 filters x 3 vectors of 16 pixels, 4 x 6, or 6 pixels x 4 panels of 16
+// filters.
 #include <immintrin.h>
 
 // GCC 12 takes the undefined operands inside its own unmasked intrinsics for variables of ours.
@@ -154,7 +155,7 @@ constexpr void fill_panel(PanelKernel (&kernels)[kFrom][kMaxVectors]) {
   row[2] = &panel<Vec16, F, 8, 4, 3, kPast>;
 }
 
-// Of panels of 4 filters, up to 24 sums: x comes from L2 where each block has other taps, and so in fewer lines.
+// Blocks of 4 filters each read other taps, so x comes from L2: in longer runs, of which fewer lines are read twice.
 template <bool kPast>
 constexpr void fill_narrow(PanelKernel (&kernels)[kFrom][kMaxVectors]) {
   auto& row = kernels[static_cast<int>(From::kPlanes)];

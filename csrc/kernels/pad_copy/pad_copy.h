@@ -4,8 +4,8 @@
 //
 // and zeros elsewhere. A row has `pitch` floats and an image `image_rows` rows; both may be smaller than leading zeros,
 // data and trailing zeros together: the zeros that trail a row are then those that lead the next one. Behind the last
-// image come `tail` zeros. Strides that are not one take every other pixel (one phase of a strided convolution) or
-// another layout. Up to 16 + lead_cols floats behind the tail are overwritten.
+// image come `tail` zeros. Strides that are not one take some pixels only (one phase of a strided convolution) or
+// another layout.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,8 @@
 #include "base/isa.h"
 
 namespace structadmm::kernels {
+
+inline constexpr int kPadCopySpill = 16;  // floats behind the tail that are overwritten, besides lead_cols of them
 
 struct PadCopyArgs {
   const float* src;
