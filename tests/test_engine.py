@@ -158,6 +158,30 @@ def test_threads(lenet, tmp_path):
     assert (run(x[2:3]) == answers[0][2:3]).all()
 
 
+@pytest.mark.parametrize("side", [70, 500])
+def test_large_outputs_keep_their_memory_apart(side, tmp_path):
+    """They lie in memory that is used again, the last one first, but only when nobody holds it; longer than the engine
+    lives."""
+    net = nn.Sequential(nn.Conv2d(1, 8, 1))
+    xs = [torch.randn(1, 1, side, side) for _ in range(3)]
+    e = engine(net, xs[0], tmp_path)
+    a, b = e.run(xs[0].numpy()), e.run(xs[1].numpy())
+    part, place = b[0, 1:3], b.ctypes.data
+    del b
+    c = e.run(xs[2].numpy())
+    assert len({a.ctypes.data, place, c.ctypes.data}) == 3, "a view of the output holds its memory"
+    assert_close((a, part, c), (net(xs[0]), net(xs[1])[0, 1:3], net(xs[2])))
+    del part
+    d = e.run(xs[1].numpy())
+    assert d.ctypes.data == place and d.flags.writeable and d.flags.c_contiguous
+    last = c.ctypes.data
+    del d, c
+    f = e.run(xs[1].numpy())
+    assert f.ctypes.data == last, "of two that are idle, caches may still hold the last"
+    del e
+    assert_close((a, f + 1), (net(xs[0]), net(xs[1]) + 1))
+
+
 def test_what_an_engine_tells(lenet, tmp_path):
     model, x = lenet
     path = tmp_path / "net.safetensors"

@@ -2,6 +2,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -9,6 +11,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "base/large_blocks.h"
 #include "base/parallel.h"
 #include "bindings/python/adapter.h"
 #include "bindings/python/bind.h"
@@ -114,13 +117,27 @@ class PyEngine {
     return all;
   }
 
+  static py::array output(const py::dtype& dtype, const std::vector<int64_t>& sizes) {
+    int64_t bytes = dtype.itemsize();
+    for (const int64_t n : sizes) bytes *= n;
+    if (bytes < LargeBlocks::kLarge) return {dtype, sizes};
+    auto block = std::make_unique<LargeBlocks::Block>(LargeBlocks::instance().take(bytes));
+    if (!block->data) throw std::bad_alloc();
+    void* const data = block->data;
+    const py::capsule owner(block.release(), [](void* p) {
+      const std::unique_ptr<LargeBlocks::Block> block(static_cast<LargeBlocks::Block*>(p));
+      LargeBlocks::instance().give(*block);
+    });
+    return {dtype, sizes, data, owner};
+  }
+
   // Contiguous arrays, of the dtype of the first input.
   std::pair<py::list, std::vector<TensorView>> outputs(const std::vector<py::array>& inputs,
                                                        const std::vector<TensorView>& in) const {
     const auto sizes = loaded_.engine.output_sizes(in);
     std::pair<py::list, std::vector<TensorView>> result;
     for (const auto& s : sizes) {
-      py::array y(inputs.at(0).dtype(), s);
+      py::array y = output(inputs.at(0).dtype(), s);
       result.second.push_back(view_of(kOp, "output", y, true));
       result.first.append(std::move(y));
     }

@@ -1,9 +1,5 @@
 // run_segment: a subgraph of a network, given as the bytes of its artefact, in one call. Engines are made at the first
 // call with some bytes and kept; calls after that find theirs by address and digest.
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <array>
 #include <cstdlib>
@@ -14,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "base/div_up.h"
 #include "base/isa.h"
+#include "base/large_blocks.h"
 #include "bindings/torch/adapter.h"
 #include "runtime/load.h"
 
@@ -116,78 +112,22 @@ int32_t type_of(Dtype dtype) {
                                 : aoti_torch_dtype_float32();
 }
 
-// Memory of large outputs, kept for the next ones, and from 2 MB on huge pages. On small pages, whose addresses a
-// processor has to look up where filters lie far apart, a 1x1 convolution to 13 MB took 1.4 to 1.8 times as long. And
-// the C library gives blocks back to the system (at first those of 128 KB, later those of 32 MB and what lies at the
-// end of its heap), which zeroes new ones page by page: eight times as long for one to 51 MB.
-class LargeBlocks {
- public:
-  static constexpr int64_t kLarge = 128 << 10;  // bytes
-  static constexpr int64_t kKept = 256 << 20;   // bytes of idle blocks
-  static LargeBlocks& instance() {
-    static auto* const blocks = new LargeBlocks;  // never destroyed: tensors may outlive static objects
-    return *blocks;
-  }
-
-  // A tensor that gives its memory back here. Its storage can't grow.
-  Tensor tensor(std::span<const int64_t> sizes, std::span<const int64_t> strides, Dtype dtype, int64_t bytes) {
-    const Block block = take(bytes < kHuge ? div_up(bytes, kSmall) * kSmall : div_up(bytes, kHuge) * kHuge);
-    const auto free = [](void* data, void* size) {
-      LargeBlocks::instance().give({data, static_cast<int64_t>(reinterpret_cast<intptr_t>(size))});
-    };
-    AtenTensorHandle handle = nullptr;
-    const auto status =
-        torch_from_blob(block.data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, type_of(dtype),
-                        aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, free,
-                        reinterpret_cast<void*>(static_cast<intptr_t>(block.bytes)));
-    if (status != 0) give(block);
-    SADMM_CHECK(status == 0, kOp, ": sizes got no tensor, wanted one for the output");
-    return Tensor(handle);
-  }
-
- private:
-  static constexpr int64_t kHuge = 2 << 20, kSmall = 4096;  // bytes of a page
-
-  struct Block {
-    void* data;
-    int64_t bytes;
+// A tensor of so many bytes that gives its memory back to LargeBlocks. Its storage can't grow.
+Tensor large_tensor(std::span<const int64_t> sizes, std::span<const int64_t> strides, Dtype dtype, int64_t bytes) {
+  const LargeBlocks::Block block = LargeBlocks::instance().take(bytes);
+  SADMM_CHECK(block.data, kOp, ": sizes got no memory, wanted ", bytes, " bytes for the output");
+  const auto free = [](void* data, void* size) {
+    LargeBlocks::instance().give({data, static_cast<int64_t>(reinterpret_cast<intptr_t>(size))});
   };
-
-  Block take(int64_t bytes) {
-    {
-      const std::lock_guard lock(mutex_);
-      // The last one given back, of which caches may still hold a part.
-      for (auto it = idle_.end(); it != idle_.begin();) {
-        --it;
-        if (it->bytes < bytes || it->bytes > bytes + bytes / 4) continue;
-        const Block found = *it;
-        idle_.erase(it);
-        kept_ -= found.bytes;
-        return found;
-      }
-    }
-    void* const data = std::aligned_alloc(bytes < kHuge ? kSmall : kHuge, static_cast<size_t>(bytes));
-    SADMM_CHECK(data, kOp, ": sizes got no memory, wanted ", bytes, " bytes for the output");
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (bytes >= kHuge) madvise(data, static_cast<size_t>(bytes), MADV_HUGEPAGE);
-#endif
-    return {data, bytes};
-  }
-
-  // The oldest make room.
-  void give(Block block) {
-    const std::lock_guard lock(mutex_);
-    idle_.push_back(block);
-    for (kept_ += block.bytes; kept_ > kKept; idle_.pop_front()) {
-      std::free(idle_.front().data);
-      kept_ -= idle_.front().bytes;
-    }
-  }
-
-  std::mutex mutex_;
-  std::list<Block> idle_;
-  int64_t kept_ = 0;
-};
+  AtenTensorHandle handle = nullptr;
+  const auto status =
+      torch_from_blob(block.data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, type_of(dtype),
+                      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, free,
+                      reinterpret_cast<void*>(static_cast<intptr_t>(block.bytes)));
+  if (status != 0) LargeBlocks::instance().give(block);
+  SADMM_CHECK(status == 0, kOp, ": sizes got no tensor, wanted one for the output");
+  return Tensor(handle);
+}
 
 // Contiguous, through the C shim, which finds no op by its name.
 Tensor empty(std::span<const int64_t> sizes, Dtype dtype) {
@@ -195,7 +135,7 @@ Tensor empty(std::span<const int64_t> sizes, Dtype dtype) {
   for (size_t d = sizes.size(); d-- > 0; next *= std::max<int64_t>(sizes[d], 1)) strides[d] = next;
   const bool any = std::find(sizes.begin(), sizes.end(), 0) == sizes.end();
   if (any && next * dtype_size(dtype) >= LargeBlocks::kLarge) {
-    return LargeBlocks::instance().tensor(sizes, {strides, sizes.size()}, dtype, next * dtype_size(dtype));
+    return large_tensor(sizes, {strides, sizes.size()}, dtype, next * dtype_size(dtype));
   }
   AtenTensorHandle handle = nullptr;
   const auto status = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
