@@ -37,6 +37,20 @@ def test_weights_that_the_cache_does_not_keep(isa: str) -> None:
     assert torch.equal(got, run(isa, {**c, "threads": 3}, spec, x, residual))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("stride", [3, 4, 5])
+@pytest.mark.parametrize("width", [33, 66, 131])
+@pytest.mark.parametrize("guard", ["start", "end"])
+def test_strides_of_two_windows(isa: str, stride: int, width: int, guard: str) -> None:
+    """Sixteen pixels of a wide map, more than 32 elements of x apart; an odd number of taps; at both ends of memory."""
+    c = {**CASE, "size": (9, width), "kernel": (5, 3), "padding": (0, 0), "stride": (stride, stride), "filters": 40}
+    c |= {"channels": 3, "block": 1000, "density": 1.0, "batch": 2, "residual": "none", "x_layout": "tensor"}
+    c |= {"guard": guard, "y_layout": "tensor", "y_halo": (0, 0, 0, 0), "groups": 1, "dilation": (1, 1)}
+    spec, dense, bias = make_spec(c)
+    x, _ = inputs(c, spec, dense)
+    check_close(run(isa, c, spec, x, None), c, x, dense, bias, None)
+
+
 def is_rounded(got: Tensor, x: Tensor) -> bool:
     """Whether got is x in bf16. Subnormal numbers may be flushed before, even one that would be rounded to 2^-126."""
     subnormal = x.abs() < 2.0**-126
