@@ -378,6 +378,13 @@ def test_phases_of_some_images_at_a_time(isa: str, monkeypatch: Any) -> None:
         assert torch.equal(got[n : n + 1], ops.conv2d_compact(x[n : n + 1], *args[1:]))
 
 
+def test_phases_that_no_table_holds() -> None:
+    """Planes of more than 2^28 places: it is still answered that a padded copy is read."""
+    far = {"stride": (2, 2), "padding": (20000, 20000), "dilation": (20000, 20000)}
+    for isa in ISAS:
+        assert not any("_phases" in n for n in _core.conv2d_kernels(isa, (1, 1, 3, 3), [4], (3, 3), **far))
+
+
 @pytest.mark.parametrize("x,blocks", [((1, 512, 28, 28), [64]), ((1, 256, 56, 56), [32])])
 def test_selection_where_each_tap_is_a_page(x: tuple[int, ...], blocks: list[int]) -> None:
     """In a 1x1 layer of few filters a copy is read faster than the planes."""

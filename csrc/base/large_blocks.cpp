@@ -5,6 +5,7 @@
 #endif
 
 #include <cstdlib>
+#include <new>
 
 #include "base/div_up.h"
 
@@ -36,18 +37,33 @@ LargeBlocks::Block LargeBlocks::take(int64_t bytes) {
       return found;
     }
   }
-  void* const data = std::aligned_alloc(page, static_cast<size_t>(bytes));
+  const auto size = static_cast<size_t>(bytes);
+  void* data = std::aligned_alloc(page, size);
+  if (!data) {
+    const std::lock_guard lock(mutex_);
+    drop_oldest(0);
+    data = std::aligned_alloc(page, size);
+  }
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (data && page == kHuge) madvise(data, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+  if (data && page == kHuge) madvise(data, size, MADV_HUGEPAGE);
 #endif
   return {data, bytes};
 }
 
-// The oldest make room.
-void LargeBlocks::give(Block block) {
+void LargeBlocks::give(Block block) noexcept {
+  if (block.bytes > kKept) return std::free(block.data);
   const std::lock_guard lock(mutex_);
-  idle_.push_back(block);
-  for (kept_ += block.bytes; kept_ > kKept; idle_.pop_front()) {
+  try {
+    idle_.push_back(block);
+  } catch (const std::bad_alloc&) {
+    return std::free(block.data);
+  }
+  kept_ += block.bytes;
+  drop_oldest(kKept);
+}
+
+void LargeBlocks::drop_oldest(int64_t most) {
+  for (; kept_ > most; idle_.pop_front()) {
     std::free(idle_.front().data);
     kept_ -= idle_.front().bytes;
   }

@@ -45,7 +45,7 @@ int next_vector(const Pixel* p, int64_t left, int64_t readable, PanelVector& v) 
   int best = 0, ends[4] = {};
   Way way{Gather::kLanes, 0, 0};
   for (const Way& w : {Way{Gather::kWindow, 1, 32}, Way{Gather::kHalves, 2, 16}, Way{Gather::kQuarters, 4, 8},
-                       Way{Gather::kWindows, 2, 32}}) {
+                       Way{Gather::kTwoWindows, 2, 32}}) {
     int e[4];
     const int n = covered(p, left, w.pieces, w.width, e);
     if (n <= best || readable < w.width) continue;
@@ -80,7 +80,7 @@ int next_vector(const Pixel* p, int64_t left, int64_t readable, PanelVector& v) 
   }
   for (int i = 0; i < kTile; ++i) {
     v.index[2 * i] = v.index[2 * (i < best ? i : 0)];
-    v.index[2 * i + 1] = static_cast<int16_t>(v.index[2 * i] + (way.gather == Gather::kWindows ? 0 : kWindow));
+    v.index[2 * i + 1] = static_cast<int16_t>(v.index[2 * i] + (way.gather == Gather::kTwoWindows ? 0 : kWindow));
   }
   return best;
 }

@@ -102,13 +102,14 @@ std::optional<OnPhases> phases_of(const Packed& packed, const ConvPlanes& planes
   constexpr int64_t kLine = 16;
   to.channel_stride = (div_up(p.images * image + size[1] + kernels::kPadCopySpill, kLine) | 1) * kLine;
   to.readable = count * to.channel_stride + kSlack;
+  p.image_stride = x.image_stride;
+  p.plane_stride = to.channel_stride;
   result.planes.geometry = {{1, 1}, {0, 0}, {1, 1}};
   result.cost = static_cast<double>(count * size[0]) * row_copy_cost(stride[1], size[1], lanes);
   return result;
 }
 
-void copy_phases(const Phases& phases, const ConvPlanes& on_phases, const float* x, int64_t images, float* to,
-                 int64_t tasks, Parallel& parallel) {
+void copy_phases(const Phases& phases, const float* x, int64_t images, float* to, int64_t tasks, Parallel& parallel) {
   const int64_t count = phases.count();
   tasks = std::min(tasks, count);
   parallel.run(tasks, [&](int64_t task) {
@@ -116,7 +117,7 @@ void copy_phases(const Phases& phases, const ConvPlanes& on_phases, const float*
       const Phases::Plane& plane = phases.planes[i];
       kernels::PadCopyArgs a = phases.shapes[plane.shape];
       a.src = x + plane.from;
-      a.dst = to + i * on_phases.x.channel_stride;
+      a.dst = to + i * phases.plane_stride;
       a.images = images;
       phases.copy(a);
     }

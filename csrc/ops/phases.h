@@ -16,7 +16,7 @@
 
 namespace structadmm {
 
-// Which planes a copy has, one distance apart.
+// Which planes a copy has.
 struct Phases {
   struct Plane {
     int64_t from;   // in x, where the first row that is copied begins
@@ -25,7 +25,9 @@ struct Phases {
   kernels::PadCopyKernel copy;
   std::vector<kernels::PadCopyArgs> shapes;  // of a plane, without src, dst and images
   std::vector<Plane> planes;
-  int64_t images = 1;  // in a copy, at most
+  int64_t images = 1;        // in a copy, at most
+  int64_t image_stride = 0;  // of x
+  int64_t plane_stride = 0;  // of the copy
 
   int64_t count() const { return static_cast<int64_t>(planes.size()); }
 };
@@ -56,8 +58,7 @@ double row_copy_cost(int64_t stride, int64_t columns, int lanes);
 // the copy is so large that offsets in it don't fit the kernels' tables. A pure function.
 std::optional<OnPhases> phases_of(const Packed& packed, const ConvPlanes& planes, int64_t images, int lanes, Isa isa);
 
-// x: its first image; to: as planes.x of OnPhases describes. images: at most Phases::images. In so many tasks.
-void copy_phases(const Phases& phases, const ConvPlanes& on_phases, const float* x, int64_t images, float* to,
-                 int64_t tasks, Parallel& parallel);
+// x: its first image; to: as OnPhases::planes describes. images: at most Phases::images. In so many tasks.
+void copy_phases(const Phases& phases, const float* x, int64_t images, float* to, int64_t tasks, Parallel& parallel);
 
 }  // namespace structadmm

@@ -356,6 +356,7 @@ bool takes_edges(const Packed& packed, const ConvGeometry& g, int64_t batch, int
                y = tensor_planes(Dtype::kF32, 1, h.out_channels, out[0], out[1]),
                padded = arena_planes(Dtype::kF32, 1, h.in_channels, height, width,
                                      {g.padding[0], g.padding[1], behind[0], behind[1]});
+  if (!collects && !phases_of(packed, {bare, y, y, g}, 1, k.lanes, isa)) return false;
   const auto plan = [&](const Planes& x) { return plan_taps("takes_edges", packed, g, x, y, nullptr, {}, 1, isa); };
   const TapPlan on_bare = plan(bare);
   if (!collects && !on_bare.phases) return false;

@@ -531,7 +531,7 @@ void run_taps(const TapPlan& plan, const Packed& packed, const float* x, const f
   for (int64_t image = 0; image < images; image += phases.images) {
     const int64_t n = std::min(phases.images, images - image);
     const int64_t tasks = tasks_of(packed.header->weights * plan.planes.outputs() * n, parallel);
-    copy_phases(phases, plan.planes, x + image * phases.shapes.front().image_stride, n, copy, tasks, parallel);
+    copy_phases(phases, x + image * phases.image_stride, n, copy, tasks, parallel);
     run_on_planes(plan, packed, copy, residual ? residual + image * plan.planes.residual.image_stride : nullptr,
                   y + image * plan.planes.y.image_stride, n, parallel);
   }

@@ -117,6 +117,7 @@ class PyEngine {
     return all;
   }
 
+  // A large one gives its memory back to LargeBlocks, and can't be resized in place.
   static py::array output(const py::dtype& dtype, const std::vector<int64_t>& sizes) {
     int64_t bytes = dtype.itemsize();
     for (const int64_t n : sizes) bytes *= n;

@@ -2,7 +2,6 @@
 // call with some bytes and kept; calls after that find theirs by address and digest.
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <cstring>
 #include <list>
 #include <memory>

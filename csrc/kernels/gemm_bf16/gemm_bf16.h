@@ -33,17 +33,18 @@ inline constexpr int kMostStrip = 32;
 
 // How the 16 inputs of a tap come into a register: the bytes that are loaded at each piece's offset.
 enum class Gather : int32_t {
-  kRow,       // 16 neighbours
-  kWindow,    // from one window of 32 elements
-  kHalves,    // from two of 16
-  kQuarters,  // from four of 8
-  kWindows,   // from two of 32
-  kLanes,     // one by one
+  kRow,         // 16 neighbours
+  kWindow,      // from one window of 32 elements
+  kHalves,      // from two of 16
+  kQuarters,    // from four of 8
+  kTwoWindows,  // from two of 32
+  kLanes,       // one by one
 };
 
 struct PanelVector {
-  // [2 i], [2 i + 1]: where pixel i stands in 32 loaded elements of one tap, and, 32 higher, of the next; with kWindows
-  // both in 64 elements of each. Lanes without a pixel repeat the first.
+  // [2 i], [2 i + 1]: where pixel i stands in 32 loaded elements of one tap, and, 32 higher, of the next. With
+  // kTwoWindows both are its place in the 64 elements that are loaded of each tap. Lanes without a pixel repeat the
+  // first.
   alignas(64) int16_t index[32];
   int32_t lane[kTile];  // offsets of the pixels in x
   int32_t piece[4];     // offsets of what is loaded

@@ -193,7 +193,7 @@ class PanelRows {
         return both.template operator()<Gather::kHalves>();
       case Gather::kQuarters:
         return both.template operator()<Gather::kQuarters>();
-      case Gather::kWindows: {
+      case Gather::kTwoWindows: {
         const __m512i index = _mm512_load_si512(v.index);
         const auto tap = [&](int64_t offset) {
           return _mm512_permutex2var_epi16(_mm512_loadu_si512(x + v.piece[0] + offset), index,
