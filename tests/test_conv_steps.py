@@ -218,7 +218,8 @@ def test_edges_of_more_taps_than_a_copy_holds(isa: str, core: str, monkeypatch: 
         spec, dense, bias = make_spec(c)
         x, _ = inputs(c, spec, dense)
         got, kernel = run_step("taps_f32", isa, {**c, "x_layout": "tensor"}, spec, x, None)
-        assert "_phases" not in kernel or (isa != "avx2" and size == (14, 66))
+        # Every fourth place of a wide map is collected with AVX2 alone.
+        assert ("_phases" in kernel) == (isa != "avx2" and size == (14, 66)), kernel
         check_close(got, c, x, dense, bias, None)
         assert torch.equal(got, run("taps_f32", isa, c, spec, x, None))
 

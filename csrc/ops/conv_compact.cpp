@@ -64,32 +64,25 @@ Plan make_plan(const Conv2dShape& s, const Packed& packed, Isa isa) {
     x.readable = x.at(batch - 1, s.channels - 1, s.height - 1, s.width - 1) + 1;
     return x;
   };
-  Planes x;
-  if (plan.direct) {
-    x = as_it_is();
-    plan.chunk = batch;
-  } else {
-    x = scratch_planes(s, p, 1);
-    plan.chunk = std::clamp<int64_t>(kScratchFloats / std::max<int64_t>(x.readable - kSlack, 1), 1, batch);
-    x = scratch_planes(s, p, plan.chunk);
-    plan.tail = x.origin + x.halo.left + x.halo.right;
-  }
-  const auto taps = [&](bool phases) {
-    const Planes y = tensor_planes(Dtype::kF32, plan.chunk, p.out_channels, s.out_h, s.out_w);
-    return plan_taps(kOp, packed, geometry, x, y, nullptr, {}, plan.chunk, isa, phases);
+  const auto taps = [&](const Planes& x, int64_t images, bool phases) {
+    const Planes y = tensor_planes(Dtype::kF32, images, p.out_channels, s.out_h, s.out_w);
+    return plan_taps(kOp, packed, geometry, x, y, nullptr, {}, images, isa, phases);
   };
-  plan.taps = taps(forward);
-  if (plan.direct || !plan.taps.phases) return plan;
-  // They are copied of x, not of another copy.
-  const Plan padded = plan;
-  const Planes copy = std::exchange(x, as_it_is());
-  plan.direct = true;
-  plan.chunk = batch;
-  plan.taps = taps(true);
-  if (plan.taps.phases) return plan;
-  plan = padded;
-  x = copy;
-  plan.taps = taps(false);
+  if (plan.direct) {
+    plan.chunk = batch;
+    plan.taps = taps(as_it_is(), batch, true);
+    return plan;
+  }
+  Planes x = scratch_planes(s, p, 1);
+  plan.chunk = std::clamp<int64_t>(kScratchFloats / std::max<int64_t>(x.readable - kSlack, 1), 1, batch);
+  x = scratch_planes(s, p, plan.chunk);
+  plan.tail = x.origin + x.halo.left + x.halo.right;
+  plan.taps = taps(x, plan.chunk, forward);
+  if (!plan.taps.phases) return plan;
+  // Phases are copied of the input, not of another copy.
+  TapPlan on_input = taps(as_it_is(), batch, true);
+  if (on_input.phases) return {.direct = true, .chunk = batch, .tail = 0, .taps = std::move(on_input)};
+  plan.taps = taps(x, plan.chunk, false);
   return plan;
 }
 

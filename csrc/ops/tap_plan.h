@@ -2,8 +2,8 @@
 // and ops/conv_compact.cpp (one eager op) have in common.
 //
 // Outputs are cut into tiles (ops/pixel_tiles.h), and panels of filters are given to the gemm_compact kernels by
-// measured cost. Reads stay in [0, x.readable), and y is written at its elements
-// only, or zeros in the halo between its rows.
+// measured cost. Reads stay in [0, x.readable), and y is written at its elements only, or zeros in the halo between its
+// rows.
 #pragma once
 
 #include <cstdint>
